@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything on a fresh machine: Python 3.11 with venv, gcc and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint sanitize clean
+
+# torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
+# might choose the newest build with gigabytes of CUDA libraries.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/isa/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import torch, fused_optim._C'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+	$(BIN)/python -m fused_optim bench --quick
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
+
+# The tests of memory and surgery, for a rule without and one with a step, on kernels built with AddressSanitizer and UBSan. The package is
+# copied beside them and comes first on the path. Leak detection is off: Python itself never frees all.
+SANITIZED := build/sanitized
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O1 \
+	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
+	cp -r fused_optim/*.py fused_optim/cli $(SANITIZED)/fused_optim/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q \
+	  tests/test_surgery.py tests/test_aliasing.py tests/test_grads.py -k 'SGD or AdamW'

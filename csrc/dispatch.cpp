@@ -1,0 +1,93 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace fused_optim {
+
+#include "rules.h"
+
+namespace {
+
+template <class Rule>
+RuleInfo describe() {
+  static_assert(Rule::VARIANTS <= MAX_VARIANTS, "raise MAX_VARIANTS");
+  static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
+                "raise MAX_HYPERS");
+  static_assert(sizeof(typename Rule::Options) ==
+                    sizeof(Rule::option_names) / sizeof(char*) * sizeof(double),
+                "one name per option");
+  const auto options_of = [](const double* values) {
+    typename Rule::Options options;
+    std::memcpy(&options, values, sizeof(options));
+    return options;
+  };
+  static const auto to_options = options_of;
+  return {Rule::name,
+          {std::begin(Rule::option_names), std::end(Rule::option_names)},
+          {std::begin(Rule::state_names), std::end(Rule::state_names)},
+          Rule::has_step,
+          Rule::FIRST_STEP,
+          [](const double* options) { return Rule::variant(to_options(options)); },
+          [](unsigned variant) { return Rule::states(variant); },
+          [](unsigned variant) { return Rule::lerped_states(variant); },
+          [](unsigned variant) { return Rule::decays_grad(variant); },
+          [](const double* options, double step, double* hypers) {
+            const auto prepared = Rule::prepare(to_options(options), step);
+            std::memcpy(hypers, &prepared, sizeof(prepared));
+          }};
+}
+
+}  // namespace
+
+const std::vector<RuleInfo>& rules() {
+#define DESCRIBE(RULE) describe<RULE>(),
+  static const std::vector<RuleInfo> all = {FUSED_OPTIM_RULES(DESCRIBE)};
+#undef DESCRIBE
+  return all;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const Isa avx512, avx2, baseline;
+static const Isa* const ISAS[] = {&avx512, &avx2, &baseline};  // best first
+#elif defined(__aarch64__)
+extern const Isa neon;
+static const Isa* const ISAS[] = {&neon};
+#else
+extern const Isa baseline;
+static const Isa* const ISAS[] = {&baseline};
+#endif
+
+static std::atomic<const Isa*> current{nullptr};
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa* isa : ISAS)
+    if (isa->supported()) names.emplace_back(isa->name);
+  return names;
+}
+
+const Isa& current_isa() {
+  if (!current)
+    for (const Isa* isa : ISAS)
+      if (isa->supported()) {
+        current = isa;
+        break;
+      }
+  return *current;
+}
+
+void set_isa(const std::string& name) {
+  for (const Isa* isa : ISAS)
+    if (name == isa->name && isa->supported()) {
+      current = isa;
+      return;
+    }
+  std::string message = "FUSED_OPTIM_ISA=" + name + " is not available here; accepted:";
+  for (const auto& available : available_isas()) message += " " + available;
+  throw std::invalid_argument(message);
+}
+
+}  // namespace fused_optim

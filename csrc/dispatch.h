@@ -1,0 +1,34 @@
+// Chooses the kernels of the best instruction set, and describes the rules to everything that is not
+// a kernel.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace fused_optim {
+
+// A rule without its types. Options, hypers and states are in the order that rules.h gives.
+struct RuleInfo {
+  const char* name;
+  std::vector<const char*> option_names;
+  std::vector<const char*> state_names;
+  bool has_step;
+  unsigned first_step_variant;  // added to the variant of a tensor whose states do not exist yet
+  unsigned (*variant)(const double* options);
+  unsigned (*states)(unsigned variant);         // bit i: state i is used
+  unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
+  bool (*decays_grad)(unsigned variant);        // grad + weight_decay * param comes first
+  void (*prepare)(const double* options, double step, double* hypers);
+};
+
+const std::vector<RuleInfo>& rules();
+
+// Names, best first, of the instruction sets this machine has.
+std::vector<std::string> available_isas();
+const Isa& current_isa();
+// Raises std::invalid_argument, naming the accepted values, if `name` is unknown or not available.
+void set_isa(const std::string& name);
+
+}  // namespace fused_optim

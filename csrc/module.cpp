@@ -1,0 +1,88 @@
+// The Python face of the kernels: fused_optim._C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "gather.h"
+
+namespace py = pybind11;
+using namespace fused_optim;
+
+namespace {
+
+py::dict describe_rules() {
+  py::dict described;
+  for (const RuleInfo& rule : rules()) {
+    py::dict entry;
+    py::list options, states;
+    for (const char* name : rule.option_names) options.append(name);
+    for (const char* name : rule.state_names) states.append(name);
+    entry["options"] = options;
+    entry["states"] = states;
+    described[rule.name] = entry;
+  }
+  return described;
+}
+
+// One in-place pass over contiguous float32 CPU tensors of one length: the last is only read, the
+// others are read and written.
+void probe(const std::vector<py::object>& streams, int num_threads) {
+  const int n = static_cast<int>(streams.size());
+  if (n < 2 || n > MAX_STREAMS) throw std::invalid_argument("probe takes 2 to 5 streams");
+  Task task = {};
+  double factor = 0.5;
+  for (int s = 0; s < n; s++) {
+    const auto numel = streams[s].attr("numel")().cast<int64_t>();
+    if (s > 0 && numel != task.slice.numel)
+      throw std::invalid_argument("probe takes streams of one length");
+    if (!streams[s].attr("is_contiguous")().cast<bool>() ||
+        py::str(streams[s].attr("dtype")).cast<std::string>() != "torch.float32" ||
+        py::str(streams[s].attr("device")).cast<std::string>() != "cpu")
+      throw std::invalid_argument("probe takes contiguous float32 tensors on the CPU");
+    task.slice.numel = numel;
+    const int at = s == n - 1 ? GRAD : s == 0 ? PARAM : STATES + s - 1;
+    task.slice.streams[at] = 
+        reinterpret_cast<void*>(streams[s].attr("data_ptr")().cast<uintptr_t>());
+    task.slice.dtypes[at] = F32;
+    task.streams |= 1u << at;
+  }
+  task.written = task.streams & ~(1u << GRAD);
+  task.kernel = current_isa().probe[n - 2];
+  task.layout = -1;
+  task.slice.hypers = &factor;
+  task.slice.grad_sign = 1;
+  py::gil_scoped_release no_gil;
+  run({task}, {}, num_threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of fused_optim for CPUs.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const PythonError&) {  // already set
+    }
+  });
+  try {
+    bind_torch();
+  } catch (const PythonError&) {
+    throw py::error_already_set();
+  }
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const std::string&>(), py::arg("rule"))
+      .def("step",
+           [](Plan& plan, py::list groups, py::dict state, py::object create_state,
+              py::object run_stock, int num_threads, double grad_scale) {
+             return py::reinterpret_steal<py::object>(
+                 plan.step(groups.ptr(), state.ptr(), create_state.ptr(), run_stock.ptr(),
+                           num_threads, grad_scale));
+           });
+  m.def("rules", &describe_rules);
+  m.def("isas", &available_isas);
+  m.def("isa", [] { return std::string(current_isa().name); });
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("chunks", &chunks, py::arg("numel"));
+  m.def("openmp_library", &openmp_library);
+  m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));
+}

@@ -1,0 +1,147 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fused_optim {
+
+namespace {
+
+// A multiple of 64 (the widest granularity of a storage format); 16 K elements of AdamW in float32
+// are 448 KiB, about 20 us: short enough to balance, long enough to hide the scheduling.
+constexpr int64_t CHUNK = 16384;
+// Below this many elements in the whole step, waking a second thread costs more than it saves.
+constexpr int64_t SERIAL = 65536;
+
+// Either whole tasks [task, task_end), or the part [begin, end) of one: elements, or blocks of its
+// layout.
+struct Unit {
+  uint32_t task, task_end;
+  int64_t begin, end;
+};
+
+// What the caller set with torch.set_flush_denormal, so that bits do not depend on the thread.
+#if defined(__x86_64__)
+using FloatMode = unsigned;
+FloatMode float_mode() { return _mm_getcsr(); }
+void set_float_mode(FloatMode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__) && defined(__GNUC__)
+using FloatMode = uint64_t;
+FloatMode float_mode() {
+  FloatMode mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+void set_float_mode(FloatMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = int;
+FloatMode float_mode() { return 0; }
+void set_float_mode(FloatMode) {}
+#endif
+
+std::atomic<bool> forked{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+// An OpenMP region hangs in a forked child of a process that has had one (measured, libgomp).
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+void run_part(const Task& task, const std::vector<Layout>& layouts, int64_t begin, int64_t end) {
+  if (task.layout >= 0) {
+    layouts[task.layout].run_blocks(task.kernel, task.slice, task.streams, task.written, begin,
+                                    end);
+    return;
+  }
+  Slice part = task.slice;
+  part.numel = end - begin;
+  for (int s = 0; s < MAX_STREAMS; s++)
+    if (task.streams >> s & 1)
+      part.streams[s] = static_cast<char*>(part.streams[s]) + begin * ITEMSIZE[part.dtypes[s]];
+  task.kernel(part);
+}
+
+int64_t n_parts(const Task& task, const std::vector<Layout>& layouts) {
+  return task.layout >= 0 ? layouts[task.layout].n_blocks() : task.slice.numel;
+}
+
+void run_unit(const Unit& unit, const std::vector<Task>& tasks, const std::vector<Layout>& layouts) {
+  if (unit.task_end == unit.task + 1)
+    return run_part(tasks[unit.task], layouts, unit.begin, unit.end);
+  for (uint32_t t = unit.task; t < unit.task_end; t++)
+    run_part(tasks[t], layouts, 0, n_parts(tasks[t], layouts));
+}
+
+}  // namespace
+
+std::vector<std::pair<int64_t, int64_t>> chunks(int64_t numel) {
+  std::vector<std::pair<int64_t, int64_t>> cut;
+  for (int64_t begin = 0; begin < numel; begin += CHUNK)
+    cut.emplace_back(begin, std::min(begin + CHUNK, numel));
+  return cut;
+}
+
+void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int num_threads) {
+  int64_t total = 0;
+  for (const Task& task : tasks) total += task.slice.numel;
+  if (num_threads <= 1 || total < SERIAL || forked) {
+    for (const Task& task : tasks) run_part(task, layouts, 0, n_parts(task, layouts));
+    return;
+  }
+
+  static thread_local std::vector<Unit> units;  // kept: a step allocates nothing that grows
+  units.clear();
+  int64_t gathered = 0;  // elements of the small tasks that the last unit is made of
+  for (uint32_t t = 0; t < tasks.size(); t++) {
+    const Task& task = tasks[t];
+    if (task.slice.numel >= CHUNK) {
+      const int64_t stride = task.layout >= 0 ? layouts[task.layout].blocks_per(CHUNK) : CHUNK;
+      const int64_t parts = n_parts(task, layouts);
+      for (int64_t begin = 0; begin < parts; begin += stride)
+        units.push_back({t, t + 1, begin, std::min(begin + stride, parts)});
+      gathered = 0;
+    } else if (gathered > 0 && gathered + task.slice.numel <= CHUNK) {
+      units.back().task_end = t + 1;
+      gathered += task.slice.numel;
+    } else {
+      units.push_back({t, t + 1, 0, n_parts(task, layouts)});
+      gathered = std::max<int64_t>(task.slice.numel, 1);
+    }
+  }
+
+#if defined(_OPENMP)
+  const FloatMode mode = float_mode();
+  const std::vector<Unit>& work = units;  // the workers' own thread_local units are empty
+  std::atomic<size_t> next{0};
+#pragma omp parallel num_threads(num_threads)
+  {
+    const FloatMode own = float_mode();
+    set_float_mode(mode);
+    for (size_t u = next++; u < work.size(); u = next++) run_unit(work[u], tasks, layouts);
+    set_float_mode(own);
+  }
+#else
+  for (const Unit& unit : units) run_unit(unit, tasks, layouts);
+#endif
+}
+
+const char* openmp_library() {
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) && info.dli_fname)
+    return info.dli_fname;
+#endif
+  return "";
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,24 @@
+"""Drop-in torch.optim optimizers on multi-tensor kernels that run at the memory bus's speed."""
+
+from fused_optim.adagrad import Adagrad
+from fused_optim.adam import Adam
+from fused_optim.adamw import AdamW
+from fused_optim.backends import config, show_config
+from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.rmsprop import RMSprop
+from fused_optim.sgd import SGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Fallback",
+    "FusedOptimizer",
+    "RMSprop",
+    "StepReport",
+    "config",
+    "show_config",
+]

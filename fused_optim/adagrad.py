@@ -1,0 +1,56 @@
+"""Adagrad. The arithmetic stands in csrc/rules.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_optim.optimizer import FusedOptimizer
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    """Adagrad on fused kernels; a drop-in for :class:`torch.optim.Adagrad`.
+
+    With grad the gradient (negated if maximize) plus ``weight_decay * param``, at step t::
+
+        sum   += grad**2
+        param -= lr / (1 + (t - 1) * lr_decay) * grad / (sqrt(sum) + eps)
+
+    Args:
+        params: iterable of parameters, named parameters or param groups.
+        lr: learning rate, >= 0, a float or a tensor with one element (default: 1e-2).
+        lr_decay: >= 0 (default: 0).
+        weight_decay: >= 0 (default: 0).
+        initial_accumulator_value: where sum starts, >= 0 (default: 0).
+        eps: added after the square root, >= 0 (default: 1e-10).
+        foreach, maximize, differentiable, fused: as in torch.optim. foreach is accepted without
+            effect; fused=True lets GradScaler leave unscaling to the step; differentiable takes the
+            stock path.
+
+    Raises:
+        ValueError: an argument outside its range, with torch.optim's text.
+
+    Reference:
+        Duchi, Hazan, Singer 2011, "Adaptive subgradient methods for online learning and stochastic
+        optimization", figure 1 with the diagonal matrix.
+
+    Difference from torch.optim:
+        None.
+
+    Example:
+        >>> param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = fused_optim.Adagrad([param], lr=0.1)
+        >>> param.square().sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 3) for value in param.tolist()]
+        [0.9, -1.9]
+    """
+
+    _rule = "adagrad"
+    _stock = torch.optim.Adagrad
+
+    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
+        if group["weight_decay"] != 0:
+            return "weight_decay option is not compatible with sparse gradients"
+        return None

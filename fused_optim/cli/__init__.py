@@ -1,0 +1,96 @@
+"""The command line: python -m fused_optim info | bench."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fused_optim
+
+# Exit statuses: argparse itself ends with 2 on a bad command line, a shell with 130 after Ctrl-C.
+EXIT_FELL_BACK = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status.
+
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        fused_optim.show_config()
+        return 0
+    return _bench(parser, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fused_optim", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="print versions, instruction set, threads and backends")
+    bench = commands.add_parser(
+        "bench",
+        help="time the optimizers against torch.optim and peers",
+        description="Times every optimizer against the best of torch.optim's own variants, in one "
+        "process and in alternation. Exit status 0 also when a target is missed, 1 when a tensor "
+        "fell back to torch.optim.",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="save everything, raw samples too")
+    bench.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG charts into DIR")
+    bench.add_argument(
+        "--quick", action="store_true", help="under a minute: smaller models, fewer rounds"
+    )
+    bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's own choice")
+    bench.add_argument(
+        "--only", nargs="+", metavar="NAME", help="rows to measure, such as: tiny gpt2-* linear-*"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    """An argparse type: a whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Check all that could fail late, measure, then print, save and draw."""
+    needed = ["rich"] + (["matplotlib"] if args.plot else [])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"bench needs {' and '.join(missing)}: pip install 'fused-optim[bench]'",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
+
+    # Imported here so that `info` works without the bench extra.
+    from fused_optim.cli import bench, report
+    from fused_optim.cli.workloads import select
+
+    try:
+        workloads = select(args.only, quick=args.quick)
+        for folder in filter(None, (args.json and args.json.parent, args.plot)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if args.json:
+            args.json.touch()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+    results = bench.run(workloads, quick=args.quick, threads=args.threads)
+    report.print_results(results)
+    if args.json:
+        results.save(args.json)
+    if args.plot:
+        from fused_optim.cli import plot
+
+        for path in plot.draw(results, args.plot):
+            print(f"wrote {path}")
+    if results.fallbacks:
+        return EXIT_FELL_BACK
+    return EXIT_INTERRUPTED if results.interrupted else 0

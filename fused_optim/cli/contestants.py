@@ -1,0 +1,187 @@
+"""Who is timed: our optimizers, torch.optim's variants, peers, and the bandwidth probes."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import fused_optim
+from fused_optim import FusedOptimizer, backends
+from fused_optim.cli.timing import Step
+from fused_optim.cli.workloads import Shapes, Workload
+
+OURS = "fused_optim"
+MATCHING = "matching layout"
+PROBE = "probe"
+COPY = "copy_"
+QUICK_NUMEL = 1_000_000
+
+STOCK_FLAGS = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True, "fused": False},
+    "fused": {"foreach": False, "fused": True},
+}
+
+
+def make_params(shapes: Shapes, dtype: torch.dtype, layout: str) -> list[nn.Parameter]:
+    """Parameters with grads, all uniform in (-1, 1): the same values whoever asks.
+
+    Args:
+        layout: strides of the grads, see Workload.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=generator)
+
+    params = []
+    for shape in shapes:
+        param = nn.Parameter(uniform(shape))
+        param.grad = _with_layout(uniform(shape), layout)
+        params.append(param)
+    return params
+
+
+def copy_params(params: Sequence[nn.Parameter], layout: str) -> list[nn.Parameter]:
+    """Parameters and grads of equal values in memory of their own."""
+    copies = []
+    for param in params:
+        copy = nn.Parameter(param.detach().clone())
+        assert param.grad is not None
+        copy.grad = _with_layout(param.grad.clone(memory_format=torch.contiguous_format), layout)
+        copies.append(copy)
+    return copies
+
+
+def _with_layout(grad: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values with other strides, where the number of dimensions allows."""
+    if layout == "transposed" and grad.dim() == 2:
+        return grad.t().contiguous().t()
+    if layout == "channels_last" and grad.dim() == 4:
+        return grad.contiguous(memory_format=torch.channels_last)
+    return grad
+
+
+def ours(workload: Workload, params: Sequence[nn.Parameter]) -> FusedOptimizer:
+    """The optimizer under test."""
+    return getattr(fused_optim, workload.optimizer)(params, **workload.options)
+
+
+def stock_variants(workload: Workload, *, quick: bool) -> list[str]:
+    """The variants torch.optim has of this optimizer.
+
+    Args:
+        quick: leave out what is never the best where it would cost the most time: everything but
+            fused, if there is a fused one, from QUICK_NUMEL parameters on.
+    """
+    accepted = inspect.signature(getattr(torch.optim, workload.optimizer)).parameters
+    if "fused" not in accepted:
+        return ["for-loop", "foreach"]
+    return ["fused"] if quick and workload.numel >= QUICK_NUMEL else list(STOCK_FLAGS)
+
+
+def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> Optimizer:
+    """One variant of torch.optim's optimizer.
+
+    Args:
+        variant: a key of STOCK_FLAGS.
+    """
+    optimizer = getattr(torch.optim, workload.optimizer)
+    accepted = inspect.signature(optimizer).parameters
+    flags = {name: on for name, on in STOCK_FLAGS[variant].items() if name in accepted}
+    return optimizer(params, **workload.options, **flags)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer of another library.
+
+    factories: our class name -> constructor call that means the same mathematics.
+    """
+
+    name: str
+    module: str
+    factories: dict[str, Callable[[Workload, Sequence[nn.Parameter]], Optimizer]]
+
+    def why_not(self, workload: Workload) -> str | None:
+        """Why it cannot run this workload; None if it may."""
+        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            return "not installed"
+        if workload.optimizer not in self.factories:
+            return f"has no {workload.optimizer}"
+        return None
+
+    def build(self, workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+        return self.factories[workload.optimizer](workload, params)
+
+
+def _deepspeed_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    peer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+    # States in the params' dtype, as ours and stock's are; the peer's default is float32.
+    return peer(params, weight_decay=1e-2, adamw_mode=True, fp32_optimizer_states=False)
+
+
+def _optimi_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    peer = importlib.import_module("optimi").AdamW
+    # torch.optim's hyperparameters; Kahan summation would add a stream that no other one has.
+    return peer(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, kahan_sum=False)
+
+
+def _optimi_sgd(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    return importlib.import_module("optimi").SGD(
+        params, lr=1e-3, kahan_sum=False, **workload.options
+    )
+
+
+PEERS = (
+    Peer("DeepSpeedCPUAdam", "deepspeed.ops.adam", {"AdamW": _deepspeed_adamw}),
+    Peer("optimi", "optimi", {"AdamW": _optimi_adamw, "SGD": _optimi_sgd}),
+)
+
+
+def bytes_per_step(optimizer: Optimizer) -> tuple[int, int]:
+    """Bytes one step has to move, and the number of streams, both read off the optimizer's state.
+
+    The grad is read, everything else read and written. Call it after the first step.
+    """
+    nbytes = 0
+    n_streams = 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            states = [
+                value
+                for value in optimizer.state.get(param, {}).values()
+                if isinstance(value, torch.Tensor) and value.shape == param.shape and value.dim()
+            ]
+            nbytes += param.grad.nbytes + 2 * (param.nbytes + sum(s.nbytes for s in states))
+            n_streams = max(n_streams, 2 + len(states))
+    return nbytes, n_streams
+
+
+def bandwidth_steps(nbytes: int, n_streams: int) -> dict[str, Step]:
+    """A pass over as many streams with the same traffic and next to no arithmetic, and a copy.
+
+    Without our kernels there is no probe.
+
+    Args:
+        nbytes: bytes the probe moves, reads and writes together.
+        n_streams: one of them is only read.
+    """
+    numel = nbytes // (4 * (2 * n_streams - 1))
+    streams = [torch.ones(numel) for _ in range(n_streams)]
+    steps: dict[str, Step] = {COPY: lambda: streams[0].copy_(streams[1])}
+    kernels = backends.cpu_kernels()
+    if kernels is not None:
+        n_threads = torch.get_num_threads()
+        steps[PROBE] = lambda: kernels.probe(streams, n_threads)
+    return steps
+
+
+def copied_bytes(nbytes: int, n_streams: int) -> int:
+    """Bytes that the copy of bandwidth_steps moves."""
+    return 2 * 4 * (nbytes // (4 * (2 * n_streams - 1)))

@@ -1,0 +1,180 @@
+"""The tables, as text that is Markdown too."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fused_optim.cli.contestants import MATCHING, OURS, PEERS, STOCK_FLAGS
+from fused_optim.cli.results import MEMORY_TARGET_NBYTES, Memory, Results, Row
+from fused_optim.cli.timing import Quartiles
+from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY
+
+# What a table needs when nobody says how wide the output is (a pipe, a log).
+WIDTH_OF_A_FILE = 150
+
+
+def print_results(found: Results) -> None:
+    """Print everything to stdout: machine, tables, bandwidth, memory, fallbacks."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH_OF_A_FILE)
+    for line in _header(found):
+        console.print(line, markup=False)
+    linear_titles = {f"linear-{n}" for n in LINEAR_N_TENSORS}
+    rows = [row for row in found.rows if row.workload.name not in linear_titles]
+    linear_rows = [row for row in found.rows if row.workload.name in linear_titles]
+    if rows:
+        console.print(_main_table(rows))
+        console.print(
+            "Medians, [lower, upper quartile] over rounds; ratio = best stock / ours, paired per "
+            f"round. A target of 1.0x asks for a lower quartile of {PARITY}, any other for the "
+            "median.",
+            markup=False,
+        )
+    against_others = [row for row in found.rows if row.baseline != MATCHING]
+    if against_others:
+        console.print(_contestants_table(against_others))
+    if linear_rows:
+        console.print(_linear_table(linear_rows))
+    for line in _footer(found):
+        console.print(line, markup=False)
+
+
+def _header(found: Results) -> list[str]:
+    machine, versions = found.about["machine"], found.about["versions"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['os']}",
+        f"fused_optim {versions['fused_optim']} ({versions['isa']}), torch {versions['torch']}, "
+        f"Python {versions['python']}, {found.about['date']}",
+    ]
+    if found.about["settings"]["quick"]:
+        lines.append(
+            "Quick run: few rounds and a shortened GPT-2; for numbers to quote omit --quick."
+        )
+    if found.interrupted:
+        lines.append("Interrupted: only the rows finished by then.")
+    return lines
+
+
+def _main_table(rows: list[Row]) -> Table:
+    table = _table("work", "ours ms", "baseline ms", "ratio", "target", "met", "GB/s", "of probe")
+    for row in rows:
+        ours = row.seconds(OURS)
+        target = row.workload.target
+        wanted = "" if target.ratio is None else f"{target.ratio:.3g}x"
+        if target.probe is not None:
+            wanted += f", {target.probe:.0%}"
+        table.add_row(
+            row.workload.title,
+            _ms(ours),
+            f"{_number(row.seconds(row.baseline).median * 1e3)} ({row.baseline})",
+            f"{row.ratio.median:.2f}x [{row.ratio.q1:.2f}, {row.ratio.q3:.2f}]",
+            wanted,
+            _verdict(row),
+            f"{row.nbytes / ours.median / 1e9:.1f}" if row.workload.is_large else "",
+            f"{row.probe_part.median:.0%}" if row.probe_part else "",
+        )
+    return table
+
+
+def _verdict(row: Row) -> str:
+    if row.workload.target.ratio is None:
+        return ""
+    unsound = "busy" if row.was_busy else f"{row.n_rounds} rounds"
+    return {True: "yes", False: "NO", None: unsound}[row.met]
+
+
+def _contestants_table(rows: list[Row]) -> Table:
+    """Every contestant's median, and the reason where there is none."""
+    names = [OURS, *STOCK_FLAGS, *(peer.name for peer in PEERS)]
+    table = _table("ms per step", *names)
+    for row in rows:
+        cells = []
+        for name in names:
+            if name in row.samples_s:
+                cells.append(_number(row.seconds(name).median * 1e3))
+            else:
+                cells.append(_shorten(row.not_measured.get(name, "")))
+        table.add_row(row.workload.title, *cells)
+    return table
+
+
+def _linear_table(rows: list[Row]) -> Table:
+    table = _table(
+        "linear in the tensors", "ours us", "us/tensor", "ns/param", "stock us/tensor", "ratio"
+    )
+    for row in rows:
+        work = row.workload
+        ours = row.seconds(OURS).median
+        stock = row.seconds(row.baseline).median
+        table.add_row(
+            work.title,
+            _number(ours * 1e6),
+            f"{ours * 1e6 / work.n_tensors:.3f}",
+            f"{ours * 1e9 / work.numel:.2f}",
+            f"{stock * 1e6 / work.n_tensors:.2f} ({row.baseline})",
+            f"{row.ratio.median:.2f}x [{row.ratio.q1:.2f}, {row.ratio.q3:.2f}]",
+        )
+    return table
+
+
+def _footer(found: Results) -> list[str]:
+    lines = []
+    over_copy = [row.probe_over_copy.median for row in found.rows if row.probe_over_copy]
+    if over_copy:
+        lines.append(
+            f"probe: {min(over_copy):.2f} to {max(over_copy):.2f} of the bandwidth of "
+            f"torch.Tensor.copy_ in the same rounds (target 0.95: "
+            f"{'met' if min(over_copy) >= 0.95 else 'NOT met'})"
+        )
+    elsewhere = [row.cpu_elsewhere for row in found.rows if row.cpu_elsewhere is not None]
+    if elsewhere:
+        busy = any(row.was_busy for row in found.rows)
+        lines.append(
+            f"other processes took {min(elsewhere):.0%} to {max(elsewhere):.0%} of the CPU time"
+            + (": THE MACHINE WAS BUSY, these are no numbers to quote" if busy else "")
+        )
+    if found.memory:
+        lines.append(_memory_line(found.memory))
+    if found.fallbacks:
+        lines.append("FELL BACK to torch.optim, so these rows do not measure fused_optim:")
+        lines += [f"  {line}" for line in found.fallbacks]
+    return lines
+
+
+def _memory_line(memory: Memory) -> str:
+    growth = ", ".join(f"{name} {_mib(n)}" for name, n in memory.growth_nbytes.items())
+    met = "met" if memory.met else "NOT met"
+    return (
+        f"memory that one step adds at its peak, {memory.title}: {growth} "
+        f"(target {_mib(MEMORY_TARGET_NBYTES)}: {met})"
+    )
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.MARKDOWN)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _ms(seconds: Quartiles) -> str:
+    low, mid, high = (_number(value * 1e3) for value in (seconds.q1, seconds.median, seconds.q3))
+    return f"{mid} [{low}, {high}]"
+
+
+def _number(value: float) -> str:
+    """Three digits, never an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.1 else 4}f}"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"
+
+
+def _shorten(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,229 @@
+"""What the benchmark found out: the schema of `bench --json`."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_optim
+from fused_optim.cli.contestants import OURS
+from fused_optim.cli.timing import Quartiles, Samples, quartiles, round_times
+from fused_optim.cli.workloads import PARITY, Target, Workload
+
+SCHEMA = 1
+# Fewer rounds have no quartiles to speak of: no verdict then.
+MIN_ROUNDS_TO_JUDGE = 4
+# Of 2 cores, a fifth of one: more than a system idles with, less than any job takes. Beside other
+# jobs threads wait for each other at random (a ratio of 12 where it is 1): no verdict either.
+BUSY_ELSEWHERE = 0.1
+# One byte per hundred parameters of the smaller model measured (54 M). The kernel counts resident
+# pages in batches of up to 64 per thread, so that a step that allocates nothing may show 0.5 MiB.
+MEMORY_TARGET_NBYTES = 2**19
+
+
+@dataclass
+class Row:
+    """One workload, measured.
+
+    baseline: contestant that `ratio` compares with: the fastest of torch.optim's variants, or
+        ourselves on grads of matching layout.
+    samples_s: contestant -> round -> pass -> seconds per step.
+    ratio_samples: baseline time / our time, per round.
+    nbytes: bytes that a step has to read and write.
+    probe_part: our bandwidth / the probe's, None where a step is not bound by memory.
+    probe_over_copy: the probe's bandwidth / that of torch.Tensor.copy_.
+    not_measured: peer -> why it is not among the samples.
+    backends: backend -> tensors stepped by it in our last step.
+    fallbacks: why tensors were left to torch.optim; has to be empty.
+    cpu_elsewhere: part of the machine's CPU time that other processes took meanwhile, None where
+        the system does not tell.
+    """
+
+    workload: Workload
+    baseline: str
+    samples_s: Samples
+    ratio_samples: list[float]
+    nbytes: int
+    probe_part: Quartiles | None
+    probe_over_copy: Quartiles | None
+    not_measured: dict[str, str]
+    backends: dict[str, int]
+    fallbacks: list[str]
+    cpu_elsewhere: float | None = None
+
+    def seconds(self, contestant: str) -> Quartiles:
+        return quartiles(round_times(self.samples_s[contestant]))
+
+    @property
+    def ratio(self) -> Quartiles:
+        return quartiles(self.ratio_samples)
+
+    @property
+    def n_rounds(self) -> int:
+        return len(self.ratio_samples)
+
+    @property
+    def was_busy(self) -> bool:
+        return self.cpu_elsewhere is not None and self.cpu_elsewhere > BUSY_ELSEWHERE
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target was reached; None without target or without a sound measurement."""
+        if self.was_busy or self.n_rounds < MIN_ROUNDS_TO_JUDGE:
+            return None
+        return is_met(self.workload.target, self.ratio, self.probe_part)
+
+    def as_dict(self) -> dict[str, Any]:
+        work = self.workload
+        return {
+            "name": work.name,
+            "title": work.title,
+            "optimizer": work.optimizer,
+            "options": work.options,
+            "dtype": str(work.dtype).removeprefix("torch."),
+            "grad_layout": work.layout,
+            "cold": work.cold,
+            "n_tensors": work.n_tensors,
+            "numel": work.numel,
+            "target": dataclasses.asdict(work.target),
+            "met": self.met,
+            "baseline": self.baseline,
+            "ratio": dataclasses.asdict(self.ratio),
+            "ratio_samples": self.ratio_samples,
+            "seconds": {
+                name: dataclasses.asdict(self.seconds(name)) for name in sorted(self.samples_s)
+            },
+            "samples_s": self.samples_s,
+            "bytes_per_step": self.nbytes,
+            "probe_part": self.probe_part and dataclasses.asdict(self.probe_part),
+            "probe_over_copy": self.probe_over_copy and dataclasses.asdict(self.probe_over_copy),
+            "not_measured": self.not_measured,
+            "backends": self.backends,
+            "fallbacks": self.fallbacks,
+            "cpu_elsewhere": self.cpu_elsewhere,
+        }
+
+
+def is_met(target: Target, ratio: Quartiles, probe_part: Quartiles | None) -> bool | None:
+    """Whether a row reaches its target; None if it has none."""
+    if target.ratio is None:
+        return None
+    fast_enough = ratio.q1 >= PARITY if target.ratio == 1.0 else ratio.median >= target.ratio
+    if target.probe is None or probe_part is None:
+        return fast_enough
+    return fast_enough and probe_part.median >= target.probe
+
+
+@dataclass
+class Memory:
+    """Peak growth of the process during a step after the first, in bytes, per contestant."""
+
+    title: str
+    numel: int
+    growth_nbytes: dict[str, int]
+    fallbacks: list[str]
+
+    @property
+    def met(self) -> bool:
+        return self.growth_nbytes[OURS] <= MEMORY_TARGET_NBYTES
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"met": self.met}
+
+
+@dataclass
+class Results:
+    """A run of the benchmark.
+
+    about: machine, versions and settings.
+    interrupted: whether Ctrl-C ended it; rows are those finished by then.
+    """
+
+    about: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    memory: Memory | None = None
+    interrupted: bool = False
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """One line per row in which a tensor fell back to torch.optim."""
+        found = [(row.workload.name, row.fallbacks) for row in self.rows]
+        if self.memory:
+            found.append(("memory", self.memory.fallbacks))
+        return [f"{name}: {'; '.join(reasons)}" for name, reasons in found if reasons]
+
+    def save(self, path: Path) -> None:
+        """Write everything, the samples too, as JSON."""
+        data = {
+            "schema": SCHEMA,
+            **self.about,
+            "interrupted": self.interrupted,
+            "rows": [row.as_dict() for row in self.rows],
+            "memory": self.memory and self.memory.as_dict(),
+        }
+        path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def about(*, quick: bool) -> dict[str, Any]:
+    """Machine, versions and settings, for a reader of the numbers."""
+    config = fused_optim.config()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": usable,
+            "threads": torch.get_num_threads(),
+            "os": platform.platform(),
+        },
+        "versions": {
+            "fused_optim": config["version"],
+            "isa": config["isa"],
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "settings": {"quick": quick},
+    }
+
+
+class CpuElsewhere:
+    """The part of the machine's CPU time that other processes take, from its making on."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._begin_busy_s = self._busy_s()
+
+    def part(self) -> float | None:
+        """From 0 to 1; None where the system does not tell."""
+        busy_s = self._busy_s()
+        if busy_s is None or self._begin_busy_s is None:
+            return None
+        available_s = (time.monotonic() - self._begin) * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (busy_s - self._begin_busy_s) / available_s))
+
+    @staticmethod
+    def _busy_s() -> float | None:
+        """CPU seconds of all processes but this one since the system started; see proc(5)."""
+        try:
+            fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,159 @@
+"""The timing core: alternates callables and compares them round by round. Knows no optimizer."""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Step = Callable[[], object]
+# Per contestant, per round: seconds per step of each pass.
+Samples = dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to measure.
+
+    A round visits all contestants n_passes times, in a new order each time. A visit is a burst of
+    steps that takes at least burst_s. A contestant's time in the round is the median of its visits:
+    several short visits spread over the round see the same disturbances as those of the others,
+    where one long visit would meet them alone.
+
+    Measuring ends with the first round that is beyond budget_s and at least the min_rounds-th, but
+    never goes on after limit_s or max_rounds.
+    """
+
+    budget_s: float
+    limit_s: float
+    min_rounds: int
+    max_rounds: int
+    n_passes: int
+    n_screening_rounds: int
+    burst_s: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Lower quartile, median and upper quartile."""
+
+    q1: float
+    median: float
+    q3: float
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Quartiles with linear interpolation between neighbours (numpy's default).
+
+    Args:
+        values: at least one number.
+    """
+    ordered = sorted(values)
+
+    def at(fraction: float) -> float:
+        position = fraction * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return Quartiles(at(0.25), at(0.5), at(0.75))
+
+
+def round_times(passes: Sequence[Sequence[float]]) -> list[float]:
+    """One time per round, in seconds: the median over the round's passes."""
+    return [quartiles(one_round).median for one_round in passes]
+
+
+def paired_ratios(
+    numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[float]]
+) -> list[float]:
+    """Ratio of times in each round in which both were measured.
+
+    Both begin with the first round; the one that was dropped early has fewer rounds.
+    """
+    pairs = zip(round_times(numerator), round_times(denominator), strict=False)
+    return [above / below for above, below in pairs]
+
+
+def alternate(
+    steps: Mapping[str, Step],
+    schedule: Schedule,
+    *,
+    before: Step | None = None,
+    drop: Callable[[dict[str, float]], set[str]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[float], object] = lambda part_done: None,
+) -> Samples:
+    """Time every callable in alternation.
+
+    Args:
+        steps: name -> one step; called once unmeasured first.
+        before: run unmeasured before each single step, for example to flush caches.
+        drop: given each median in seconds after the screening rounds, names those to leave out from
+            then on; their samples so far are kept.
+        clock: seconds, monotonic.
+        on_round: told the part done, from 0 to 1, after each round.
+    """
+    order = random.Random(0)
+    gc_was_enabled = gc.isenabled()
+    gc.collect()
+    # As in timeit: a collection would hit whoever happens to run, for garbage of all.
+    gc.disable()
+    try:
+        for step in steps.values():
+            step()
+        n_steps = {name: _burst_length(step, schedule, clock) for name, step in steps.items()}
+        samples: Samples = {name: [] for name in steps}
+        names = list(steps)
+        begin = clock()
+        n_rounds = 0
+        while True:
+            for name in names:
+                samples[name].append([])
+            for _ in range(schedule.n_passes):
+                order.shuffle(names)
+                for name in names:
+                    seconds = _burst(steps[name], n_steps[name], before, clock)
+                    samples[name][-1].append(seconds)
+            n_rounds += 1
+            elapsed = clock() - begin
+            part_done = min(elapsed / schedule.budget_s, n_rounds / schedule.min_rounds)
+            on_round(min(1.0, max(part_done, n_rounds / schedule.max_rounds)))
+            if n_rounds >= schedule.max_rounds or elapsed >= schedule.limit_s:
+                return samples
+            if n_rounds >= schedule.min_rounds and elapsed >= schedule.budget_s:
+                return samples
+            if drop is not None and n_rounds == schedule.n_screening_rounds:
+                medians = {n: quartiles(round_times(samples[n])).median for n in names}
+                dropped = drop(medians)
+                names = [name for name in names if name not in dropped]
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+
+
+def _burst_length(step: Step, schedule: Schedule, clock: Callable[[], float]) -> int:
+    """Number of steps that take burst_s; doubles until the clock's resolution is no matter."""
+    n_steps = 1
+    while True:
+        seconds = _burst(step, n_steps, None, clock)
+        if n_steps * seconds >= schedule.burst_s / 4:
+            return max(1, math.ceil(schedule.burst_s / seconds))
+        n_steps *= 2
+
+
+def _burst(step: Step, n_steps: int, before: Step | None, clock: Callable[[], float]) -> float:
+    """Seconds per step."""
+    if before is None:
+        begin = clock()
+        for _ in range(n_steps):
+            step()
+        return (clock() - begin) / n_steps
+    total = 0.0
+    for _ in range(n_steps):
+        before()
+        begin = clock()
+        step()
+        total += clock() - begin
+    return total / n_steps

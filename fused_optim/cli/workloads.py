@@ -1,0 +1,167 @@
+"""What the benchmark measures: model shapes, one row per workload, and each row's target."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+Shapes = list[tuple[int, ...]]
+
+GPT2_BLOCKS = 12
+# Two blocks and the embeddings are 54 M parameters: still far beyond any cache.
+GPT2_BLOCKS_QUICK = 2
+
+
+def gpt2_small(n_blocks: int = GPT2_BLOCKS) -> Shapes:
+    """GPT-2 small with tied output embedding: 148 tensors, 124,439,808 parameters at 12 blocks."""
+    width = 768
+    block: Shapes = [
+        (width,), (width,),  # ln_1
+        (width, 3 * width), (3 * width,),  # attn.c_attn
+        (width, width), (width,),  # attn.c_proj
+        (width,), (width,),  # ln_2
+        (width, 4 * width), (4 * width,),  # mlp.c_fc
+        (4 * width, width), (width,),  # mlp.c_proj
+    ]  # fmt: skip
+    return [(50257, width), (1024, width)] + block * n_blocks + [(width,), (width,)]
+
+
+def resnet50() -> Shapes:
+    """torchvision's ResNet-50: 161 tensors, 25,557,032 parameters."""
+
+    def conv_bn(c_in: int, c_out: int, size: int) -> Shapes:
+        return [(c_out, c_in, size, size), (c_out,), (c_out,)]
+
+    shapes = conv_bn(3, 64, 7)
+    c_in = 64
+    for width, n_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(n_blocks):
+            shapes += conv_bn(c_in, width, 1) + conv_bn(width, width, 3)
+            shapes += conv_bn(width, 4 * width, 1)
+            if block == 0:  # the shortcut changes the number of channels once per stage
+                shapes += conv_bn(c_in, 4 * width, 1)
+            c_in = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row has to reach; None where nothing is asked.
+
+    ratio: at least this, of baseline time / our time. At 1.0 the lower quartile of the paired
+        ratios has to reach PARITY, otherwise their median has to reach `ratio`.
+    probe: at least this part of the bandwidth of a plain pass over the same traffic.
+    """
+
+    ratio: float | None = None
+    probe: float | None = None
+
+
+# "No slower": two runs of the very same code differ by about this much on a quiet machine.
+PARITY = 0.97
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table.
+
+    layout: strides of the grads, "matching" the params', "transposed" or "channels_last". In the
+        last two the baseline is our own time on matching grads, not torch.optim's.
+    cold: whether caches are flushed, unmeasured, before each step.
+    """
+
+    name: str
+    title: str
+    optimizer: str
+    shapes: Shapes
+    target: Target = Target()
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    layout: str = "matching"
+    cold: bool = False
+
+    @property
+    def n_tensors(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a step is bound by memory: 10 M parameters are 160 MB of AdamW streams."""
+        return self.numel >= 10_000_000
+
+
+LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
+SMALL_NUMEL = 256
+# The name of the pseudo row that measures memory instead of time.
+MEMORY = "memory"
+
+
+def table(quick: bool) -> list[Workload]:
+    """All rows in the order in which they are measured and printed.
+
+    Args:
+        quick: take GPT-2 with fewer blocks, and say so in the titles.
+    """
+    n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
+    gpt2 = gpt2_small(n_blocks)
+    gpt2_title = f"GPT-2 ({n_blocks}/{GPT2_BLOCKS} blocks)" if quick else "GPT-2 small"
+    small: Shapes = [(SMALL_NUMEL,)] * 2_000
+    bus_bound = Target(ratio=1.0, probe=0.95)
+    no_fused = Target(ratio=3.0)
+    misfit = Target(ratio=1 / 1.5)
+
+    def gpt2_row(name: str, what: str, optimizer: str, target: Target, **kwargs: Any) -> Workload:
+        return Workload(f"gpt2-{name}", f"{what}, {gpt2_title}", optimizer, gpt2, target, **kwargs)
+
+    momentum = {"momentum": 0.9}
+    rows = [
+        gpt2_row("adamw", "AdamW", "AdamW", bus_bound),
+        Workload("resnet50-adamw", "AdamW, ResNet-50", "AdamW", resnet50(), Target(1.1)),
+        gpt2_row("sgd", "SGD momentum", "SGD", bus_bound, options=momentum),
+        gpt2_row("adagrad", "Adagrad", "Adagrad", bus_bound),
+        gpt2_row("rmsprop", "RMSprop", "RMSprop", no_fused),
+        gpt2_row("rmsprop-momentum", "RMSprop momentum", "RMSprop", no_fused, options=momentum),
+        gpt2_row(
+            "rmsprop-centered", "RMSprop centered", "RMSprop", no_fused, options={"centered": True}
+        ),
+        Workload(
+            "small-cold", "AdamW, 2,000 x 256, cold", "AdamW", small, Target(8.0), cold=True
+        ),
+        Workload("small-warm", "AdamW, 2,000 x 256, warm", "AdamW", small, Target(5.0)),
+        Workload("tiny", "AdamW, 10 x 10", "AdamW", [(10,)] * 10, Target(4.0)),
+        gpt2_row("bf16", "AdamW bf16", "AdamW", Target(1.0), dtype=torch.bfloat16),
+        gpt2_row("fp16", "AdamW fp16", "AdamW", Target(1.2), dtype=torch.float16),
+        gpt2_row("transposed", "AdamW, transposed grads", "AdamW", misfit, layout="transposed"),
+        Workload(
+            "resnet50-channels-last", "AdamW, channels_last grads, ResNet-50", "AdamW",
+            resnet50(), misfit, layout="channels_last",
+        ),
+    ]  # fmt: skip
+    rows += [
+        Workload(f"linear-{n}", f"AdamW, {n:,} x {SMALL_NUMEL}", "AdamW", [(SMALL_NUMEL,)] * n)
+        for n in LINEAR_N_TENSORS
+    ]
+    rows.append(Workload(MEMORY, f"AdamW, {gpt2_title}, memory", "AdamW", gpt2))
+    return rows
+
+
+def select(patterns: Sequence[str] | None, *, quick: bool) -> list[Workload]:
+    """The rows whose name matches one of the shell patterns; all rows without patterns.
+
+    Raises:
+        ValueError: a pattern matches no row.
+    """
+    rows = table(quick)
+    if patterns is None:
+        return rows
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
+            names = ", ".join(row.name for row in rows)
+            raise ValueError(f"--only {pattern!r} matches no row; there are: {names}")
+    return [row for row in rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]

@@ -1,0 +1,183 @@
+"""FusedOptimizer owns step(): closure, kernels, stock for what no kernel serves."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from fused_optim import backends
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One tensor that torch.optim's own code stepped: ``param_groups[group]["params"][index]``."""
+
+    group: int
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the latest step did.
+
+    Attributes:
+        tensors: backend ("cpu" or "stock") -> number of tensors that it stepped, if any.
+        fallbacks: the tensors that no kernel could serve, with the reason.
+    """
+
+    tensors: dict[str, int]
+    fallbacks: list[Fallback]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Steps on kernels what they can serve, and the rest with the stock class's own code.
+
+    A subclass also inherits from the torch.optim class of the same name, which gives it constructor,
+    validation, state schema and the stock step, and names its rule.
+    """
+
+    _rule: ClassVar[str]  # key of _C.rules()
+    _stock: ClassVar[type[torch.optim.Optimizer]]
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the latest :meth:`step` did; None before the first."""
+        outcome = self.__dict__.get("_last_step")
+        if outcome is None:
+            return None
+        n_kernel, fallbacks = outcome[0], outcome[1] or []
+        counts = {"cpu": n_kernel, "stock": len(fallbacks)}
+        return StepReport(
+            {backend: count for backend, count in counts.items() if count},
+            [Fallback(*fallback) for fallback in fallbacks],
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Stock loses this when pickled. The constructor's argument decides, not a group's flag: that
+        # may have arrived with a checkpoint.
+        if "_step_supports_amp_scaling" not in self.__dict__ and self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a grad or state does not fit its param (shape, device, dtype), or its
+                memory was freed. Nothing has been written then.
+            ValueError: a param group's lr is negative or NaN. Nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        kernels = backends.cpu_kernels()
+        if kernels is None:
+            self._step_all_with_stock()
+            return loss
+        # Taken out for the time of the step: two threads never share a plan.
+        plan = self.__dict__.pop("_plan", None) or kernels.Plan(self._rule)
+        grad_scale = getattr(self, "grad_scale", None)
+        self._last_step = plan.step(
+            self.param_groups,
+            self.state,
+            self._create_state,
+            self._step_with_stock,
+            torch.get_num_threads(),
+            0.0 if grad_scale is None else grad_scale.item(),
+        )
+        self._plan = plan
+        return loss
+
+    # Compiled code calls step() as it is: tracing into it would only find an opaque extension.
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The first states of one param: stock's own code makes them, beside self.state."""
+        beside = SimpleNamespace(state=defaultdict(dict), defaults=self.defaults)
+        init_group = self._stock._init_group  # type: ignore[attr-defined]
+        n_lists = len(inspect.signature(init_group).parameters) - 2
+        with torch.no_grad():
+            init_group(
+                beside,
+                {**group, "params": [param], "foreach": False, "fused": False},
+                *([] for _ in range(n_lists)),
+            )
+        return beside.state[param]
+
+    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
+        """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
+        return None
+
+    def _step_all_with_stock(self) -> None:
+        fallbacks = [
+            (g, i, "no kernels in use")
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        self._step_with_stock(fallbacks)
+        self._last_step = (0, fallbacks)
+
+    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]]) -> None:
+        """Run the stock, non-fused step for these (group, index, reason) alone."""
+        if backends.forced() == "cpu":
+            g, i, reason = fallbacks[0]
+            raise RuntimeError(
+                f"FUSED_OPTIM_BACKEND=cpu, but param {i} of group {g} needs stock: {reason}"
+            )
+        chosen: dict[int, list[Tensor]] = {}
+        for g, i, _ in fallbacks:
+            group = self.param_groups[g]
+            param = group["params"][i]
+            refusal = self._refuse_sparse(group)
+            if refusal is not None and param.grad.is_sparse:
+                raise RuntimeError(refusal)
+            chosen.setdefault(g, []).append(param)
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            with torch.no_grad():
+                for params in chosen.values():
+                    for param in params:
+                        param.grad.div_(grad_scale)  # type: ignore[union-attr]
+
+        whole = self.param_groups
+        scaling = {
+            k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__
+        }
+        self.param_groups = [
+            {**whole[g], "params": params, "foreach": False, "fused": False}
+            for g, params in chosen.items()
+        ]
+        try:
+            step = self._stock.step
+            # Stock's step may be wrapped by the profiler hook, which would fire all hooks again.
+            if getattr(step, "hooked", False):
+                step = step.__wrapped__  # type: ignore[attr-defined]
+            step(self)
+        finally:
+            self.param_groups = whole
+            self.__dict__.update(scaling)

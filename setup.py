@@ -1,0 +1,49 @@
+"""Builds fused_optim._C. Everything else about the package stands in pyproject.toml."""
+
+import os
+import platform
+import sys
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+SOURCES = [
+    "csrc/module.cpp",
+    "csrc/gather.cpp",
+    "csrc/layout.cpp",
+    "csrc/parallel.cpp",
+    "csrc/dispatch.cpp",
+    "csrc/isa/baseline.cpp",
+]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    SOURCES += ["csrc/isa/avx2.cpp", "csrc/isa/avx512.cpp"]
+
+# -ffp-contract=off: every instruction set gives the same bits. -fno-math-errno and
+# -fno-trapping-math: without them, sqrt and guarded divisions stay scalar. -fno-unswitch-loops: GCC 12
+# unswitches the tile loops into ones that it then does not vectorise.
+COMPILE_ARGS = [
+    os.environ.get("FUSED_OPTIM_BUILD_OPT", "-O3"),  # -O1 where sanitizers make the compiler slow
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-unswitch-loops",
+    "-Wall",
+    "-Wextra",
+]
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+ParallelCompile().install()
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "fused_optim._C",
+            SOURCES,
+            depends=["csrc"],
+            cxx_std=17,
+            extra_compile_args=[] if sys.platform == "win32" else COMPILE_ARGS + OPENMP,
+            extra_link_args=OPENMP,
+            # Without a compiler the installation still succeeds: the stock path serves everything.
+            optional=True,
+        )
+    ]
+)

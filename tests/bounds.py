@@ -1,0 +1,341 @@
+"""How far a correct implementation may lie from exact arithmetic: running error analysis.
+
+Each number carries a bound on the error of what a machine computes in its place (Wilkinson; Higham,
+"Accuracy and Stability of Numerical Algorithms", section 3.3). An operation propagates the errors
+of its operands and adds the one rounding it makes itself, half an eps of its result. So nothing is
+tuned: the roundings are counted by running torch.optim's own sequence of operations.
+
+In the form |ours - stock| <= k * eps * A, where A takes the absolute value of every term: each
+result met on the way is at most the A of its term, so the bound here is that one with every term at
+its own size. k counts roundings of half an eps; those of one step, with the one that brings each
+hyperparameter to the compute type:
+
+    state                                        param, on top of the states it reads
+    momentum_buffer   3 (+3 with weight decay)   SGD 3, nesterov 3 more
+    exp_avg, grad_avg 4 (+3)                     Adam 9, decoupled weight decay 2 more
+    square averages   4 (+6: grad is squared)    RMSprop 7, centered 2 more through the variance
+    sum               2 (+6)                     Adagrad 7
+
+Both implementations obey the bound, so they lie within the sum of their bounds of each other. A fused
+multiply-add or a shorter sequence of operations only leaves roundings out.
+
+The square root is where a relative view breaks: in centered RMSprop the variance is a difference.
+Its error is carried through the root by |sqrt(x') - sqrt(x)| = |x' - x| / (sqrt(x') + sqrt(x));
+where the interval round the variance reaches 0, the bound is infinite and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, order=True)
+class Rounding:
+    """Rounding to nearest changes x by at most max(unit * |x|, tiny)."""
+
+    unit: float
+    tiny: float
+
+    @staticmethod
+    def to(dtype: torch.dtype) -> Rounding:
+        info = torch.finfo(dtype)
+        return Rounding(info.eps / 2, info.tiny * info.eps / 2)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """An exact value, the error bound of its computed twin, and how operations on it round."""
+
+    value: Array
+    error: Array
+    rounding: Rounding
+
+    def __neg__(self) -> Bounded:
+        return Bounded(-self.value, self.error, self.rounding)
+
+    def __add__(self, other: Bounded | float) -> Bounded:
+        other = self._lift(other)
+        return self._result(other, self.value + other.value, self.error + other.error)
+
+    def __sub__(self, other: Bounded | float) -> Bounded:
+        return self + -self._lift(other)
+
+    def __rsub__(self, other: float) -> Bounded:
+        return self._lift(other) - self
+
+    def __mul__(self, other: Bounded | float) -> Bounded:
+        other = self._lift(other)
+        error = (
+            np.abs(self.value) * other.error
+            + np.abs(other.value) * self.error
+            + self.error * other.error
+        )
+        return self._result(other, self.value * other.value, error)
+
+    def __truediv__(self, other: Bounded | float) -> Bounded:
+        other = self._lift(other)
+        nearest_zero = np.abs(other.value) - other.error
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = self.value / other.value
+            error = (self.error + np.abs(value) * other.error) / nearest_zero
+        return self._result(other, value, np.where(nearest_zero > 0, error, np.inf))
+
+    def sqrt(self) -> Bounded:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = np.sqrt(self.value)
+            error = self.error / (value + np.sqrt(self.value - self.error))
+        error = np.where(self.value > self.error, error, np.inf)
+        return self._result(self, value, error)
+
+    def maximum(self, other: Bounded) -> Bounded:
+        """No rounding: the result is one of the two."""
+        return Bounded(
+            np.maximum(self.value, other.value),
+            np.maximum(self.error, other.error),
+            self.rounding,
+        )
+
+    def rounded(self, by: Rounding, then: Rounding | None = None) -> Bounded:
+        """Rounded once, and operated on with `then` (as before if None) from here."""
+        extra = np.maximum(by.unit * (np.abs(self.value) + self.error), by.tiny)
+        return Bounded(self.value, self.error + extra, then or self.rounding)
+
+    def _lift(self, other: Bounded | float) -> Bounded:
+        return other if isinstance(other, Bounded) else exact(other, self.rounding)
+
+    def _result(self, other: Bounded, value: Array, error: Array) -> Bounded:
+        rounding = max(self.rounding, other.rounding)
+        return Bounded(value, error, rounding).rounded(rounding)
+
+
+def exact(value: ArrayLike, rounding: Rounding) -> Bounded:
+    value = np.asarray(value, dtype=np.float64)
+    return Bounded(value, np.zeros_like(value), rounding)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an implementation rounds.
+
+    A step computes in `compute` and keeps params and state in `storage`. torch.optim's for-loop
+    also writes every intermediate tensor to storage (`stores_every_result`); a kernel keeps it in a
+    register. `scalar` rounds the arithmetic on lr, which is a float32 tensor in some cases.
+    """
+
+    compute: Rounding
+    storage: Rounding
+    scalar: Rounding
+    stores_every_result: bool
+
+    @staticmethod
+    def of(dtype: torch.dtype, tensor_dtype: torch.dtype, stores_every_result: bool) -> Machine:
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return Machine(
+            Rounding.to(compute),
+            Rounding.to(dtype),
+            Rounding.to(tensor_dtype),
+            # Storing a number in the type it was computed in is no rounding.
+            stores_every_result and dtype != compute,
+        )
+
+    def stored(self, values: ArrayLike) -> Bounded:
+        """Values as they lie in storage: exact, whatever has happened before."""
+        return exact(values, self.compute)
+
+    def number(self, value: float) -> Bounded:
+        """A hyperparameter that is a Python float."""
+        return exact(value, Rounding.to(torch.float64))
+
+    def lr(self, value: float) -> Bounded:
+        return exact(value, self.scalar)
+
+    def hyper(self, number: Bounded) -> Bounded:
+        """A finished number as the element loop receives it."""
+        return number.rounded(self.compute, then=self.compute)
+
+    def result(self, value: Bounded) -> Bounded:
+        """The end of one tensor operation of torch.optim's for-loop."""
+        return value.rounded(self.storage) if self.stores_every_result else value
+
+    def store(self, value: Bounded) -> Bounded:
+        """A param or a state, written back."""
+        return value if self.storage == self.compute else value.rounded(self.storage)
+
+    def add(self, term: Bounded, scale: Bounded, other: Bounded) -> Bounded:
+        """torch.add(term, other, alpha=scale): in 16 bits it also rounds alpha and the product."""
+        scale = self.result(self.hyper(scale))
+        return term + self.result(scale * other)
+
+    def root_plus_eps(self, variance: Bounded, correction: Bounded | None, eps: float) -> Bounded:
+        """sqrt(variance) / correction + eps, as three tensor operations."""
+        denom = self.result(variance.sqrt())
+        if correction is not None:
+            denom = self.result(denom / self.hyper(correction))
+        return self.result(denom + self.result(self.hyper(self.number(eps))))
+
+    def lerp(self, start: Bounded, end: Bounded, weight: float) -> Bounded:
+        """torch.lerp: measured from the nearer end."""
+        if weight < 0.5:
+            return start + self.hyper(self.number(weight)) * (end - start)
+        return end - (1.0 - self.hyper(self.number(weight))) * (end - start)
+
+    def bias_correction(self, beta: float, step: int) -> Bounded:
+        """1 - beta^step in double; a power by multiplication makes at most `step` roundings."""
+        double = Rounding.to(torch.float64)
+        power = beta**step
+        return 1 - Bounded(np.asarray(power), np.asarray(step * double.unit * power), double)
+
+
+State = dict[str, Bounded]
+
+
+def sgd(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    after = {}
+    if momentum != 0:
+        if "momentum_buffer" in state:
+            decayed = on.result(state["momentum_buffer"] * on.hyper(on.number(momentum)))
+            buffer = on.store(on.add(decayed, on.number(1 - dampening), grad))
+        else:
+            buffer = on.store(grad)
+        after["momentum_buffer"] = buffer
+        grad = on.result(on.add(grad, on.number(momentum), buffer)) if nesterov else buffer
+    return on.store(on.add(param, -on.lr(lr), grad)), after
+
+
+def adagrad(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    lr_decay: float,
+    eps: float,
+    weight_decay: float,
+    initial_accumulator_value: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    before = state.get("sum", on.stored(initial_accumulator_value))
+    total = on.store(before + grad * grad)
+    decayed_lr = on.hyper(on.lr(lr) / (on.number(step - 1) * lr_decay + 1.0))
+    denom = on.root_plus_eps(total, None, eps)
+    return on.store(param - decayed_lr * grad / denom), {"sum": total}
+
+
+def rmsprop(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    zero = on.stored(0.0)
+    square_avg = _decayed_square(on, state.get("square_avg", zero), grad, alpha)
+    after = {"square_avg": square_avg}
+    variance = square_avg
+    if centered:
+        after["grad_avg"] = on.store(on.lerp(state.get("grad_avg", zero), grad, 1 - alpha))
+        variance = on.result(square_avg - after["grad_avg"] * after["grad_avg"])
+    denom = on.root_plus_eps(variance, None, eps)
+    if momentum > 0:
+        decayed = state.get("momentum_buffer", zero) * on.hyper(on.number(momentum))
+        after["momentum_buffer"] = on.store(on.result(decayed) + grad / denom)
+        return on.store(on.add(param, -on.lr(lr), after["momentum_buffer"])), after
+    return on.store(param - on.hyper(on.lr(lr)) * grad / denom), after
+
+
+def adam(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    beta1, beta2 = betas
+    if decoupled_weight_decay:
+        grad = -grad if maximize else grad
+        if weight_decay != 0:
+            decay = 1.0 - on.lr(lr) * weight_decay
+            param = on.result(param * on.hyper(decay))
+    else:
+        grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    zero = on.stored(0.0)
+    exp_avg = on.store(on.lerp(state.get("exp_avg", zero), grad, 1 - beta1))
+    exp_avg_sq = _decayed_square(on, state.get("exp_avg_sq", zero), grad, beta2)
+    after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if amsgrad:
+        after["max_exp_avg_sq"] = state.get("max_exp_avg_sq", zero).maximum(exp_avg_sq)
+    second_moment = after.get("max_exp_avg_sq", exp_avg_sq)
+    denom = on.root_plus_eps(second_moment, on.bias_correction(beta2, step).sqrt(), eps)
+    step_size = on.hyper(on.lr(lr) / on.bias_correction(beta1, step))
+    return on.store(param - step_size * exp_avg / denom), after
+
+
+def _effective_grad(
+    on: Machine, param: Bounded, grad: Bounded, maximize: bool, weight_decay: float
+) -> Bounded:
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        grad = on.result(on.add(grad, on.number(weight_decay), param))
+    return grad
+
+
+def _decayed_square(on: Machine, average: Bounded, grad: Bounded, decay: float) -> Bounded:
+    """average.mul_(decay).addcmul_(grad, grad, value=1 - decay)"""
+    decayed = on.result(average * on.hyper(on.number(decay)))
+    return on.store(decayed + on.hyper(on.number(1 - decay)) * grad * grad)
+
+
+RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
+    "SGD": sgd,
+    "Adagrad": adagrad,
+    "RMSprop": rmsprop,
+    "Adam": adam,
+    "AdamW": adam,
+}

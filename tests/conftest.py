@@ -1,0 +1,48 @@
+"""Skips are printed, and one whose reason is not in ALLOWED_SKIPS fails the run."""
+
+import pytest
+import torch
+
+# A reason is allowed when it starts with one of these: what a machine lacks, never what the code lacks.
+ALLOWED_SKIPS = (
+    "needs 8 GiB of available memory",
+    "needs another ISA",
+    "needs a second CPU",
+    "needs fork",
+)
+
+_skips: list[tuple[str, str]] = []
+
+
+def _note(report: pytest.CollectReport | pytest.TestReport) -> None:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skips.append((report.nodeid, reason.removeprefix("Skipped: ")))
+
+
+pytest_runtest_logreport = _note
+pytest_collectreport = _note
+
+
+def _unplanned() -> list[tuple[str, str]]:
+    return [skip for skip in _skips if not skip[1].startswith(ALLOWED_SKIPS)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unplanned() and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for nodeid, reason in _skips:
+        terminalreporter.line(f"skipped: {nodeid}: {reason}")
+    for nodeid, reason in _unplanned():
+        terminalreporter.line(f"skipped for a reason not in ALLOWED_SKIPS: {nodeid}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

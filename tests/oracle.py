@@ -1,0 +1,145 @@
+"""The update rules in float64 numpy, read off the papers, for clarity alone.
+
+Each function takes one parameter's values, one grad, the state before the step (a dict of arrays,
+empty before the first step) and the number of this step, counted from 1; it returns the parameter
+and the state after the step. Nothing is modified in place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+State = dict[str, Array]
+
+
+def sgd(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Sutskever et al. 2013, with the learning rate outside the buffer, as torch documents."""
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    if momentum == 0:
+        return param - lr * grad, {}
+    if "momentum_buffer" in state:
+        momentum_buffer = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+    else:
+        momentum_buffer = grad
+    direction = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    return param - lr * direction, {"momentum_buffer": momentum_buffer}
+
+
+def adagrad(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    lr_decay: float,
+    eps: float,
+    weight_decay: float,
+    initial_accumulator_value: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Duchi, Hazan, Singer 2011, diagonal form."""
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    total = state.get("sum", initial_accumulator_value) + grad**2
+    decayed_lr = lr / (1 + (step - 1) * lr_decay)
+    return param - decayed_lr * grad / (np.sqrt(total) + eps), {"sum": total}
+
+
+def rmsprop(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Hinton's lecture 6e (2012); centered, momentum as Graves 2013, eps outside the root."""
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    after = {"square_avg": alpha * state.get("square_avg", 0.0) + (1 - alpha) * grad**2}
+    variance = after["square_avg"]
+    if centered:
+        after["grad_avg"] = alpha * state.get("grad_avg", 0.0) + (1 - alpha) * grad
+        variance = variance - after["grad_avg"] ** 2
+    direction = grad / (np.sqrt(variance) + eps)
+    if momentum > 0:
+        direction = momentum * state.get("momentum_buffer", 0.0) + direction
+        after["momentum_buffer"] = direction
+    return param - lr * direction, after
+
+
+def adam(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Kingma, Ba 2015, algorithm 1; decoupled: Loshchilov, Hutter 2019, algorithm 2.
+
+    amsgrad: Reddi, Kale, Kumar 2018, with the bias corrected after the maximum, as torch does.
+    """
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    if decoupled_weight_decay:
+        param = param - lr * weight_decay * param
+    else:
+        grad = grad + weight_decay * param
+    after = {
+        "exp_avg": beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * grad,
+        "exp_avg_sq": beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad**2,
+    }
+    second_moment = after["exp_avg_sq"]
+    if amsgrad:
+        second_moment = np.maximum(state.get("max_exp_avg_sq", 0.0), second_moment)
+        after["max_exp_avg_sq"] = second_moment
+    exp_avg_hat = after["exp_avg"] / (1 - beta1**step)
+    second_moment_hat = second_moment / (1 - beta2**step)
+    return param - lr * exp_avg_hat / (np.sqrt(second_moment_hat) + eps), after
+
+
+ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
+    "SGD": sgd,
+    "Adagrad": adagrad,
+    "RMSprop": rmsprop,
+    "Adam": adam,
+    "AdamW": adam,
+}

@@ -1,0 +1,51 @@
+"""Cutting tensors into work: indices beyond 2**31, and every thread count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_optim
+from fused_optim import _C
+
+# A tensor whose element indices do not fit 32 bits, with a tail.
+HUGE = 2**31 + 17
+
+
+def _available_gib() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return kib / 2**20
+
+
+@pytest.mark.parametrize("numel", [0, 1, 16383, 16384, 16385, HUGE, 2**33 + 1])
+def test_chunks_cover_every_element_once(numel: int) -> None:
+    end = 0
+    for begin, stop in _C.chunks(numel):
+        assert begin == end
+        assert begin % 64 == 0
+        assert begin < stop
+        end = stop
+    assert end == numel
+
+
+@pytest.mark.skipif(_available_gib() < 8, reason="needs 8 GiB of available memory")
+@pytest.mark.parametrize("strided", [False, True])
+def test_more_than_2_to_the_31_elements(strided: bool) -> None:
+    param = torch.nn.Parameter(torch.zeros(HUGE, dtype=torch.bfloat16))
+    if strided:
+        param.grad = torch.full((1,), -1.0, dtype=torch.bfloat16).expand(HUGE)
+    else:
+        # Zeros of fresh memory are never touched but by reading, so this costs no second 4 GiB.
+        param.grad = torch.zeros(HUGE, dtype=torch.bfloat16)
+        for index in (0, 2**31 - 1, 2**31, HUGE - 1):
+            param.grad[index] = -1.0
+    opt = fused_optim.SGD([param], lr=0.5)
+    opt.step()
+    assert opt.last_step.tensors == {"cpu": 1}
+    with torch.no_grad():
+        assert param[[0, 2**31 - 1, 2**31, HUGE - 1]].tolist() == [0.5] * 4
+        if strided:
+            assert param[:: 2**16 + 1].unique().tolist() == [0.5]
+        else:
+            assert param[[1, 2**31 - 2, 2**31 + 1, HUGE - 2]].tolist() == [0.0] * 4

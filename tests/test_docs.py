@@ -1,0 +1,19 @@
+"""The examples in docstrings run as written."""
+
+import doctest
+
+import pytest
+import torch
+
+import fused_optim
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+def test_docstring_example(name: str) -> None:
+    names = {"torch": torch, "fused_optim": fused_optim}
+    found = doctest.DocTestFinder(recurse=False).find(getattr(fused_optim, name), globs=names)
+    runner = doctest.DocTestRunner()
+    for example in found:
+        runner.run(example)
+    assert runner.tries >= 4
+    assert runner.failures == 0

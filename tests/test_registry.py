@@ -1,0 +1,87 @@
+"""Table, classes, kernels and torch.optim list the same optimizers, options and states."""
+
+import inspect
+
+import pytest
+import torch
+from cases import CASES, VARIANTS, Case
+
+import fused_optim
+from fused_optim import _C
+
+RULES = _C.rules()
+every_optimizer = pytest.mark.parametrize("name", VARIANTS)
+
+# Choose an implementation, not the arithmetic.
+IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
+# Part of the arithmetic, but of no rule: the sign is put on the grad as it is loaded, and the
+# accumulator's first value is written when its state is created.
+OUTSIDE_THE_RULE = {"maximize", "initial_accumulator_value"}
+
+
+def cases_of(name: str) -> list[Case]:
+    return [case for case in CASES if case.optimizer == name]
+
+
+def fused_class(name: str) -> type:
+    return getattr(fused_optim, name)
+
+
+def test_table_package_and_kernels_list_the_same_optimizers() -> None:
+    exported = (getattr(fused_optim, name) for name in fused_optim.__all__)
+    classes = {
+        item.__name__
+        for item in exported
+        if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)
+    }
+    assert classes - {"FusedOptimizer"} == VARIANTS.keys()
+    assert {fused_class(name)._rule for name in VARIANTS} == RULES.keys()
+
+
+@every_optimizer
+def test_class_is_the_stock_class_with_another_step(name: str) -> None:
+    ours, stock = fused_class(name), getattr(torch.optim, name)
+    assert issubclass(ours, stock) and ours.__name__ == stock.__name__
+    assert inspect.signature(ours) == inspect.signature(stock)
+    assert ours.step is not stock.step
+    assert issubclass(stock, ours._stock)
+
+
+@every_optimizer
+def test_options_of_the_rule_are_those_of_the_group(name: str) -> None:
+    group = cases_of(name)[0].stock([torch.zeros(1)]).param_groups[0]
+    flattened = set()
+    for key in group.keys() - IMPLEMENTATION - OUTSIDE_THE_RULE:
+        if isinstance(group[key], tuple):
+            flattened |= {f"{key}.{i}" for i in range(len(group[key]))}
+        else:
+            flattened.add(key)
+    options = RULES[fused_class(name)._rule]["options"]
+    assert len(options) == len(set(options))
+    assert set(options) == flattened
+
+
+@every_optimizer
+def test_states_of_the_rule_are_those_stock_creates(name: str) -> None:
+    created = set()
+    for case in cases_of(name):
+        param = torch.zeros(3)
+        param.grad = torch.ones(3)
+        optimizer = case.stock([param])
+        optimizer.step()
+        created |= optimizer.state[param].keys()
+    states = RULES[fused_class(name)._rule]["states"]
+    assert len(states) == len(set(states))
+    assert set(states) == created - {"step"}
+
+
+@every_optimizer
+def test_table_has_every_option(name: str) -> None:
+    constructor = inspect.signature(getattr(torch.optim, name)).parameters
+    tried = {key for case in cases_of(name) for key, _ in case.options}
+    assert constructor.keys() - IMPLEMENTATION - tried == {"lr"} - tried
+    assert any("lr" in case.tensor_options for case in cases_of(name))
+
+
+def test_case_names_are_unique() -> None:
+    assert len({case.id for case in CASES}) == len(CASES)
