@@ -714,9 +714,10 @@ void Plan::commit(PyObject* state, int num_threads) {
     PyList_SET_ITEM(params, static_cast<Py_ssize_t>(t), params_[t]);
   }
   Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, params)));
+  std::vector<PyObject*> entries;  // of `state`, for the new states
   for (const Pending& fresh : pending_) {
-    PyObject* states = hold(check(PyObject_GetItem(state, fresh.param)));
-    if (PyDict_Update(states, fresh.states) != 0) throw PythonError();
+    entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
+    if (!PyDict_Check(entries.back())) raise(PyExc_TypeError, "a param's state must be a dict");
   }
   for (const StepWrite& step : steps_) {
     if (step.dtype == F32)
@@ -727,6 +728,10 @@ void Plan::commit(PyObject* state, int num_threads) {
   Py_BEGIN_ALLOW_THREADS
   run(tasks_, layouts_, num_threads);
   Py_END_ALLOW_THREADS
+  // Only now: another thread must not read a state that is not yet written. The keys are strings, so
+  // no Python code runs here, and Ctrl-C waits.
+  for (size_t i = 0; i < entries.size(); i++)
+    if (PyDict_Update(entries[i], pending_[i].states) != 0) throw PythonError();
 }
 
 }  // namespace fused_optim
