@@ -28,8 +28,10 @@ class Layout {
                   int64_t begin, int64_t end) const;
 
  private:
-  static constexpr int BLOCK = 16384, PADDING = 16;  // elements
-  static constexpr int BUFFER = BLOCK + BLOCK / 64 * PADDING;  // rows are padded from 64 columns on
+  // Elements. A block has about BLOCK of them, at most 16 * MAX_COLS, and rows are padded from 64
+  // columns on.
+  static constexpr int64_t BLOCK = 32768, MAX_COLS = 4096, PADDING = 16;
+  static constexpr int64_t BUFFER = 16 * MAX_COLS + BLOCK / 64 * PADDING;
 
   struct Dim {
     int64_t size;
