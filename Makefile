@@ -29,15 +29,18 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
 
-# The tests of memory and surgery, for a rule without and one with a step, on kernels built with AddressSanitizer and UBSan. The package is
-# copied beside them and comes first on the path. Leak detection is off: Python itself never frees all.
+# The tests of memory and surgery on kernels built with AddressSanitizer and UBSan. The package is copied
+# beside them and comes first on the path. Leak detection is off: Python itself never frees all.
 SANITIZED := build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+SANITIZER_ENV = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED)) \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
 	cp -r fused_optim/*.py fused_optim/cli $(SANITIZED)/fused_optim/
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q \
-	  tests/test_surgery.py tests/test_aliasing.py tests/test_grads.py -k 'SGD or AdamW'
+	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
+	  'import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__'
+	$(SANITIZER_ENV) $(BIN)/pytest -q \
+	  tests/test_surgery.py tests/test_aliasing.py tests/test_grads.py tests/test_bad_input.py

@@ -175,12 +175,6 @@ Dtype promote(Dtype a, Dtype b) {
   return a == F64 || b == F64 ? F64 : F32;
 }
 
-inline void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#endif
-}
-
 }  // namespace
 
 void bind_torch() {
@@ -318,9 +312,9 @@ void Plan::gather(PyObject* groups, PyObject* state, PyObject* create_state, dou
         const Hint& ahead = hints_[ordinal + 4];
         for (PyObject* object : ahead.objects) prefetch(object);
         for (const void* impl : ahead.impls) {
-          prefetch(static_cast<const char*>(impl) - 64);
+          prefetch(impl, -64);
           prefetch(impl);
-          prefetch(static_cast<const char*>(impl) + 64);
+          prefetch(impl, 64);
         }
         prefetch(ahead.step_data);
       }

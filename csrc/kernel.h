@@ -31,6 +31,13 @@ struct Slice {
 
 using Kernel = void (*)(const Slice&);
 
+// Asks for the cache line at `base + offset`, which need not be the address of anything.
+inline void prefetch(const void* base, int64_t offset = 0) {
+#if defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset));
+#endif
+}
+
 enum RuleId : int;
 constexpr int MAX_RULES = 8;
 

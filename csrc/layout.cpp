@@ -119,12 +119,6 @@ int64_t Layout::blocks_per(int64_t numel) const {
 
 namespace {
 
-inline void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#endif
-}
-
 // Copies a block between a strided tensor and a buffer with rows `row_length` apart. Lines of the tensor
 // that run across the buffer's are taken four at a time, so that the buffer's are written in runs.
 template <class Element, bool TO_BUFFER>

@@ -83,7 +83,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 or self._optimizer_step_post_hooks
             ):
                 return with_hooks(self, *args, **kwargs)
-            with label(f"Optimizer.step#{type(self).__name__}.step"):  # for observers of other kinds
+            with label(
+                f"Optimizer.step#{type(self).__name__}.step"
+            ):  # for observers of other kinds
                 return func(self, *args, **kwargs)
 
         return wrapper

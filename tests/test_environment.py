@@ -108,3 +108,23 @@ def test_isa_switch_in_process_refuses_unknown_names() -> None:
             _C.set_isa(name)
     assert _C.isa() == before
     assert torch.get_num_threads() >= 1
+
+
+def test_import_adds_under_50_ms_to_torchs() -> None:
+    program = """
+import time, torch
+begin = time.perf_counter()
+import fused_optim
+print(time.perf_counter() - begin)
+"""
+    # The fastest of a few: a busy machine says nothing about the package.
+    seconds = [float(python(program).stdout) for _ in range(3)]
+    assert min(seconds) < 0.05, seconds
+
+
+def test_import_loads_neither_triton_nor_the_benchmarks_packages() -> None:
+    program = (
+        "import torch, sys; before = set(sys.modules); import fused_optim; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    assert python(program).stdout.split() == ["fused_optim"]

@@ -165,7 +165,7 @@ print("both")
 @needs_fork
 @each_optimizer
 def test_forked_child_and_its_parent_go_on_stepping(case: Case) -> None:
-    done = python(FORK.format(optimizer=case.optimizer), timeout=90)
+    done = python(FORK.format(optimizer=case.optimizer), timeout=240)
     assert done.stdout.split() == ["both"], done.stderr
 
 
@@ -185,7 +185,7 @@ for _ in range(2):
     stepped(case, 1)
 os._exit(7)
 """
-    assert python(program, timeout=60).returncode == 7
+    assert python(program, timeout=240).returncode == 7
 
 
 def _step_in_child(case_id: str, queue: multiprocessing.Queue) -> None:
@@ -222,7 +222,7 @@ def test_multiprocessing_children(method: str, tmp_path) -> None:
     # spawn imports the main module again, so it has to be a file.
     main = tmp_path / "main_module.py"
     main.write_text(MULTIPROCESSING.format(method=method))
-    done = python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')", timeout=90)
+    done = python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')", timeout=240)
     assert done.stdout.strip() == "[0, 0]", done.stderr
 
 
@@ -251,7 +251,7 @@ print("loaded")
 
 @needs_fork
 def test_data_loader_workers_step() -> None:
-    done = python(DATA_LOADER, timeout=90)
+    done = python(DATA_LOADER, timeout=240)
     assert done.stdout.split() == ["loaded"], done.stderr
 
 
@@ -305,7 +305,7 @@ def counts_steps(case: Case) -> bool:
     "case", [case for case in FEW_CASES if counts_steps(case) and not case.options], ids=by_id
 )
 def test_ctrl_c_leaves_whole_steps(case: Case) -> None:
-    done = python(CTRL_C.format(case_id=case.id), timeout=120)
+    done = python(CTRL_C.format(case_id=case.id), timeout=240)
     assert done.stdout.split() == ["8"], done.stderr
 
 
