@@ -12,9 +12,15 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
+from torch._C._autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_optim import backends
+
+try:
+    from torch._C._profiler import _RecordFunctionFast
+except ImportError:
+    _RecordFunctionFast = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,23 @@ class StepReport:
 
     tensors: dict[str, int]
     fallbacks: list[Fallback]
+
+
+def _left_to_the_interpreter(function: Any) -> Any:
+    """Keep torch.compile out of it: tracing would only find an opaque extension, and warn.
+
+    Does what torch.compiler.disable does, without its import time and its cost per call.
+    """
+    function._torchdynamo_disable = True
+    try:  # private, so that a release without it only loses the silence
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):
+        pass
+    return function
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -69,16 +92,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         Its profiler label costs 4 us even while nobody listens: more than a small model's step.
         """
         with_hooks = torch.optim.Optimizer.profile_hook_step(func)
-        label = getattr(torch._C._profiler, "_RecordFunctionFast", None)
-        if label is None:
+        if _RecordFunctionFast is None:
             return with_hooks
+        label = _RecordFunctionFast
 
         @functools.wraps(func)
         def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
             if (
-                torch.autograd._profiler_enabled()
-                or torch_optimizer._global_optimizer_pre_hooks
-                or torch_optimizer._global_optimizer_post_hooks
+                _profiler_enabled()
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
                 or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
             ):
@@ -88,7 +111,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ):  # for observers of other kinds
                 return func(self, *args, **kwargs)
 
-        return wrapper
+        return _left_to_the_interpreter(wrapper)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -142,8 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
         return loss
 
-    # Compiled code calls step() as it is: tracing into it would only find an opaque extension.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+    _left_to_the_interpreter(step)
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The first states of one param: stock's own code makes them, beside self.state."""

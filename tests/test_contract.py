@@ -10,7 +10,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, run_both
+from twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, python, run_both
 
 import fused_optim
 
@@ -394,3 +394,41 @@ def test_inside_inference_mode_and_no_grad(case: Case) -> None:
             run.step(1)
 
     run_both(case, program)
+
+
+COMPILED = """
+import sys, warnings
+import torch
+import fused_optim
+warnings.simplefilter("error")
+
+def trained(module, name, compiled):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    opt = getattr(module, name)(model.parameters(), lr=1e-2)
+    batch = torch.randn(4, 8)
+
+    def train():
+        opt.zero_grad()
+        model(batch).square().sum().backward()
+        opt.step()
+
+    if compiled:
+        train = torch.compile(train, backend="eager")
+    for _ in range(3):
+        train()
+    if module is fused_optim:
+        assert opt.last_step.tensors == {"cpu": 2}
+    return model.weight.detach()
+
+for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):
+    ours = trained(fused_optim, name, compiled=True)
+    assert torch.equal(ours, trained(fused_optim, name, compiled=False)), name
+    torch.testing.assert_close(ours, trained(torch.optim, name, compiled=False))
+print("same")
+"""
+
+
+def test_step_in_compiled_code_is_left_alone_without_a_warning() -> None:
+    done = python(COMPILED)
+    assert done.stdout.split() == ["same"], done.stderr
