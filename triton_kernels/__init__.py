@@ -1,0 +1,1 @@
+"""Triton kernels of fused_optim for GPUs. Imported when first needed, by fused_optim.backends."""

@@ -1,0 +1,190 @@
+"""Every update rule, simplest first: csrc/rules.h's, in the same order with the same names.
+
+A rule is arithmetic on one block of elements of one tensor; grad is already unscaled and, if
+maximizing, negated. It takes ``(param, grad, states, hypers, variant, OPTIONS)`` and returns
+``(param, states)``. OPTIONS are the bits of the variant that decide which states there are, known when
+the kernel is compiled (a state that there is not is any number and comes back as it was). The other
+choices are bits of `variant`, a number that is the same for a whole tensor: tensors with other options
+need no other kernel. (In ``BIT & OPTIONS`` the bit comes first because the interpreter, which hands
+over OPTIONS as a plain int, cannot take them the other way round.)
+
+Nothing here may round otherwise than the C++ does: no fused multiply-add, correctly rounded roots and
+quotients, the same order of operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+WEIGHT_DECAY = tl.constexpr(1)
+MOMENTUM = tl.constexpr(2)
+DECOUPLED = tl.constexpr(2)
+NESTEROV = tl.constexpr(4)
+CENTERED = tl.constexpr(4)
+AMSGRAD = tl.constexpr(4)
+FIRST_STEP = tl.constexpr(8)
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded; tl.sqrt_rn is for float32 alone, and tl.sqrt approximates there."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def divide(x, y):
+    """Correctly rounded; tl.div_rn is for float32 alone, and / approximates there."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """torch.lerp: measured from the nearer end, so that weight == 1 gives end."""
+    near_start = weight < 0.5
+    factor = tl.where(near_start, weight, weight - 1)
+    return tl.where(near_start, start, end) + factor * (end - start)
+
+
+@triton.jit
+def sgd(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+    """Sutskever et al. 2013, in torch.optim's form: the learning rate multiplies the buffer."""
+    momentum_buffer = states[0]
+    lr, momentum, dampening_comp, weight_decay = hypers
+    if variant & WEIGHT_DECAY:
+        grad = grad + weight_decay * param
+    if MOMENTUM & OPTIONS:
+        if variant & FIRST_STEP:
+            momentum_buffer = grad
+        else:
+            momentum_buffer = momentum * momentum_buffer + dampening_comp * grad
+        if variant & NESTEROV:
+            grad = grad + momentum * momentum_buffer
+        else:
+            grad = momentum_buffer
+    param = param - lr * grad
+    return param, (momentum_buffer,)
+
+
+@triton.jit
+def adagrad(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+    """Duchi, Hazan, Singer 2011, diagonal form."""
+    sum = states[0]
+    decayed_lr, eps, weight_decay = hypers
+    if variant & WEIGHT_DECAY:
+        grad = grad + weight_decay * param
+    sum = sum + grad * grad
+    param = param - divide(decayed_lr * grad, square_root(sum) + eps)
+    return param, (sum,)
+
+
+@triton.jit
+def rmsprop(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+    """Hinton's lecture 6e (2012); centered as in Graves 2013; eps is added after the square root."""
+    square_avg, momentum_buffer, grad_avg = states
+    lr, alpha, alpha_comp, eps, weight_decay, momentum = hypers
+    if variant & WEIGHT_DECAY:
+        grad = grad + weight_decay * param
+    square_avg = alpha * square_avg + alpha_comp * grad * grad
+    variance = square_avg
+    if CENTERED & OPTIONS:
+        grad_avg = lerp(grad_avg, grad, alpha_comp)
+        variance = square_avg - grad_avg * grad_avg
+    denom = square_root(variance) + eps
+    if MOMENTUM & OPTIONS:
+        momentum_buffer = momentum * momentum_buffer + divide(grad, denom)
+        param = param - lr * momentum_buffer
+    else:
+        param = param - divide(lr * grad, denom)
+    return param, (square_avg, momentum_buffer, grad_avg)
+
+
+@triton.jit
+def adam(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+    """Kingma, Ba 2015, with the bias corrections folded into step_size and eps; DECOUPLED is AdamW.
+
+    Loshchilov, Hutter 2019, algorithm 2; amsgrad: Reddi, Kale, Kumar 2018.
+    """
+    exp_avg, exp_avg_sq, max_exp_avg_sq = states
+    step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay = hypers
+    if variant & DECOUPLED:
+        param = param * param_decay
+    elif variant & WEIGHT_DECAY:
+        grad = grad + weight_decay * param
+    exp_avg = lerp(exp_avg, grad, beta1_comp)
+    exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
+    second_moment = exp_avg_sq
+    if AMSGRAD & OPTIONS:
+        # torch.maximum: a NaN on either side stays.
+        keep = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
+        max_exp_avg_sq = tl.where(keep, max_exp_avg_sq, exp_avg_sq)
+        second_moment = max_exp_avg_sq
+    param = param - divide(step_size * exp_avg, square_root(second_moment) + eps_hat)
+    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the tables and the kernel have to know about a rule.
+
+    Attributes:
+        update: the function above.
+        hypers: names of the numbers that one element needs, in the order of `hypers`.
+        states: names of the states, in the order of `states`.
+        deciding: option -> bits of the states that there are only with it.
+    """
+
+    update: Callable[..., Any]
+    hypers: tuple[str, ...]
+    states: tuple[str, ...]
+    deciding: dict[int, int]
+
+    def states_with(self, options: int) -> list[bool]:
+        """Whether each state is there, given the deciding options."""
+        absent = 0
+        for option, states in self.deciding.items():
+            if not option & options:
+                absent |= states
+        return [not absent >> s & 1 for s in range(len(self.states))]
+
+
+# The registry: one entry per rule, here and nowhere else in this package; its prepare has the same name.
+RULES = {
+    "sgd": Rule(
+        sgd,
+        ("lr", "momentum", "dampening_comp", "weight_decay"),
+        ("momentum_buffer",),
+        {MOMENTUM.value: 0b1},
+    ),
+    "adagrad": Rule(adagrad, ("decayed_lr", "eps", "weight_decay"), ("sum",), {}),
+    "rmsprop": Rule(
+        rmsprop,
+        ("lr", "alpha", "alpha_comp", "eps", "weight_decay", "momentum"),
+        ("square_avg", "momentum_buffer", "grad_avg"),
+        {MOMENTUM.value: 0b10, CENTERED.value: 0b100},
+    ),
+    "adam": Rule(
+        adam,
+        (
+            "step_size",
+            "beta1_comp",
+            "beta2",
+            "beta2_comp",
+            "eps_hat",
+            "weight_decay",
+            "param_decay",
+        ),
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        {AMSGRAD.value: 0b100},
+    ),
+}

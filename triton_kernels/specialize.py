@@ -1,0 +1,92 @@
+"""What one compilation of `multi_tensor` is made for, and the numbers it is tuned with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+from . import prepare
+from .rules import RULES
+
+# Storage types that a kernel reads, by the name that torch gives them.
+DTYPES = {
+    "float32": tl.float32,
+    "float64": tl.float64,
+    "bfloat16": tl.bfloat16,
+    "float16": tl.float16,
+}
+# Tensors that one program of `prepare` takes: one per thread.
+PREPARE_BLOCK = 128
+# triton.compile's options for both kernels. Fusing a multiplication into an addition saves a rounding,
+# which the C++ kernels, whose bits these are to equal, do not save.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """The constants of one compilation of `multi_tensor`.
+
+    Attributes:
+        rule: key of RULES.
+        options: the deciding options, see rules.py.
+        dtypes: names of the storage types of param, grad and all states of the rule; None: there is no
+            such state.
+        interpreted: for Triton's interpreter.
+    """
+
+    rule: str
+    options: int
+    dtypes: tuple[str | None, ...]
+    interpreted: bool = False
+
+    def __post_init__(self) -> None:
+        there = RULES[self.rule].states_with(self.options)
+        assert [dtype is not None for dtype in self.dtypes] == [True, True, *there], self
+
+    @property
+    def compute(self) -> tl.dtype:
+        return tl.float64 if "float64" in self.dtypes else tl.float32
+
+    @property
+    def chunk(self) -> int:
+        """Elements that one program takes."""
+        return 65536 if self.interpreted else 2048
+
+    @property
+    def num_warps(self) -> int:
+        return 4
+
+    @property
+    def block(self) -> int:
+        """Elements in flight: 4 per thread whatever the dtypes, so that no layout is converted.
+
+        Compiled for sm_90 that takes 32 to 60 registers in float32; 16 per thread take 124 to 168, and
+        32 spill. The interpreter pays per block, not per element.
+        """
+        return 16384 if self.interpreted else 4 * 32 * self.num_warps
+
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments of `multi_tensor`, in the order of its signature."""
+        rule = RULES[self.rule]
+        return {
+            "RULE": rule.update,
+            "OPTIONS": self.options,
+            "N_HYPERS": len(rule.hypers),
+            "DTYPES": tuple(dtype and DTYPES[dtype] for dtype in self.dtypes),
+            "COMPUTE": self.compute,
+            "CHUNK": self.chunk,
+            "BLOCK": self.block,
+            "INTERPRETED": self.interpreted,
+        }
+
+
+def prepare_constants(rule: str, n_options: int) -> dict[str, Any]:
+    """The constexpr arguments of `prepare.prepare`, in the order of its signature."""
+    return {
+        "PREPARE": getattr(prepare, rule),
+        "N_OPTIONS": n_options,
+        "N_HYPERS": len(RULES[rule].hypers),
+        "BLOCK": PREPARE_BLOCK,
+    }
