@@ -9,7 +9,10 @@ from setuptools import setup
 
 SOURCES = [
     "csrc/module.cpp",
+    "csrc/plan.cpp",
     "csrc/gather.cpp",
+    "csrc/view.cpp",
+    "csrc/batch.cpp",
     "csrc/layout.cpp",
     "csrc/parallel.cpp",
     "csrc/dispatch.cpp",

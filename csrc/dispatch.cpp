@@ -16,6 +16,9 @@ RuleInfo describe() {
   static_assert(Rule::VARIANTS <= MAX_VARIANTS, "raise MAX_VARIANTS");
   static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
                 "raise MAX_HYPERS");
+  static_assert(sizeof(typename Rule::template Hypers<double>) ==
+                    sizeof(Rule::hyper_names) / sizeof(char*) * sizeof(double),
+                "one name per hyper");
   static_assert(sizeof(typename Rule::Options) ==
                     sizeof(Rule::option_names) / sizeof(char*) * sizeof(double),
                 "one name per option");
@@ -25,13 +28,19 @@ RuleInfo describe() {
     return options;
   };
   static const auto to_options = options_of;
+  unsigned deciding = 0;
+  for (unsigned bit = 1; bit < MAX_VARIANTS; bit <<= 1)
+    for (unsigned variant = 0; variant < MAX_VARIANTS; variant++)
+      if (Rule::states(variant) != Rule::states(variant ^ bit)) deciding |= bit;
   return {Rule::name,
           {std::begin(Rule::option_names), std::end(Rule::option_names)},
           {std::begin(Rule::state_names), std::end(Rule::state_names)},
+          {std::begin(Rule::hyper_names), std::end(Rule::hyper_names)},
           Rule::has_step,
           Rule::FIRST_STEP,
           [](const double* options) { return Rule::variant(to_options(options)); },
           [](unsigned variant) { return Rule::states(variant); },
+          deciding,
           [](unsigned variant) { return Rule::lerped_states(variant); },
           [](unsigned variant) { return Rule::decays_grad(variant); },
           [](const double* options, double step, double* hypers) {

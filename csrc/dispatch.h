@@ -14,10 +14,12 @@ struct RuleInfo {
   const char* name;
   std::vector<const char*> option_names;
   std::vector<const char*> state_names;
+  std::vector<const char*> hyper_names;
   bool has_step;
   unsigned first_step_variant;  // added to the variant of a tensor whose states do not exist yet
   unsigned (*variant)(const double* options);
   unsigned (*states)(unsigned variant);         // bit i: state i is used
+  unsigned deciding;  // the bits of the variant that `states` depends on
   unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
   bool (*decays_grad)(unsigned variant);        // grad + weight_decay * param comes first
   void (*prepare)(const double* options, double step, double* hypers);

@@ -9,7 +9,7 @@ namespace fused_optim::dlpack {
 constexpr uint32_t MAJOR_VERSION = 1;
 constexpr const char* CAPSULE_NAME = "dlpack_exchange_api";
 
-enum DeviceType : int32_t { CPU = 1, CUDA_HOST = 3, ROCM_HOST = 11 };
+enum DeviceType : int32_t { CPU = 1, CUDA = 2, CUDA_HOST = 3, ROCM = 10, ROCM_HOST = 11 };
 enum TypeCode : uint8_t { FLOAT = 2, BFLOAT = 4, COMPLEX = 5 };
 
 struct Tensor {

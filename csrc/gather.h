@@ -1,24 +1,37 @@
-// Python objects -> plain descriptors, in one walk over param_groups and state. With module.cpp the
-// only user of the CPython API, and the only user of DLPack.
+// Python objects -> plain descriptors, in one walk over param_groups and state. With view.cpp and
+// module.cpp the only user of the CPython API, and the only user of DLPack.
 #pragma once
 
 #include <Python.h>
 
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "batch.h"
 #include "dispatch.h"
-#include "dlpack.h"
+#include "overlap.h"
 #include "parallel.h"
+#include "view.h"
 
 namespace fused_optim {
 
-// A Python exception is set.
-struct PythonError {};
-
-// What is needed of torch, looked up once. Raises PythonError.
-void bind_torch();
+// How a step goes on beside the groups and the state. Borrowed references.
+struct StepContext {
+  PyObject* create_state;  // (param, group) -> dict of a tensor's first states, not yet in `state`
+  PyObject* run_stock;     // (list of (group index, param index, reason)) -> None; if there are any
+  // What serves tensors on devices (fused_optim.triton_kernels.launch.Launcher), or None; and the
+  // DLPack device types that it serves, as bits.
+  PyObject* launcher;
+  unsigned device_types;
+  int num_threads;
+  double grad_scale;     // divides the grads, which are written back; 0: none that the host knows
+  bool scale_on_device;  // there is one, but the host does not know it
+  bool skip_on_device;   // whether the step is skipped is not known to the host
+  PyObject* resolve;     // () -> the grad scale (0: none), or None if the step is skipped
+  bool writes_grads() const { return grad_scale != 0 || scale_on_device; }
+};
 
 // One optimizer's step. Between two steps it keeps memory to work in and hints where to look first;
 // hints are compared, never dereferenced, so that nothing of the last step is trusted.
@@ -31,14 +44,9 @@ class Plan {
 
   // Validates everything, calls run_stock(fallbacks) for the tensors no kernel serves, then runs the
   // kernels, which cannot fail. Raises PythonError before anything is written.
-  //   groups        optimizer.param_groups
-  //   state         optimizer.state
-  //   create_state  (param, group) -> dict of a tensor's first states, not yet in `state`
-  //   run_stock     (list of (group index, param index, reason)) -> None; called only if there are any
-  //   grad_scale    divides the grads, which are written back; 0: none
-  // Returns (number of tensors the kernels stepped, fallbacks or None), a new reference.
-  PyObject* step(PyObject* groups, PyObject* state, PyObject* create_state, PyObject* run_stock,
-               int num_threads, double grad_scale);
+  // Returns (tensors stepped on the CPU, tensors stepped on devices, fallbacks or None), a new
+  // reference.
+  PyObject* step(PyObject* groups, PyObject* state, const StepContext& context);
 
  private:
   // Where a param's state was found, and what it consisted of.
@@ -53,40 +61,61 @@ class Plan {
   struct StepWrite {
     void* data;
     Dtype dtype;
-    double value;
+    double value;  // after the step
+    bool on_device;  // there it is prepare that reads and advances it
   };
   struct Pending {  // states to be inserted when the step can no longer fail; both references owned
     PyObject* param;
     PyObject* states;
   };
-  struct Range {  // memory of one tensor of a task
-    const char *begin, *end;
+  struct MovedStep {  // a step that has to live on the device from now on; held
+    PyObject* states;
+    PyObject* step;
     size_t task;
   };
   struct Origin {
     int64_t group, index;
   };
+  struct DeviceTask {
+    BatchKey key;
+    Row row;
+    int64_t step, waiting;  // addresses, see Batch::add
+    PyObject* tensors[MAX_STREAMS];  // held
+  };
   struct Group {
     PyObject* dict;
     int64_t index;
     const char* stock_reason;  // the whole group goes to stock; null: no
+    bool capturable, fused;
     double options[MAX_HYPERS];
+    // Options that are tensors on `option_device`: 0 where the number is known.
+    int64_t option_addresses[MAX_HYPERS];
+    PyObject* option_tensors[MAX_HYPERS];
+    Device option_device;
+    bool has_addresses, numbers_known;
     double grad_sign;
     unsigned variant;
     double prepared_step;  // what `hypers` were prepared for; -1: none yet
-    unsigned prepared_variant;
     int64_t hypers;  // index of the group's latest entry of hypers_
   };
 
-  void gather(PyObject* groups, PyObject* state, PyObject* create_state, double grad_scale);
-  void read_group(Group& group);
+  void gather(PyObject* groups, PyObject* state, const StepContext& context);
+  void read_group(Group& group, const StepContext& context);
+  void read_option(Group& group, size_t option, PyObject* value, const StepContext& context);
+  void know_options(Group& group);
+  void check_lr(const Group& group);
   void gather_param(Group& group, int64_t index, PyObject* param, PyObject* state,
-                    PyObject* create_state, double grad_scale, Hint& hint);
+                    const StepContext& context, Hint& hint);
   PyObject* find_state(PyObject* state, PyObject* param, Hint& hint);
-  bool read_step(PyObject* step, const char*& reason, Hint& hint, StepWrite& write);
+  bool read_step(PyObject* step, const View& param, const char*& reason, Hint& hint,
+                 StepWrite& write);
   void move_overlapping_to_stock(bool anew);
+  void move_to_stock(const std::vector<bool>& which, const char* reason);
   void fall_back(int64_t group, int64_t index, const char* reason);
-  void commit(PyObject* state, int num_threads);
+  void stage(const StepContext& context);
+  PyObject* batch_tasks();
+  bool resolve(const StepContext& context);
+  void commit(PyObject* state, const StepContext& context);
   void release();
   PyObject* hold(PyObject* owned);
 
@@ -98,10 +127,10 @@ class Plan {
   std::vector<Hint> hints_;
   bool hints_hold_;  // no pointer that is written through has changed since the last step
   Py_ssize_t cursor_;
+  bool any_waiting_;  // the launcher knows momentum that may not have started
   std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>> state_index_;
 
-  std::vector<Range> written_;  // by all tasks, sorted; holds while hints_hold_
-  std::vector<const char*> written_reach_;  // the largest end so far
+  Written written_;  // by all tasks; holds while hints_hold_
 
   std::vector<Task> tasks_;
   std::vector<Origin> origins_;  // of each task
@@ -109,10 +138,16 @@ class Plan {
   std::vector<Layout> layouts_;
   std::vector<double> hypers_;
   std::vector<StepWrite> steps_;  // of each task if the rule has a step
+  std::vector<DeviceTask> device_tasks_;
+  std::vector<std::shared_ptr<Batch>> batches_;  // of all steps so far
   std::vector<Pending> pending_;
   std::vector<int64_t> pending_task_;
+  std::vector<MovedStep> moved_steps_;
   std::vector<PyObject*> held_;
   PyObject* fallbacks_ = nullptr;
 };
+
+// A Python object that stands for the batch (module.cpp knows how). A new reference.
+PyObject* to_python(const std::shared_ptr<Batch>& batch);
 
 }  // namespace fused_optim

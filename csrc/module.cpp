@@ -13,14 +13,46 @@ py::dict describe_rules() {
   py::dict described;
   for (const RuleInfo& rule : rules()) {
     py::dict entry;
-    py::list options, states;
+    py::list options, states, hypers;
     for (const char* name : rule.option_names) options.append(name);
     for (const char* name : rule.state_names) states.append(name);
+    for (const char* name : rule.hyper_names) hypers.append(name);
     entry["options"] = options;
     entry["states"] = states;
+    entry["hypers"] = hypers;
+    entry["deciding"] = rule.deciding;
     described[rule.name] = entry;
   }
   return described;
+}
+
+// The hypers that the rule prepares, in double. For tests of the same arithmetic elsewhere.
+std::vector<double> prepare(const std::string& name, const std::vector<double>& options, double step) {
+  for (const RuleInfo& rule : rules()) {
+    if (name != rule.name) continue;
+    if (options.size() != rule.option_names.size())
+      throw std::invalid_argument(name + " has " + std::to_string(rule.option_names.size()) +
+                                  " options");
+    double hypers[MAX_HYPERS] = {};
+    rule.prepare(options.data(), step, hypers);
+    return {hypers, hypers + rule.hyper_names.size()};
+  }
+  throw std::invalid_argument("no rule is called '" + name + "'");
+}
+
+template <class T>
+void bind_table(py::module_& m, const char* name) {
+  py::class_<Table<T>>(m, name)
+      .def_property_readonly("version", &Table<T>::version)
+      .def_property_readonly("nbytes",
+                             [](const Table<T>& table) { return table.current().size() * sizeof(T); })
+      .def("tolist", [](const Table<T>& table) { return table.current(); })
+      .def("copy_to",
+           [](const Table<T>& table, uintptr_t address) {
+             std::memcpy(reinterpret_cast<void*>(address), table.current().data(),
+                         table.current().size() * sizeof(T));
+           },
+           py::arg("address"));
 }
 
 // One in-place pass over contiguous float32 CPU tensors of one length: the last is only read, the
@@ -48,6 +80,7 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
   task.written = task.streams & ~(1u << GRAD);
   task.kernel = current_isa().probe[n - 2];
   task.layout = -1;
+  task.device = -1;
   task.slice.hypers = &factor;
   task.slice.grad_sign = 1;
   py::gil_scoped_release no_gil;
@@ -55,6 +88,10 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
 }
 
 }  // namespace
+
+namespace fused_optim {
+PyObject* to_python(const std::shared_ptr<Batch>& batch) { return py::cast(batch).release().ptr(); }
+}  // namespace fused_optim
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fused_optim for CPUs.";
@@ -73,12 +110,36 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&>(), py::arg("rule"))
       .def("step",
            [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-              py::object run_stock, int num_threads, double grad_scale) {
+              py::object run_stock, py::object launcher, unsigned device_types, int num_threads,
+              double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve) {
+             const StepContext context = {create_state.ptr(), run_stock.ptr(), launcher.ptr(),
+                                          device_types,       num_threads,     grad_scale,
+                                          scale_on_device,    skip_on_device,  resolve.ptr()};
              return py::reinterpret_steal<py::object>(
-                 plan.step(groups.ptr(), state.ptr(), create_state.ptr(), run_stock.ptr(),
-                           num_threads, grad_scale));
+                 plan.step(groups.ptr(), state.ptr(), context));
            });
+  bind_table<int64_t>(m, "IntTable");
+  bind_table<double>(m, "FloatTable");
+  py::class_<Batch, std::shared_ptr<Batch>>(m, "Batch")
+      .def_property_readonly("key",
+                             [](const Batch& batch) {
+                               const BatchKey& key = batch.key;
+                               py::tuple dtypes(batch.n_streams());
+                               for (int s = 0; s < batch.n_streams(); s++)
+                                 dtypes[s] = key.dtypes[s] == N_DTYPES
+                                                 ? py::object(py::none())
+                                                 : py::str(name_of(key.dtypes[s]));
+                               return py::make_tuple(key.device.type, key.device.index, dtypes,
+                                                     key.options, key.prepared_on_device);
+                             })
+      .def_property_readonly("n_tensors", &Batch::n_tensors)
+      .def_readonly("numels", &Batch::numels)
+      .def_readonly("tensors", &Batch::tensors)
+      .def_readonly("steps", &Batch::steps)
+      .def_readonly("addresses", &Batch::addresses)
+      .def_readonly("numbers", &Batch::numbers);
   m.def("rules", &describe_rules);
+  m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("step"));
   m.def("isas", &available_isas);
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -18,9 +18,10 @@ struct Task {
   unsigned streams;  // bit s: stream s is read
   unsigned written;  // bit s: stream s is written
   bool known_grad;  // the grad lies where it lay in the last step
+  int device;  // index of the step's device tasks; -1: for the CPU
 };
 
-// Runs all tasks with at most `num_threads` threads; a tensor's bits depend on nothing but its own
+// Runs all tasks, none of them for a device, with at most `num_threads` threads; a tensor's bits depend on nothing but its own
 // values. Never throws.
 void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int num_threads);
 

@@ -3,7 +3,7 @@
 // first item of group["betas"]) and its states (keys of optimizer.state[param]), and has
 //   Options   what a param group says, as doubles in the order of option_names
 //   variant   the compile-time choices that these options make
-//   Hypers    the numbers one element needs, all of type T, in a fixed order
+//   Hypers    the numbers one element needs, all of type T, in the order of hyper_names
 //   prepare   Options and step -> Hypers, in double, once per tensor
 //   update    one element; grad is already unscaled and, if maximizing, negated
 //
@@ -35,6 +35,7 @@ struct SGD {
   static constexpr const char* option_names[] = {"lr", "momentum", "dampening", "weight_decay",
                                                  "nesterov"};
   static constexpr const char* state_names[] = {"momentum_buffer"};
+  static constexpr const char* hyper_names[] = {"lr", "momentum", "dampening_comp", "weight_decay"};
   static constexpr bool has_step = false;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, NESTEROV = 4, FIRST_STEP = 8, VARIANTS = 16 };
@@ -83,6 +84,7 @@ struct Adagrad {
   static constexpr const char* name = "adagrad";
   static constexpr const char* option_names[] = {"lr", "lr_decay", "eps", "weight_decay"};
   static constexpr const char* state_names[] = {"sum"};
+  static constexpr const char* hyper_names[] = {"decayed_lr", "eps", "weight_decay"};
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, FIRST_STEP = 0, VARIANTS = 2 };
@@ -119,6 +121,8 @@ struct RMSprop {
   static constexpr const char* option_names[] = {"lr",           "alpha",    "eps",
                                                  "weight_decay", "momentum", "centered"};
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
+  static constexpr const char* hyper_names[] = {"lr",  "alpha",        "alpha_comp",
+                                                "eps", "weight_decay", "momentum"};
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, FIRST_STEP = 0, VARIANTS = 8 };
@@ -175,6 +179,8 @@ struct Adam {
   static constexpr const char* option_names[] = {
       "lr", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"};
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr const char* hyper_names[] = {"step_size", "beta1_comp",   "beta2",      "beta2_comp",
+                                                "eps_hat",   "weight_decay", "param_decay"};
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, FIRST_STEP = 0, VARIANTS = 8 };

@@ -1,16 +1,20 @@
-"""Which backend serves a tensor. The only importer of ``_C``."""
+"""Which backend serves a tensor. The only importer of ``_C`` and, when a GPU is in use, Triton."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _BACKENDS = ("cpu", "triton", "stock")
+_DLPACK_CPU = 1
+_DLPACK_GPUS = 1 << 2 | 1 << 10  # CUDA, ROCm
 
 
 @functools.cache
@@ -26,8 +30,8 @@ def forced() -> str | None:
         return None
     if name not in _BACKENDS:
         raise ValueError(f"FUSED_OPTIM_BACKEND={name} is unknown; accepted: {', '.join(_BACKENDS)}")
-    if name == "triton":
-        raise RuntimeError("FUSED_OPTIM_BACKEND=triton: this version has no Triton kernels")
+    if name == "triton" and not isinstance(_load_triton(), ModuleType):
+        raise RuntimeError(f"FUSED_OPTIM_BACKEND=triton: no Triton kernels: {_load_triton()}")
     if name == "cpu" and not isinstance(_load_kernels(), ModuleType):
         raise RuntimeError(f"FUSED_OPTIM_BACKEND=cpu: no CPU kernels: {_load_kernels()}")
     return name
@@ -44,6 +48,66 @@ def _load_kernels() -> ModuleType | str:
     if isa:
         _C.set_isa(isa)
     return _C
+
+
+@functools.cache
+def _load_triton() -> ModuleType | str:
+    """The module that launches Triton kernels, or why there is none."""
+    try:
+        return importlib.import_module("fused_optim.triton_kernels.launch")
+    except ImportError as error:
+        return str(error)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter serves CPU tensors: FUSED_OPTIM_BACKEND=triton, TRITON_INTERPRET=1."""
+    if forced() != "triton":
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def device_types() -> int:
+    """The DLPack device types that Triton kernels serve in this process, as bits.
+
+    Triton is imported when the first GPU is in use.
+    """
+    if interpreted():
+        return 1 << _DLPACK_CPU
+    if not torch.cuda.is_initialized() or forced() in ("cpu", "stock"):
+        return 0
+    return _DLPACK_GPUS if isinstance(_load_triton(), ModuleType) else 0
+
+
+def launcher(rule: str) -> Any:
+    """The device side of a new optimizer; only where device_types() is not 0."""
+    module, kernels = _load_triton(), _load_kernels()
+    assert isinstance(module, ModuleType) and isinstance(kernels, ModuleType)
+    n_options = len(kernels.rules()[rule]["options"])
+    return module.Launcher(rule, n_options, interpreted())
+
+
+def host_knows(number: Tensor | None) -> bool:
+    """Whether reading this number does not wait for a device."""
+    return number is None or (number.device.type == "cpu" and not interpreted())
+
+
+@functools.cache
+def warn_of_device(device: str) -> None:
+    """Say once why tensors of this device are left to torch.optim."""
+    if forced() is not None:
+        return
+    loaded = _load_triton()
+    reason = (
+        f"Triton is not available: {loaded}" if isinstance(loaded, str) else "no kernel serves it"
+    )
+    warnings.warn(
+        f"fused_optim runs torch.optim's own code for tensors on {device}: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache
@@ -70,8 +134,7 @@ def config() -> dict[str, Any]:
         (path of the OpenMP runtime in use), torch, triton (None if not installed), devices, and
         backends (device -> the backend that serves it).
     """
-    import importlib.util
-    from importlib import metadata
+    from importlib import metadata, util
 
     from fused_optim import __version__
 
@@ -82,7 +145,7 @@ def config() -> dict[str, Any]:
     devices = ["cpu"]
     if accelerator is not None:
         devices += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    has_triton = importlib.util.find_spec("triton") is not None
+    has_triton = util.find_spec("triton") is not None
     return {
         "version": __version__,
         "cpu_kernels": loaded is not None,
@@ -94,11 +157,17 @@ def config() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": metadata.version("triton") if has_triton else None,
         "devices": devices,
-        "backends": {
-            device: "cpu" if device == "cpu" and loaded and forced() != "stock" else "stock"
-            for device in devices
-        },
+        "backends": {device: _backend_of(device) for device in devices},
     }
+
+
+def _backend_of(device: str) -> str:
+    if forced() == "stock" or not isinstance(_load_kernels(), ModuleType):
+        return "stock"
+    if device == "cpu":
+        return "triton" if interpreted() else "cpu"
+    served = device.startswith("cuda") and forced() != "cpu"
+    return "triton" if served and isinstance(_load_triton(), ModuleType) else "stock"
 
 
 def show_config() -> None:

@@ -23,6 +23,9 @@ except ImportError:
     _RecordFunctionFast = None
 
 
+_NO_DEVICE_KERNEL = "no kernel for this device"  # the gatherer's words
+
+
 @dataclass(frozen=True)
 class Fallback:
     """One tensor that torch.optim's own code stepped: ``param_groups[group]["params"][index]``."""
@@ -37,7 +40,7 @@ class StepReport:
     """What the latest step did.
 
     Attributes:
-        tensors: backend ("cpu" or "stock") -> number of tensors that it stepped, if any.
+        tensors: backend ("cpu", "triton" or "stock") -> number of tensors that it stepped, if any.
         fallbacks: the tensors that no kernel could serve, with the reason.
     """
 
@@ -78,8 +81,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         outcome = self.__dict__.get("_last_step")
         if outcome is None:
             return None
-        n_kernel, fallbacks = outcome[0], outcome[1] or []
-        counts = {"cpu": n_kernel, "stock": len(fallbacks)}
+        n_cpu, n_triton, fallbacks = outcome[0], outcome[1], outcome[2] or []
+        counts = {"cpu": n_cpu, "triton": n_triton, "stock": len(fallbacks)}
         return StepReport(
             {backend: count for backend, count in counts.items() if count},
             [Fallback(*fallback) for fallback in fallbacks],
@@ -140,42 +143,70 @@ class FusedOptimizer(torch.optim.Optimizer):
                 memory was freed. Nothing has been written then.
             ValueError: a param group's lr is negative or NaN. Nothing has been written then.
         """
+        self._check_graph_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        skip_on_device = not backends.host_knows(found_inf)
+        if found_inf is not None and not skip_on_device and found_inf.item():
             return loss
         kernels = backends.cpu_kernels()
         if kernels is None:
-            self._step_all_with_stock()
+            if found_inf is None or not found_inf.item():
+                self._step_all_with_stock()
             return loss
         # Taken out for the time of the step: two threads never share a plan.
-        plan = self.__dict__.pop("_plan", None) or kernels.Plan(self._rule)
-        grad_scale = getattr(self, "grad_scale", None)
+        plan, launcher = self.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
+        device_types = backends.device_types()
+        if device_types:
+            launcher = launcher or backends.launcher(self._rule)
+            launcher.begin(grad_scale, found_inf)
+        scale_on_device = not backends.host_knows(grad_scale)
         self._last_step = plan.step(
             self.param_groups,
             self.state,
             self._create_state,
             self._step_with_stock,
+            launcher,
+            device_types,
             torch.get_num_threads(),
-            0.0 if grad_scale is None else grad_scale.item(),
+            0.0 if grad_scale is None or scale_on_device else grad_scale.item(),
+            scale_on_device,
+            skip_on_device,
+            self._resolve_scaling,
         )
-        self._plan = plan
+        self._plan = plan, launcher
         return loss
 
     _left_to_the_interpreter(step)
+
+    def _check_graph_capture(self) -> None:
+        """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
+        if torch.cuda.is_initialized() and "capturable" in self.defaults:
+            name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
+            getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
+
+    def _resolve_scaling(self) -> float | None:
+        """The grad scale (0: none), or None if the step is skipped. Waits for the device."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return None
+        return 0.0 if grad_scale is None else float(grad_scale.item())
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The first states of one param: stock's own code makes them, beside self.state."""
         beside = SimpleNamespace(state=defaultdict(dict), defaults=self.defaults)
         init_group = self._stock._init_group  # type: ignore[attr-defined]
         n_lists = len(inspect.signature(init_group).parameters) - 2
+        # On a GPU, fused=True has step live there.
+        fused = bool(group.get("fused")) and param.device.type != "cpu"
         with torch.no_grad():
             init_group(
                 beside,
-                {**group, "params": [param], "foreach": False, "fused": False},
+                {**group, "params": [param], "foreach": False, "fused": fused},
                 *([] for _ in range(n_lists)),
             )
         return beside.state[param]
@@ -192,19 +223,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param.grad is not None
         ]
         self._step_with_stock(fallbacks)
-        self._last_step = (0, fallbacks)
+        self._last_step = (0, 0, fallbacks)
 
     def _step_with_stock(self, fallbacks: list[tuple[int, int, str]]) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""
-        if backends.forced() == "cpu":
+        if backends.forced() in ("cpu", "triton"):
             g, i, reason = fallbacks[0]
             raise RuntimeError(
-                f"FUSED_OPTIM_BACKEND=cpu, but param {i} of group {g} needs stock: {reason}"
+                f"FUSED_OPTIM_BACKEND={backends.forced()}, but param {i} of group {g} needs stock: "
+                f"{reason}"
             )
         chosen: dict[int, list[Tensor]] = {}
-        for g, i, _ in fallbacks:
+        for g, i, reason in fallbacks:
             group = self.param_groups[g]
             param = group["params"][i]
+            if reason == _NO_DEVICE_KERNEL:
+                backends.warn_of_device(str(param.device))
             refusal = self._refuse_sparse(group)
             if refusal is not None and param.grad.is_sparse:
                 raise RuntimeError(refusal)

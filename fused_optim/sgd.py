@@ -56,15 +56,39 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _stock = torch.optim.SGD
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """A momentum buffer as stock's clone of the weight-decayed grad lies in memory, unwritten."""
+        """A momentum buffer as stock's clone of the weight-decayed grad lies in memory.
+
+        The first step writes it. On a device, GradScaler may skip that without the host knowing;
+        zeros are what a checkpoint then shows at worst.
+        """
         grad = param.grad
         assert grad is not None
         if group["weight_decay"] == 0:
-            return {"momentum_buffer": torch.empty_like(grad, requires_grad=False)}
+            return {"momentum_buffer": torch.zeros_like(grad, requires_grad=False)}
         shapes = [
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
             for t in (grad, param)
         ]
         like = torch.empty_like(shapes[0].add(shapes[1]))
-        buffer = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        return {"momentum_buffer": buffer.to(param.device)}
+        buffer = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=param.device
+        )
+        return {"momentum_buffer": buffer.zero_()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; without the momentum of which GradScaler has skipped every step."""
+        self._forget_momentum_not_started()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._forget_momentum_not_started()
+        return super().__getstate__()
+
+    def _forget_momentum_not_started(self) -> None:
+        launcher = self.__dict__.get("_plan", (None, None))[1]
+        if launcher is None or not launcher.any_waiting:
+            return
+        for param, state in list(self.state.items()):
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and launcher.has_not_started(buffer):
+                del self.state[param]

@@ -77,7 +77,7 @@ def update_block(
             store(streams[s] + index, states[s - 2], mask, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def multi_tensor(
     tensors,
     chunks,

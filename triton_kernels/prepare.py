@@ -94,7 +94,7 @@ def store_number(address, value, mask):
     tl.store(wide, value, mask=there & is_wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
     steps, options, addresses, hypers, found_inf, n_tensors,
     PREPARE: tl.constexpr, N_OPTIONS: tl.constexpr, N_HYPERS: tl.constexpr, BLOCK: tl.constexpr,

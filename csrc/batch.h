@@ -1,0 +1,74 @@
+// The tables that a device's kernels read: one batch per launch, kept from step to step so that only
+// what has changed is uploaded. Their columns are described in triton_kernels/multi_tensor.py and
+// triton_kernels/prepare.py.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "view.h"
+
+namespace fused_optim {
+
+// What the tensors of one launch have in common.
+struct BatchKey {
+  Device device;
+  std::array<Dtype, MAX_STREAMS> dtypes;  // N_DTYPES: there is no such stream
+  unsigned options;                       // those that decide which states there are
+  bool prepared_on_device;                // the host does not know the step, or a hyperparameter
+  bool operator==(const BatchKey& other) const {
+    return device == other.device && dtypes == other.dtypes && options == other.options &&
+           prepared_on_device == other.prepared_on_device;
+  }
+};
+
+template <class T>
+class Table {
+ public:
+  void begin() { next_.clear(); }
+  void add(T value) { next_.push_back(value); }
+  void end() {
+    if (next_ == current_) return;
+    current_.swap(next_);
+    version_++;
+  }
+  const std::vector<T>& current() const { return current_; }
+  int64_t version() const { return version_; }  // another number for other contents
+
+ private:
+  std::vector<T> current_, next_;
+  int64_t version_ = 0;
+};
+
+// One row of a batch's numbers: hypers, or the options that a device makes them of.
+struct Row {
+  double values[MAX_HYPERS];
+  int64_t addresses[MAX_HYPERS];  // of options that are tensors on the device; 0: the value holds
+  unsigned variant;
+  double grad_sign, step;
+  bool operator==(const Row& other) const;
+};
+
+class Batch {
+ public:
+  Batch(const BatchKey& key, int n_states) : key(key), n_streams_(STATES + n_states) {}
+
+  void begin();
+  // One more tensor. step, waiting: addresses for prepare, lowest bit set for a float64, or 0.
+  void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting);
+  void end();
+  int n_streams() const { return n_streams_; }
+  int64_t n_tensors() const { return n_tensors_; }
+
+  const BatchKey key;
+  Table<int64_t> numels, tensors, steps, addresses;
+  Table<double> numbers;
+
+ private:
+  int n_streams_;
+  int64_t n_tensors_ = 0, n_rows_ = 0;
+  Row last_;
+};
+
+}  // namespace fused_optim

@@ -1,0 +1,291 @@
+// One step as a whole: what the gatherer found is checked for shared memory, handed to whom it
+// belongs, and committed.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "gather.h"
+
+namespace fused_optim {
+
+Plan::Plan(const std::string& rule)
+    : rule_([&]() -> const RuleInfo& {
+        for (const RuleInfo& info : rules())
+          if (rule == info.name) return info;
+        throw std::invalid_argument("no rule is called '" + rule + "'");
+      }()) {
+  rule_index_ = static_cast<int>(&rule_ - rules().data());
+  for (const char* name : rule_.option_names) {
+    const char* dot = std::strchr(name, '.');
+    const std::string key = dot ? std::string(name, dot) : name;
+    option_keys_.push_back(interned(key.c_str()));
+    option_items_.push_back(dot ? std::atoi(dot + 1) : -1);
+  }
+  for (const char* name : rule_.state_names) state_keys_.push_back(interned(name));
+}
+
+Plan::~Plan() {
+  release();
+  Py_XDECREF(fallbacks_);
+  for (PyObject* key : option_keys_) Py_DECREF(key);
+  for (PyObject* key : state_keys_) Py_DECREF(key);
+}
+
+PyObject* Plan::hold(PyObject* owned) {
+  held_.push_back(owned);
+  return owned;
+}
+
+void Plan::release() {
+  // Swapped out first: a destructor may run Python code.
+  std::vector<PyObject*> held;
+  std::vector<Pending> pending;
+  held.swap(held_);
+  pending.swap(pending_);
+  for (PyObject* object : held) Py_DECREF(object);
+  for (const Pending& states : pending) {
+    Py_DECREF(states.param);
+    Py_DECREF(states.states);
+  }
+  held.clear();
+  if (held_.empty()) held_.swap(held);  // keep the memory
+  tasks_.clear();
+  origins_.clear();
+  params_.clear();
+  layouts_.clear();
+  hypers_.clear();
+  steps_.clear();
+  device_tasks_.clear();
+  pending_task_.clear();
+  moved_steps_.clear();
+  state_index_.clear();
+}
+
+PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& context) {
+  struct Release {
+    Plan& plan;
+    ~Release() { plan.release(); }
+  } release_at_end{*this};
+  release();
+  Py_CLEAR(fallbacks_);
+  gather(groups, state, context);
+  if (!device_tasks_.empty()) {
+    stage(context);
+    PyObject* ready = hold(check(
+        PyObject_CallMethodOneArg(context.launcher, names.ready, hold(batch_tasks()))));
+    if (ready != Py_None) {  // why the kernels cannot run
+      std::vector<bool> moved;
+      for (const Task& task : tasks_) moved.push_back(task.device >= 0);
+      const char* reason = PyUnicode_AsUTF8(ready);
+      if (reason == nullptr) throw PythonError();
+      move_to_stock(moved, reason);
+      device_tasks_.clear();
+    }
+  }
+  if ((context.scale_on_device || context.skip_on_device) && !resolve(context))
+    return check(Py_BuildValue("(iiO)", 0, 0, Py_None));
+  if (fallbacks_ != nullptr) Py_DECREF(check(PyObject_CallOneArg(context.run_stock, fallbacks_)));
+  Py_ssize_t n_device = 0;
+  for (const Task& task : tasks_) n_device += task.device >= 0;
+  PyObject* fallbacks = fallbacks_ == nullptr ? Py_None : fallbacks_;
+  PyObject* outcome = hold(check(Py_BuildValue(
+      "(nnO)", static_cast<Py_ssize_t>(tasks_.size()) - n_device, n_device, fallbacks)));
+  commit(state, context);
+  Py_INCREF(outcome);
+  return outcome;
+}
+
+void Plan::fall_back(int64_t group, int64_t index, const char* reason) {
+  if (fallbacks_ == nullptr) fallbacks_ = check(PyList_New(0));
+  PyObject* entry = check(Py_BuildValue("(LLs)", static_cast<long long>(group),
+                                        static_cast<long long>(index), reason));
+  const int failed = PyList_Append(fallbacks_, entry);
+  Py_DECREF(entry);
+  if (failed) throw PythonError();
+}
+
+// Tensors that share memory must be stepped one after the other, as stock does, unless the shared memory
+// is only read (two params with one grad). What was compared in the last step and has not moved is not
+// compared again.
+void Plan::move_overlapping_to_stock(bool anew) {
+  const auto range_of = [&](size_t t, int s) {
+    const Task& task = tasks_[t];
+    const auto* data = static_cast<const char*>(task.slice.streams[s]);
+    const int64_t reach = task.layout >= 0 ? layouts_[task.layout].reach(s) : task.slice.numel;
+    return Range{data, data + reach * ITEMSIZE[task.slice.dtypes[s]], t};
+  };
+  std::vector<bool> overlaps;
+  const auto mark = [&](size_t task) {
+    overlaps.resize(tasks_.size());
+    overlaps[task] = true;
+  };
+  if (anew) {
+    written_.clear();
+    for (size_t t = 0; t < tasks_.size(); t++) {
+      if (rule_.has_step) {
+        const auto* data = static_cast<const char*>(steps_[t].data);
+        written_.add({data, data + ITEMSIZE[steps_[t].dtype], t});
+      }
+      for (int s = 0; s < MAX_STREAMS && tasks_[t].slice.numel > 0; s++)
+        if (tasks_[t].written >> s & 1) written_.add(range_of(t, s));
+    }
+    written_.sort(mark);
+  }
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    const Task& task = tasks_[t];
+    if ((task.known_grad && !anew) || (task.written >> GRAD & 1) || task.slice.numel == 0) continue;
+    written_.find(range_of(t, GRAD), mark);
+  }
+  if (overlaps.empty()) return;
+  move_to_stock(overlaps, "memory shared with another tensor");
+  hints_.clear();  // look again next time
+}
+
+void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
+  std::vector<int64_t> moved(tasks_.size());
+  size_t kept = 0;
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    if (which[t]) {
+      fall_back(origins_[t].group, origins_[t].index, reason);
+      moved[t] = -1;
+      continue;
+    }
+    moved[t] = static_cast<int64_t>(kept);
+    tasks_[kept] = tasks_[t];
+    origins_[kept] = origins_[t];
+    params_[kept] = params_[t];
+    if (rule_.has_step) steps_[kept] = steps_[t];
+    kept++;
+  }
+  tasks_.resize(kept);
+  origins_.resize(kept);
+  params_.resize(kept);
+  if (rule_.has_step) steps_.resize(kept);
+  std::vector<Pending> pending;
+  for (size_t i = 0; i < pending_.size(); i++) {
+    if (moved[pending_task_[i]] >= 0) {
+      pending.push_back(pending_[i]);
+    } else {
+      Py_DECREF(pending_[i].param);
+      hold(pending_[i].states);
+    }
+  }
+  pending_.swap(pending);
+  std::vector<MovedStep> moved_steps;
+  for (const MovedStep& step : moved_steps_)
+    if (moved[step.task] >= 0) moved_steps.push_back(step);
+  moved_steps_.swap(moved_steps);
+}
+
+// A device's kernels want all streams of a tensor in one order. Those of another order go through
+// copies, which the launcher makes and, behind the kernels, writes back.
+void Plan::stage(const StepContext& context) {
+  for (Task& task : tasks_) {
+    if (task.device < 0 || task.layout < 0) continue;
+    PyObject* originals = hold(check(PyList_New(0)));
+    PyObject* written = hold(check(PyList_New(0)));
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      if (!(task.streams >> s & 1)) continue;
+      PyObject* is_written = task.written >> s & 1 ? Py_True : Py_False;
+      if (PyList_Append(originals, device_tasks_[task.device].tensors[s]) != 0 ||
+          PyList_Append(written, is_written) != 0)
+        throw PythonError();
+    }
+    PyObject* staged = hold(check(PyObject_CallMethodObjArgs(context.launcher, names.stage,
+                                                             originals, written, nullptr)));
+    Py_ssize_t next = 0;
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      if (!(task.streams >> s & 1)) continue;
+      View view;
+      PyObject* tensor = hold(check(PySequence_GetItem(staged, next++)));
+      if (!view.read(tensor)) raise(PyExc_TypeError, "stage must return strided tensors");
+      task.slice.streams[s] = view.data;
+    }
+    task.layout = -1;
+  }
+}
+
+// The batches of this step, as a list of Python objects; a new reference.
+PyObject* Plan::batch_tasks() {
+  for (const auto& batch : batches_) batch->begin();
+  const int n_states = static_cast<int>(state_keys_.size());
+  Batch* batch = nullptr;
+  for (const Task& task : tasks_) {
+    if (task.device < 0) continue;
+    const DeviceTask& on_device = device_tasks_[task.device];
+    if (batch == nullptr || !(batch->key == on_device.key)) {
+      batch = nullptr;
+      for (const auto& known : batches_)
+        if (known->key == on_device.key) batch = known.get();
+      if (batch == nullptr) {
+        batches_.push_back(std::make_shared<Batch>(on_device.key, n_states));
+        batch = batches_.back().get();
+        batch->begin();
+      }
+    }
+    batch->add(task.slice, on_device.row, on_device.step, on_device.waiting);
+  }
+  PyObject* used = check(PyList_New(0));
+  for (const auto& known : batches_) {
+    known->end();
+    if (known->n_tensors() > 0 && PyList_Append(used, hold(to_python(known))) != 0) {
+      Py_DECREF(used);
+      throw PythonError();
+    }
+  }
+  return used;
+}
+
+// Lets the host wait for the grad scale and for whether to skip, if something it runs needs them. False:
+// the step is skipped.
+bool Plan::resolve(const StepContext& context) {
+  bool needed = fallbacks_ != nullptr;
+  for (const Task& task : tasks_) needed |= task.device < 0;
+  if (!needed) return true;
+  PyObject* grad_scale = hold(check(PyObject_CallNoArgs(context.resolve)));
+  if (grad_scale == Py_None) return false;
+  const double value = number(grad_scale);
+  for (Task& task : tasks_)
+    if (task.device < 0) task.slice.grad_scale = value;
+  return true;
+}
+
+void Plan::commit(PyObject* state, const StepContext& context) {
+  if (tasks_.empty()) return;
+  // Raw-pointer writes are invisible to autograd, so its version counters are bumped by hand.
+  PyObject* params = hold(check(PyList_New(static_cast<Py_ssize_t>(params_.size()))));
+  for (size_t t = 0; t < params_.size(); t++) {
+    Py_INCREF(params_[t]);
+    PyList_SET_ITEM(params, static_cast<Py_ssize_t>(t), params_[t]);
+  }
+  Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, params)));
+  std::vector<PyObject*> entries;  // of `state`, for the new states
+  for (const Pending& fresh : pending_) {
+    entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
+    if (!PyDict_Check(entries.back())) raise(PyExc_TypeError, "a param's state must be a dict");
+  }
+  for (const StepWrite& step : steps_) {
+    if (step.on_device) continue;
+    if (step.dtype == F32)
+      *static_cast<float*>(step.data) = static_cast<float>(step.value);
+    else
+      *static_cast<double*>(step.data) = step.value;
+  }
+  if (!device_tasks_.empty()) {
+    Py_DECREF(check(PyObject_CallMethodNoArgs(context.launcher, names.launch)));
+    tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(),
+                                [](const Task& task) { return task.device >= 0; }),
+                 tasks_.end());
+  }
+  Py_BEGIN_ALLOW_THREADS
+  run(tasks_, layouts_, context.num_threads);
+  Py_END_ALLOW_THREADS
+  for (const MovedStep& moved : moved_steps_)
+    if (PyDict_SetItem(moved.states, names.step, moved.step) != 0) throw PythonError();
+  // Only now: another thread must not read a state that is not yet written. The keys are strings, so
+  // no Python code runs here, and Ctrl-C waits.
+  for (size_t i = 0; i < entries.size(); i++)
+    if (PyDict_Update(entries[i], pending_[i].states) != 0) throw PythonError();
+}
+
+}  // namespace fused_optim

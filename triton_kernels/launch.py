@@ -1,0 +1,357 @@
+"""From the gatherer's batches to launches: uploads what has changed, compiles what is new, launches.
+
+Nothing here waits for a device. Tables travel through pinned memory of torch's allocator, which takes
+a block back only when its copy has run; device memory comes from torch's allocator on the stream in
+use. A captured CUDA graph keeps the addresses of its tables, so those stay for the optimizer's life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .multi_tensor import ROW, multi_tensor
+from .prepare import prepare
+from .specialize import COMPILE_OPTIONS, PREPARE_BLOCK, Specialization, prepare_constants
+
+CPU = 1  # DLPack's number; every other device here is torch's "cuda", which ROCm answers to as well
+NO_PINNED_MEMORY = "no pinned memory was at hand while a CUDA graph was captured"
+
+
+class Table(Protocol):
+    """An array of 8-byte numbers on the host; another version says other contents."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def copy_to(self, address: int) -> None: ...
+    def tolist(self) -> list: ...
+
+
+class Batch(Protocol):
+    """All tensors of one launch (csrc/batch.h); the tables' columns stand in multi_tensor and prepare.
+
+    Attributes:
+        key: DLPack device type and index, dtype names of the streams, deciding options, and whether
+            the hypers have to be prepared on the device.
+    """
+
+    @property
+    def key(self) -> tuple[int, int, tuple[str | None, ...], int, bool]: ...
+    @property
+    def n_tensors(self) -> int: ...
+
+    numels: Table
+    tensors: Table
+    steps: Table
+    addresses: Table
+    numbers: Table
+
+
+class _Copy:
+    """The device's copy of one table."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.version: int | None = None
+        self.tensor: Tensor | None = None
+        self._spare: Tensor | None = None  # pinned memory cannot be had during a capture
+        self._source: Tensor | None = None
+
+    def bring(
+        self, version: int, numel: int, fill: Callable[[Tensor], object], capturing: bool
+    ) -> bool:
+        """Upload what `fill` writes, unless the copy is of this version. False: no pinned memory."""
+        if self.version == version:
+            return True
+        if self.device.type == "cpu":
+            host = torch.empty(numel, dtype=self.dtype)
+        elif capturing:
+            if self._spare is None or self._spare.numel() < numel:
+                return False
+            host, self._spare = self._spare[:numel], None
+        else:
+            host = torch.empty(numel, dtype=self.dtype, pin_memory=True)
+            if self._spare is None or self._spare.numel() < numel:
+                self._spare = torch.empty(numel, dtype=self.dtype, pin_memory=True)
+        fill(host)
+        self.tensor = host.to(self.device, non_blocking=True)
+        # A capture only takes note of the copy; each replay makes it again, from the same memory.
+        self._source = host if capturing else None
+        self.version = None if capturing else version
+        return True
+
+    def bring_table(self, table: Table, capturing: bool) -> bool:
+        return self.bring(
+            table.version, table.nbytes // 8, lambda host: table.copy_to(host.data_ptr()), capturing
+        )
+
+    def held(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.tensor, self._source
+
+
+class _Launch:
+    """One batch on its device."""
+
+    def __init__(self, rule: str, n_options: int, batch: Batch, interpreted: bool) -> None:
+        device_type, index, dtypes, options, self.prepares = batch.key
+        self.device = torch.device("cpu") if device_type == CPU else torch.device("cuda", index)
+        self.specialization = Specialization(rule, options, dtypes, interpreted)
+        self.n_options = n_options
+        self.tensors = _Copy(torch.int64, self.device)
+        self.steps = _Copy(torch.int64, self.device)
+        self.addresses = _Copy(torch.int64, self.device)
+        self.numbers = _Copy(torch.float64, self.device)
+        self.chunks = _Copy(torch.int32, self.device)
+        self.hypers: Tensor | None = None  # written by prepare
+        self.n_tensors = 0
+        self.stream: int | None = None
+        self._kernels: dict[tuple, Callable[..., object]] = {}
+
+    def guard(self) -> contextlib.AbstractContextManager:
+        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
+
+    def ready(
+        self, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> str | None:
+        """Everything that may fail; why it does, or None. Call it under the guard."""
+        capturing = False
+        if self.device.type != "cpu":
+            capturing = torch.cuda.is_current_stream_capturing()
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            if stream != self.stream and not capturing:
+                # What another stream uploads may come too late for this one.
+                for copy in self._copies():
+                    copy.version = None
+                self.hypers = None
+                self.stream = stream
+        self.n_tensors = batch.n_tensors
+        there = self.tensors.bring_table(batch.tensors, capturing)
+        there = there and self.numbers.bring_table(batch.numbers, capturing)
+        if self.prepares:
+            there = there and self.steps.bring_table(batch.steps, capturing)
+            there = there and self.addresses.bring_table(batch.addresses, capturing)
+            if self.hypers is None or len(self.hypers) < self.n_tensors:
+                self.hypers = torch.empty(
+                    self.n_tensors, ROW.value, dtype=torch.float64, device=self.device
+                )
+        if self.chunks.version != batch.numels.version:
+            chunks = _chunks(batch.numels.tolist(), self.specialization.chunk)
+            there = there and self.chunks.bring(
+                batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), capturing
+            )
+        if not there:
+            return NO_PINNED_MEMORY
+        self.grad_scale = _on(self.device, grad_scale)
+        self.found_inf = _on(self.device, found_inf)
+        self._update = self._kernel(multi_tensor, self._update_args(), self._constants())
+        if self.prepares:
+            constants = prepare_constants(self.specialization.rule, self.n_options)
+            self._prepare = self._kernel(prepare, self._prepare_args(), constants)
+        return None
+
+    def launch(self) -> None:
+        if self.prepares:
+            self._prepare(triton.cdiv(self.n_tensors, PREPARE_BLOCK), self._prepare_args())
+        assert self.chunks.tensor is not None
+        n_chunks = self.chunks.tensor.numel() // 2
+        if n_chunks > 0:
+            self._update(n_chunks, self._update_args())
+
+    def held(self) -> list:
+        """What a captured graph needs as long as it is replayed."""
+        return [self.hypers, *(copy.held() for copy in self._copies())]
+
+    def _copies(self) -> tuple[_Copy, ...]:
+        return self.tensors, self.steps, self.addresses, self.numbers, self.chunks
+
+    def _update_args(self) -> tuple:
+        hypers = self.hypers if self.prepares else self.numbers.tensor
+        return self.tensors.tensor, self.chunks.tensor, hypers, self.grad_scale, self.found_inf
+
+    def _prepare_args(self) -> tuple:
+        tables = (self.steps.tensor, self.numbers.tensor, self.addresses.tensor, self.hypers)
+        return *tables, self.found_inf, self.n_tensors
+
+    def _constants(self) -> dict[str, Any]:
+        return self.specialization.constants()
+
+    def _kernel(
+        self, function: Any, args: tuple, constants: dict[str, Any]
+    ) -> Callable[..., object]:
+        """(number of programs, args) -> launch, loaded onto the device.
+
+        A launch through the function itself costs 16 to 54 us on the host, since it looks at every
+        argument again; one through the compiled kernel 3 to 5 us (measured with a stub driver). What
+        it would look at is the same each time: dtypes, and which arguments are None.
+        """
+        dtypes = tuple(arg.dtype if isinstance(arg, Tensor) else arg is None for arg in args)
+        kernel = self._kernels.get((function, dtypes))
+        if kernel is None:
+            if self.specialization.interpreted:
+
+                def kernel(n_programs: int, args: tuple) -> object:
+                    return function[(n_programs,)](*args, **constants)
+            else:
+                compiled = function.warmup(
+                    *args,
+                    grid=(1,),
+                    num_warps=self.specialization.num_warps,
+                    **COMPILE_OPTIONS,
+                    **constants,
+                )
+                compiled[(1, 1, 1)]  # loads it; the launch itself must not fail
+                values = tuple(constants.values())
+
+                def kernel(n_programs: int, args: tuple) -> object:
+                    return compiled[(n_programs, 1, 1)](*args, *values)
+
+            self._kernels[function, dtypes] = kernel
+        return kernel
+
+
+class Launcher:
+    """The device side of one optimizer. The gatherer calls it in the order of the methods.
+
+    Args:
+        rule: key of RULES.
+        n_options: number of the rule's options, which prepare takes.
+        interpreted: whether CPU tensors are served, in Triton's interpreter.
+    """
+
+    def __init__(self, rule: str, n_options: int, interpreted: bool) -> None:
+        self._rule = rule
+        self._n_options = n_options
+        self._interpreted = interpreted
+        self._launches: dict[Any, _Launch] = {}
+        self._ready: list[_Launch] = []
+        self._staged: list[tuple[Tensor, Tensor]] = []
+        # momentum buffer -> a float32 on its device, 0 until the first step that was not skipped
+        self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._captured: list = []
+        self._failure: str | None = None
+        self._grad_scale: Tensor | None = None
+        self._found_inf: Tensor | None = None
+
+    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """A new step: grads are divided by grad_scale, and nothing is changed if found_inf is not 0."""
+        self._grad_scale = grad_scale
+        self._found_inf = found_inf
+        self._staged.clear()
+        self._ready.clear()
+
+    @property
+    def any_waiting(self) -> bool:
+        return len(self._started) > 0
+
+    def waiting(self, buffer: Tensor, create: bool) -> int:
+        """Address of the number that says whether this momentum has started, 0 if it surely has."""
+        started = self._started.get(buffer)
+        if started is None and create:
+            started = torch.zeros((), device=buffer.device)
+            self._started[buffer] = started
+        return 0 if started is None else started.data_ptr()
+
+    def has_not_started(self, buffer: Tensor) -> bool:
+        """Whether no step has reached this momentum yet. Waits for the device."""
+        started = self._started.get(buffer)
+        return started is not None and started.item() == 0
+
+    def moved(self, step: Tensor, param: Tensor) -> Tensor:
+        """The step of a param as a tensor on the param's device."""
+        return torch.full((), step.item(), dtype=step.dtype, device=param.device)
+
+    @torch.no_grad()
+    def stage(self, originals: Sequence[Tensor], written: Sequence[bool]) -> list[Tensor]:
+        """Copies where needed, so that all streams of one tensor (param first) lie in one order.
+
+        Args:
+            originals: param, grad and states, of one shape.
+            written: whether the kernel writes each of them; launch() copies those back.
+        """
+        # The param's own order if it is dense.
+        order = torch.empty_like(originals[0], memory_format=torch.preserve_format).stride()
+        staged = []
+        for original, is_written in zip(originals, written):
+            if original.stride() == order:
+                staged.append(original)
+                continue
+            copy = torch.empty_strided(
+                original.shape, order, dtype=original.dtype, device=original.device
+            )
+            staged.append(copy.copy_(original.detach()))
+            if is_written:
+                self._staged.append((original.detach(), copy))
+        return staged
+
+    def ready(self, batches: Sequence[Batch]) -> str | None:
+        """Compile and upload; why that cannot be, or None. Nothing has been written then."""
+        if self._failure is not None:
+            return self._failure
+        for batch in batches:
+            launch = self._launches.get(batch.key)
+            if launch is None:
+                launch = _Launch(self._rule, self._n_options, batch, self._interpreted)
+                self._launches[batch.key] = launch
+            try:
+                with launch.guard():
+                    failure = launch.ready(batch, self._grad_scale, self._found_inf)
+            except torch.OutOfMemoryError:
+                raise
+            # Triton may fail in any way: no C compiler, an old device, a full disk.
+            except Exception as error:
+                self._failure = f"Triton failed: {type(error).__name__}: {error}"
+                warnings.warn(
+                    f"fused_optim runs torch.optim's own code on {launch.device}. {self._failure}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return self._failure
+            if failure is not None:
+                return failure
+            self._ready.append(launch)
+        return None
+
+    def launch(self) -> None:
+        """Launch what is ready, on the current stream of each device."""
+        for launch in self._ready:
+            with launch.guard():
+                launch.launch()
+                if launch.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+                    self._captured.append((launch.held(), list(self._started.values())))
+        with torch.no_grad():
+            for original, copy in self._staged:
+                original.copy_(copy)
+        self._staged.clear()
+        self._ready.clear()
+
+
+def _chunks(numels: list[int], chunk: int) -> Tensor:
+    """int32 [n_chunks * 2]: which tensor, and which `chunk` elements of it, for each program."""
+    n_chunks = (torch.tensor(numels, dtype=torch.int64) + chunk - 1) // chunk
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), n_chunks)
+    first = torch.repeat_interleave(n_chunks.cumsum(0) - n_chunks, n_chunks)
+    index = torch.arange(len(tensor)) - first
+    return torch.stack([tensor, index], dim=1).to(torch.int32).flatten()
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    """A number on the device, without waiting for any."""
+    if number is None:
+        return None
+    if number.device.type == "cpu" and device.type != "cpu":
+        return torch.full((), number.item(), dtype=torch.float32, device=device)
+    if number.dtype not in (torch.float32, torch.float64):
+        number = number.float()
+    return number.to(device, non_blocking=True)
