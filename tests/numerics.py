@@ -131,7 +131,7 @@ class Run:
     def flat(self, tensors: Sequence[Tensor]) -> Array:
         """The sampled elements in logical order, whatever the strides, as float64."""
         elements = torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
-        return elements.numpy()[_sampled(self.shapes)[0]]
+        return elements.cpu().numpy()[_sampled(self.shapes)[0]]
 
     def shape_at(self, position: int) -> str:
         return self.shapes[_sampled(self.shapes)[1][position]].id

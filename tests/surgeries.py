@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from cases import BACKEND, DEVICE
 from torch import Tensor, nn
 from twins import SHAPES, Run
 
@@ -22,7 +23,7 @@ class Surgery:
 SURGERIES: list[Surgery] = []
 
 
-def surgery(served: str | None = "cpu") -> Callable:
+def surgery(served: str | None = BACKEND) -> Callable:
     def register(operate: Callable[[Run], None]) -> Callable[[Run], None]:
         SURGERIES.append(Surgery(operate.__name__.replace("_", " "), operate, served))
         return operate
@@ -98,7 +99,7 @@ def densified_parameter(run: Run) -> None:
     if state is not None:
         for key, value in state.items():
             if torch.is_tensor(value) and value.dim():
-                state[key] = torch.cat([value, torch.zeros(4, 5, dtype=value.dtype)])
+                state[key] = torch.cat([value, value.new_zeros(4, 5)])
         run.opt.state[new] = state
     run.opt.param_groups[0]["params"][1] = new
     run.params[1] = new
@@ -107,7 +108,7 @@ def densified_parameter(run: Run) -> None:
 @surgery()
 def pruned_parameter(run: Run) -> None:
     old = run.params[1]
-    keep = torch.arange(old.shape[0]) % 3 == 0
+    keep = torch.arange(old.shape[0], device=DEVICE) % 3 == 0
     new = nn.Parameter(old.data[keep])
     state = run.opt.state.pop(old, None)
     if state is not None:
@@ -198,7 +199,7 @@ def state_of_strangers(run: Run) -> None:
 def user_keys_in_state(run: Run) -> None:
     for param in run.params:
         if param in run.opt.state:
-            run.opt.state[param]["my_mask"] = torch.ones(3)
+            run.opt.state[param]["my_mask"] = torch.ones(3, device=DEVICE)
 
 
 @surgery()
@@ -260,7 +261,7 @@ def replaced_groups_list(run: Run) -> None:
 
 @surgery()
 def groups_given_to_another_optimizer(run: Run) -> None:
-    other = run.make([nn.Parameter(torch.zeros(2))])
+    other = run.make([nn.Parameter(torch.zeros(2, device=DEVICE))])
     other.param_groups, other.state = run.opt.param_groups, run.opt.state
     run.opt = other
 

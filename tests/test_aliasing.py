@@ -57,7 +57,8 @@ def test_params_that_overlap_in_one_buffer(case: Case) -> None:
 @few_cases
 def test_disjoint_views_of_one_buffer_stay_on_the_kernels(case: Case) -> None:
     def program(run: Run) -> None:
-        flat, flat_grad = run.randn((3 * NUMEL,), DTYPE), torch.zeros(3 * NUMEL, dtype=DTYPE)
+        flat = run.randn((3 * NUMEL,), DTYPE)
+        flat_grad = torch.zeros_like(flat)
         cuts = (0, 1, 18, NUMEL, 2 * NUMEL - 7, 3 * NUMEL)
         run.params = [torch.nn.Parameter(flat[a:b]) for a, b in itertools.pairwise(cuts)]
         run.opt = run.make(run.params)

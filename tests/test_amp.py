@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, DEVICE, Case
 from torch import Tensor
 from twins import FEW_CASES, ONE_EACH, SHAPES, Run, assert_untouched, by_id, run_both, snapshot
 
@@ -20,7 +20,11 @@ either_way = pytest.mark.parametrize("scales_itself", [False, True])
 
 
 def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=2)
+    return torch.amp.GradScaler(DEVICE.type, init_scale=SCALE, growth_interval=2)
+
+
+def on_device(value: float) -> Tensor:
+    return torch.tensor(value, device=DEVICE)
 
 
 def backward(run: Run, amp: torch.amp.GradScaler, factor: float = 1.0) -> None:
@@ -169,7 +173,7 @@ def supports(opt: torch.optim.Optimizer) -> bool:
 
 @each_optimizer
 def test_amp_flag_is_set_by_fused_alone_and_survives_pickling(case: Case) -> None:
-    params = [torch.nn.Parameter(torch.ones(2))]
+    params = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
     assert not supports(case.fused(params))
     if "fused" not in case.fused(params).defaults:
         return
@@ -216,8 +220,8 @@ def test_attributes_set_by_hand(case: Case) -> None:
                 return
             for param in run.params:
                 param.grad.mul_(grad_scale or 1.0)
-            run.opt.grad_scale = None if grad_scale is None else torch.tensor(grad_scale)
-            run.opt.found_inf = None if found_inf is None else torch.tensor(found_inf)
+            run.opt.grad_scale = None if grad_scale is None else on_device(grad_scale)
+            run.opt.found_inf = None if found_inf is None else on_device(found_inf)
             run.step_as_is()
 
         step(SCALE, 0.0)
@@ -235,7 +239,7 @@ def test_found_inf_before_the_first_step_leaves_no_trace(case: Case) -> None:
     run = Run(case, case.fused)
     run.set_grads()
     before, n_states = snapshot(run.opt), len(run.opt.state)
-    run.opt.grad_scale, run.opt.found_inf = torch.tensor(SCALE), torch.tensor(1.0)
+    run.opt.grad_scale, run.opt.found_inf = on_device(SCALE), on_device(1.0)
     run.opt.step()
     assert_untouched(run.opt, before)
     assert len(run.opt.state) == n_states
@@ -247,7 +251,7 @@ def test_refused_step_does_not_unscale(case: Case) -> None:
     run.step()
     run.set_grads()
     run.opt.param_groups[0]["lr"] = -1.0
-    run.opt.grad_scale, run.opt.found_inf = torch.tensor(SCALE), torch.tensor(0.0)
+    run.opt.grad_scale, run.opt.found_inf = on_device(SCALE), on_device(0.0)
     before = snapshot(run.opt)
     with pytest.raises(ValueError):  # noqa: PT011
         run.opt.step()
@@ -259,12 +263,13 @@ def test_autocast_training_in_bfloat16(case: Case) -> None:
     def program(run: Run) -> None:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        model.to(DEVICE)
         run.params = list(model.parameters())
         run.opt = run.make(run.params)
         amp = scaler()
 
         def loss() -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
                 return model(run.randn((4, 8))).float().square().mean()
 
         with warnings.catch_warnings():

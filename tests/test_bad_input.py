@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, DEVICE, Case
 from surgeries import tensors_of
 from twins import (
     FEW_CASES,
@@ -207,12 +207,12 @@ def test_odd_step_counts_do_as_stock_does(case: Case, value: float) -> None:
 @few_cases
 def test_integer_params_are_refused_or_stepped_as_stock(case: Case) -> None:
     def program(run: Run) -> None:
-        param = torch.zeros(5, dtype=torch.int64)
+        param = torch.zeros(5, dtype=torch.int64, device=DEVICE)
         run.params = [*run.params, param]
         run.opt = run.make(run.params)
         for other in run.params[:-1]:
             other.grad = run.randn(other)
-        param.grad = torch.ones(5, dtype=torch.int64)
+        param.grad = torch.ones_like(param)
         before = snapshot(run.opt)
         try:
             run.step_as_is()

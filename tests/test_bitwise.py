@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import CASE_IDS, CASES, DTYPES, Case
+from cases import CASE_IDS, CASES, DEVICE, DTYPES, Case
+from marks import needs_cpu_kernels
 from torch import Tensor
 from twins import python
 
@@ -61,7 +62,7 @@ def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
     )
     for i, special in enumerate(specials):
         values[seed % 7 + 5 + i :: 211] = special
-    return values.to(dtype)
+    return values.to(dtype).to(DEVICE)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -122,12 +123,12 @@ def test_the_data_can_tell() -> None:
         subnormal = (values != 0) & (values.abs() < torch.finfo(dtype).tiny)
         assert subnormal.sum() > NUMEL / 20
         assert values.isnan().any() and (values == float("inf")).any()
-        assert not torch.equal(
-            bits(torch.zeros(1, dtype=dtype)), bits(-torch.zeros(1, dtype=dtype))
-        )
+        zero = torch.zeros(1, dtype=dtype, device=DEVICE)
+        assert not torch.equal(bits(zero), bits(-zero))
         assert torch.equal(bits(values), bits(torch.where(values.isnan(), -values, values)))
 
 
+@needs_cpu_kernels
 @every_dtype
 @every_case
 def test_thread_count(case: Case, dtype: torch.dtype) -> None:
@@ -154,7 +155,7 @@ def test_chunk_boundaries_and_tails(case: Case, dtype: torch.dtype) -> None:
 def _misaligned(values: Tensor) -> Tensor:
     """A slice that starts at an odd element of a flat buffer, another one each time."""
     offset = values.numel() % 5 * 2 + 1
-    flat = torch.zeros(values.numel() + offset, dtype=values.dtype)
+    flat = values.new_zeros(values.numel() + offset)
     flat[offset:] = values.flatten()
     return flat[offset:].view(values.shape)
 
@@ -179,7 +180,7 @@ def _transposed(values: Tensor) -> list[Tensor]:
 
 
 def _sliced(values: Tensor) -> list[Tensor]:
-    wide = torch.full((ROWS, COLUMNS + 3), 7.0, dtype=values.dtype)
+    wide = values.new_full((ROWS, COLUMNS + 3), 7.0)
     wide[:, :COLUMNS] = values.view(ROWS, COLUMNS)
     return [wide[:, :COLUMNS]]
 
@@ -201,6 +202,7 @@ def test_layout(
     assert_same_bits(run(case, dtype, cut=cut, cut_grad=cut_grad), reference(case, dtype))
 
 
+@needs_cpu_kernels
 @every_dtype
 @every_case
 def test_every_isa(case: Case, dtype: torch.dtype) -> None:
@@ -213,6 +215,7 @@ def test_every_isa(case: Case, dtype: torch.dtype) -> None:
         assert_same_bits(run(case, dtype, SMALL), expected)
 
 
+@needs_cpu_kernels
 @every_dtype
 @one_case_each
 def test_flush_denormal_reaches_every_thread_and_isa(case: Case, dtype: torch.dtype) -> None:
@@ -240,6 +243,7 @@ def digest() -> str:
     return whole.hexdigest()
 
 
+@needs_cpu_kernels
 def test_isa_from_the_environment() -> None:
     """The switch that users have gives the ISA that it names, and the same bits."""
     program = "import test_bitwise as t; print(t.digest(), t._C.isa())"

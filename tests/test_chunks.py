@@ -1,9 +1,9 @@
 """Cutting tensors into work: indices beyond 2**31, and every thread count."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from cases import BACKEND, DEVICE
+from marks import needs_8_gib, needs_cpu_kernels, not_interpreted
 
 import fused_optim
 from fused_optim import _C
@@ -12,12 +12,7 @@ from fused_optim import _C
 HUGE = 2**31 + 17
 
 
-def _available_gib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return kib / 2**20
-
-
+@needs_cpu_kernels
 @pytest.mark.parametrize("numel", [0, 1, 16383, 16384, 16385, HUGE, 2**33 + 1])
 def test_chunks_cover_every_element_once(numel: int) -> None:
     end = 0
@@ -29,20 +24,21 @@ def test_chunks_cover_every_element_once(numel: int) -> None:
     assert end == numel
 
 
-@pytest.mark.skipif(_available_gib() < 8, reason="needs 8 GiB of available memory")
+@not_interpreted
+@needs_8_gib
 @pytest.mark.parametrize("strided", [False, True])
 def test_more_than_2_to_the_31_elements(strided: bool) -> None:
-    param = torch.nn.Parameter(torch.zeros(HUGE, dtype=torch.bfloat16))
+    param = torch.nn.Parameter(torch.zeros(HUGE, dtype=torch.bfloat16, device=DEVICE))
     if strided:
-        param.grad = torch.full((1,), -1.0, dtype=torch.bfloat16).expand(HUGE)
+        param.grad = torch.full_like(param[:1], -1.0).expand(HUGE)
     else:
         # Zeros of fresh memory are never touched but by reading, so this costs no second 4 GiB.
-        param.grad = torch.zeros(HUGE, dtype=torch.bfloat16)
+        param.grad = torch.zeros(HUGE, dtype=torch.bfloat16, device=DEVICE)
         for index in (0, 2**31 - 1, 2**31, HUGE - 1):
             param.grad[index] = -1.0
     opt = fused_optim.SGD([param], lr=0.5)
     opt.step()
-    assert opt.last_step.tensors == {"cpu": 1}
+    assert opt.last_step.tensors == {BACKEND: 1}
     with torch.no_grad():
         assert param[[0, 2**31 - 1, 2**31, HUGE - 1]].tolist() == [0.5] * 4
         if strided:

@@ -10,10 +10,13 @@ import tempfile
 
 import pytest
 import torch
+from marks import needs_cpu_kernels
 
 from fused_optim.cli import bench, contestants, results, timing, workloads
 from fused_optim.cli.timing import Quartiles
 from fused_optim.cli.workloads import Target
+
+pytestmark = needs_cpu_kernels
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

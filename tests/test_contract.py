@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import BACKEND, CASES, DEVICE, Case
+from marks import not_interpreted
 from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -96,7 +97,7 @@ def test_bad_params_raise_as_stock(case: Case, params) -> None:
         {"fused": False},
         {"foreach": True, "fused": True},
         {"fused": True, "differentiable": True},
-        {"capturable": True},
+        pytest.param({"capturable": True}, marks=not_interpreted),
         {"foreach": True, "lr": torch.tensor(0.01)},
     ],
     ids=str,
@@ -104,16 +105,19 @@ def test_bad_params_raise_as_stock(case: Case, params) -> None:
 def test_implementation_flags_are_accepted_or_refused_as_stock(case: Case, flags: dict) -> None:
     errors = []
     for optimizer_class in (fused_class(case), stock_class(case)):
-        param = torch.nn.Parameter(torch.ones(3))
-        param.grad = torch.ones(3)
+        param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        param.grad = torch.ones_like(param)
         try:
             opt = optimizer_class([param], **flags)
             opt.step()
             errors.append(None)
             if optimizer_class is fused_class(case):
-                assert opt.last_step.tensors == {"cpu": 1}
+                assert opt.last_step.tensors == {BACKEND: 1}
         except Exception as error:
             errors.append((type(error), str(error)))
+    if DEVICE.type != "cpu" and "`fused=True` requires" in str(errors[1]):
+        # Stock has fused code for some optimizers only; ours takes the flag whatever the optimizer.
+        errors[1] = None
     assert errors[0] == errors[1]
 
 
@@ -345,7 +349,9 @@ def test_last_step_reports(case: Case) -> None:
 def test_last_step_names_what_fell_back(case: Case) -> None:
     run = Run(case, case.fused)
     run.params += [torch.nn.Parameter(run.randn((3,), torch.complex64))]
-    run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2)), run.params[-1]]})
+    run.opt.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(2, device=DEVICE)), run.params[-1]]}
+    )
     run.step()
     report = run.opt.last_step
     assert report.tensors == {case.backend: len(SHAPES) + 1, "stock": 1}
@@ -400,13 +406,14 @@ COMPILED = """
 import sys, warnings
 import torch
 import fused_optim
+from cases import BACKEND, DEVICE
 warnings.simplefilter("error")
 
 def trained(module, name, compiled):
     torch.manual_seed(0)
-    model = torch.nn.Linear(8, 8)
+    model = torch.nn.Linear(8, 8).to(DEVICE)
     opt = getattr(module, name)(model.parameters(), lr=1e-2)
-    batch = torch.randn(4, 8)
+    batch = torch.randn(4, 8).to(DEVICE)
 
     def train():
         opt.zero_grad()
@@ -418,7 +425,7 @@ def trained(module, name, compiled):
     for _ in range(3):
         train()
     if module is fused_optim:
-        assert opt.last_step.tensors == {"cpu": 2}
+        assert opt.last_step.tensors == {BACKEND: 2}
     return model.weight.detach()
 
 for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):

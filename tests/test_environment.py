@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import needs_cpu_kernels
 from twins import ONE_EACH, python
 
 PREAMBLE = """
@@ -19,7 +20,10 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
     ("variable", "accepted"),
-    [("FUSED_OPTIM_ISA", ["baseline"]), ("FUSED_OPTIM_BACKEND", ["cpu", "triton", "stock"])],
+    [
+        pytest.param("FUSED_OPTIM_ISA", ["baseline"], marks=needs_cpu_kernels),
+        ("FUSED_OPTIM_BACKEND", ["cpu", "triton", "stock"]),
+    ],
 )
 def test_unknown_value_is_an_error_that_names_the_accepted_ones(
     variable: str, accepted: list[str], use: str
@@ -36,6 +40,7 @@ def test_importing_reads_no_environment() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs_cpu_kernels
 def test_isa_of_the_environment_is_in_use() -> None:
     import fused_optim
 
@@ -44,6 +49,7 @@ def test_isa_of_the_environment_is_in_use() -> None:
         assert done.stdout.split() == [isa], done.stderr
 
 
+@needs_cpu_kernels
 def test_isa_of_another_architecture_is_an_error() -> None:
     import fused_optim
 
@@ -53,6 +59,7 @@ def test_isa_of_another_architecture_is_an_error() -> None:
         assert done.returncode == 1 and "ValueError" in done.stderr
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize(("kind", "reason"), [("sparse", "strided"), ("complex", "complex")])
 def test_forced_kernels_refuse_what_they_cannot_serve(kind: str, reason: str) -> None:
     program = f"""{PREAMBLE}
@@ -99,6 +106,7 @@ def test_last_value_wins_over_none() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs_cpu_kernels
 def test_isa_switch_in_process_refuses_unknown_names() -> None:
     from fused_optim import _C
 

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from marks import needs_cpu_kernels
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fused_optim
+
+pytestmark = needs_cpu_kernels
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PAIRS = ["one_sample", "mini_batch"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES
+from cases import BACKEND, CASES
 from surgeries import SURGERIES
 from twins import Run, run_both
 
@@ -115,7 +115,7 @@ OPERATIONS: list[Callable[[Run, random.Random], None]] = [
 ]
 
 # The ones after which every optimizer can go on.
-SAFE_SURGERIES = [surgery for surgery in SURGERIES if surgery.served == "cpu"]
+SAFE_SURGERIES = [surgery for surgery in SURGERIES if surgery.served == BACKEND]
 
 
 def program_of(seed: int) -> Callable[[Run], None]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, STOCK_SHAPES, Case
+from cases import CASES, DEVICE, STOCK_SHAPES, Case
 from torch import Tensor
 from twins import FEW_CASES, SHAPES, Run, assert_untouched, by_id, run_both, snapshot
 
@@ -23,7 +23,7 @@ def test_none_grads_come_and_go(case: Case) -> None:
 
 
 def sparse(run: Run, coalesced: bool) -> Tensor:
-    rows = torch.tensor([[0, 3, 32, 3]])
+    rows = torch.tensor([[0, 3, 32, 3]], device=DEVICE)
     grad = torch.sparse_coo_tensor(rows, run.randn((4, 5)), (33, 5))
     return grad.coalesce() if coalesced else grad
 
@@ -102,7 +102,7 @@ def test_what_no_kernel_serves_beside_what_it_serves(case: Case) -> None:
 LAZY_GRADS = {
     "neg view": torch._neg_view,
     "neg bit of an imaginary part": lambda t: torch.complex(t, t * 2).conj().imag,
-    "zero tensor": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "zero tensor": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device),
     "expanded": lambda t: t.new_tensor(0.75).expand(t.shape),
     "expanded rows": lambda t: t[:1].expand(t.shape) if t.dim() and t.numel() else t,
     "reversed strides": lambda t: (

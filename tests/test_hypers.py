@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, DEVICE, Case
 from torch.optim import lr_scheduler
 from twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, run_both
 
@@ -120,13 +120,13 @@ def test_tensor_lr_filled_in_place(case: Case, dtype: torch.dtype) -> None:
         for value in (0.1, 0.03, 0.0):
             lr.fill_(value)
             run.step()
-        run.opt.param_groups[0]["lr"] = torch.tensor([0.02])
+        run.opt.param_groups[0]["lr"] = torch.tensor([0.02], device=DEVICE)
         run.step()
 
     ours, _ = run_both(
         case,
         program,
-        lr=torch.tensor(0.01, dtype=dtype),
+        lr=torch.tensor(0.01, dtype=dtype, device=DEVICE),
         tensors={case.backend: len(SHAPES)},
     )
     assert ours.opt.param_groups[0]["lr"].item() == pytest.approx(0.02)
@@ -172,7 +172,7 @@ def test_differentiable_takes_stocks_path(case: Case) -> None:
 def test_differentiable_carries_gradients(case: Case) -> None:
     def program(run: Run) -> None:
         source = run.randn((5,)).double().requires_grad_()
-        param = torch.ones(5, dtype=torch.float64, requires_grad=True).clone()
+        param = torch.ones_like(source, requires_grad=True).clone()
         opt = run.make([param], differentiable=True)
         param.grad = source * 2
         opt.step()

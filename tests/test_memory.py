@@ -1,14 +1,12 @@
 """A step allocates nothing that grows with the parameters, and indexes past 2^31 elements."""
 
 import gc
-from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import BACKEND, CASES, DEVICE, Case
+from marks import needs_8_gib, needs_cpu_kernels, not_interpreted
 from twins import ONE_EACH, Run, python
-
-GIB = 2**30
 
 # 16 Mi elements: a temporary of one tensor's size would take 64 MiB, 8 times what is allowed.
 MEASURE = """
@@ -42,28 +40,23 @@ def growth_mib(case: Case, build: str, layout: str = "contiguous()") -> int:
     return int(done.stdout)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
 def test_a_step_allocates_nothing_of_the_params_size(case: Case) -> None:
     assert growth_mib(case, "fused", "t()") < 8
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("layout", ["contiguous()", "fill_(2)[:1].expand(4096, 4096)"])
 def test_nor_with_grads_in_another_layout(layout: str) -> None:
     assert growth_mib(ONE_EACH[0], "fused", layout) < 8
 
 
+@needs_cpu_kernels
 def test_the_measurement_sees_a_temporary() -> None:
     # Stock's for-loop makes one of the size of a tensor.
     case = next(case for case in ONE_EACH if "weight_decay" in dict(case.options))
     assert growth_mib(case, "stock") >= 60
-
-
-def available_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 0
-    line = next(line for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
-    return int(line.split()[1]) * 1024
 
 
 def without_state() -> Case:
@@ -76,14 +69,15 @@ def without_state() -> Case:
     raise AssertionError("every optimizer in the table has state")
 
 
-@pytest.mark.skipif(available_bytes() < 8 * GIB, reason="needs 8 GiB of available memory")
+@not_interpreted
+@needs_8_gib
 def test_more_than_2_to_the_31_elements() -> None:
     numel = 2**31 + 17
-    param = torch.zeros(numel, dtype=torch.bfloat16)
-    param.grad = torch.full((1,), 0.5, dtype=torch.bfloat16).expand(numel)
+    param = torch.zeros(numel, dtype=torch.bfloat16, device=DEVICE)
+    param.grad = torch.full_like(param[:1], 0.5).expand(numel)
     opt = without_state().fused([param], lr=1.0)
     opt.step()
-    assert opt.last_step.tensors == {"cpu": 1}
+    assert opt.last_step.tensors == {BACKEND: 1}
     for start in (0, 2**30 - 8, 2**31 - 16, 2**31 - 1, numel - 16):
         assert (param[start : start + 16] == -0.5).all(), start
     # And nothing in between was missed: each is counted, in slices that need no large temporary.

@@ -313,7 +313,8 @@ def test_setstate_fills_missing_keys_and_number_steps(case: Case) -> None:
         run.opt.__setstate__(state)
         run.step(2)
 
-    run_both(case, program, tensors=None if "maximize=True" in case.id else {"cpu": len(SHAPES)})
+    tensors = None if "maximize=True" in case.id else {case.backend: len(SHAPES)}
+    run_both(case, program, tensors=tensors)
 
 
 @few_cases

@@ -9,16 +9,27 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, DEVICE, Case
+from marks import not_interpreted
 from surgeries import SURGERIES, Surgery, tensors_of
 from twins import FEW_CASES, SHAPES, Run, by_id, run_both, step_or_leave_untouched
 
 JUNK = 7.0
 
+every_surgery = pytest.mark.parametrize(
+    "surgery",
+    [
+        pytest.param(
+            surgery, id=surgery.id, marks=not_interpreted if "capturable" in surgery.id else ()
+        )
+        for surgery in SURGERIES
+    ],
+)
+
 
 def junk_in_freed_memory() -> list[torch.Tensor]:
     # Tensors die with their last reference, so no collection is needed first.
-    return [torch.full(shape, JUNK) for shape in SHAPES for _ in range(8)]
+    return [torch.full(shape, JUNK, device=DEVICE) for shape in SHAPES for _ in range(8)]
 
 
 def operated(surgeries: list[Surgery], n_steps_before: int = 2):
@@ -42,7 +53,7 @@ def assert_served(run: Run, backend: str) -> None:
     assert run.opt.last_step.tensors == {backend: n_tensors}
 
 
-@pytest.mark.parametrize("surgery", SURGERIES, ids=lambda surgery: surgery.id)
+@every_surgery
 @pytest.mark.parametrize("case", CASES, ids=by_id)
 def test_surgery(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery]))
@@ -50,7 +61,7 @@ def test_surgery(case: Case, surgery: Surgery) -> None:
         assert_served(ours, surgery.served)
 
 
-@pytest.mark.parametrize("surgery", SURGERIES, ids=lambda surgery: surgery.id)
+@every_surgery
 @pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery], n_steps_before=0))
@@ -58,13 +69,13 @@ def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
         assert_served(ours, surgery.served)
 
 
-@pytest.mark.parametrize("surgery", SURGERIES, ids=lambda surgery: surgery.id)
+@every_surgery
 @pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 def test_surgery_in_float64(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery]), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("surgery", SURGERIES, ids=lambda surgery: surgery.id)
+@every_surgery
 @pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 def test_surgery_twice(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery, surgery]))

@@ -7,8 +7,10 @@ import threading
 import pytest
 import torch
 from cases import CASES, Case
+from marks import needs_cpu_kernels
 from twins import FEW_CASES, ONE_EACH, Run, assert_same_run, by_id, python
 
+pytestmark = needs_cpu_kernels
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
