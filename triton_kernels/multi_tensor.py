@@ -28,19 +28,24 @@ STREAMS = tl.constexpr(2)
 
 
 @triton.jit
-def to_bf16(x):
-    """float32 to bfloat16, to nearest even with NaN kept: the interpreter's own cast truncates."""
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    bits = tl.where(x != x, bits | 0x400000, rounded) >> 16
-    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def load(address, mask, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
+    value = tl.load(address, mask=mask)
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        # The interpreter's own cast is wrong for subnormals (Triton 3.6 and 3.9).
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(COMPUTE)
 
 
 @triton.jit
 def store(address, value, mask, INTERPRETED: tl.constexpr):
     dtype: tl.constexpr = address.dtype.element_ty
     if INTERPRETED and dtype == tl.bfloat16:
-        value = to_bf16(value)
+        # To nearest even with NaN kept: the interpreter's own cast truncates.
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(value != value, bits | 0x400000, rounded) >> 16
+        value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     tl.store(address, value.to(dtype), mask=mask)
 
 
@@ -59,12 +64,12 @@ def update_block(
     COMPUTE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    param = tl.load(streams[0] + index, mask=mask).to(COMPUTE)
-    grad = tl.load(streams[1] + index, mask=mask).to(COMPUTE)
+    param = load(streams[0] + index, mask, COMPUTE, INTERPRETED)
+    grad = load(streams[1] + index, mask, COMPUTE, INTERPRETED)
     states = ()
     for s in tl.static_range(2, len(DTYPES)):
         if DTYPES[s] is not None:
-            states = states + (tl.load(streams[s] + index, mask=mask).to(COMPUTE),)
+            states = states + (load(streams[s] + index, mask, COMPUTE, INTERPRETED),)
         else:
             states = states + (grad,)
     if grad_scale is not None:

@@ -6,11 +6,11 @@ on the device (capturable, GradScaler's found_inf); elsewhere the host does the 
 
 Tables in device memory, beside those of `multi_tensor`:
 
-steps      int64 [n_tensors, 3]: address of the step, or 0; address of a float32 that says whether
-           SGD's momentum has started, or 0 if it has; the row of the next two
-options    float64 [n_rows, MAX_HYPERS + 3]: the rule's options, the variant's bits, the sign of the
-           grad, and the step for tensors without an address of one
-addresses  int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
+steps          int64 [n_tensors, 3]: address of the step, or 0; address of a float32 that says
+               whether SGD's momentum has started, or 0 if it has; the row of the next two
+option_values  float64 [n_rows, MAX_HYPERS + 3]: the rule's options, the variant's bits, the sign of
+               the grad, and the step for tensors without an address of one
+addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
 
 An address is of a float32, or of a float64 where its lowest bit is set.
 """
@@ -96,7 +96,7 @@ def store_number(address, value, mask):
 
 @triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
-    steps, options, addresses, hypers, found_inf, n_tensors,
+    steps, option_values, addresses, hypers, found_inf, n_tensors,
     PREPARE: tl.constexpr, N_OPTIONS: tl.constexpr, N_HYPERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advance the steps, unless found_inf, and write one row of `hypers` per tensor."""
@@ -114,11 +114,11 @@ def prepare(
     values = ()
     for o in tl.static_range(N_OPTIONS):
         address = tl.load(addresses + row * MAX_HYPERS + o, mask=mask, other=0)
-        value = tl.load(options + row * OPTIONS_ROW + o, mask=mask, other=0.0)
+        value = tl.load(option_values + row * OPTIONS_ROW + o, mask=mask, other=0.0)
         values = values + (tl.where(address != 0, load_number(address, mask), value),)
-    variant = tl.load(options + row * OPTIONS_ROW + VARIANT, mask=mask, other=0.0)
-    grad_sign = tl.load(options + row * OPTIONS_ROW + GRAD_SIGN, mask=mask, other=0.0)
-    known_step = tl.load(options + row * OPTIONS_ROW + STEP, mask=mask, other=1.0)
+    variant = tl.load(option_values + row * OPTIONS_ROW + VARIANT, mask=mask, other=0.0)
+    grad_sign = tl.load(option_values + row * OPTIONS_ROW + GRAD_SIGN, mask=mask, other=0.0)
+    known_step = tl.load(option_values + row * OPTIONS_ROW + STEP, mask=mask, other=1.0)
 
     step = tl.where(step_address != 0, load_number(step_address, mask) + 1, known_step)
     waiting = (started_address != 0) & (load_number(started_address, mask) == 0)

@@ -1,0 +1,102 @@
+"""Triton kernels give the C++ kernels' bits, in the interpreter and on a GPU alike.
+
+Compared are all bits of params and states; a NaN is a NaN, whatever its payload and sign.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import BACKEND, CASE_IDS, CASES, DEVICE, DTYPES, Case
+from test_bitwise import Streams, assert_same_bits, bits, wild
+from torch import Tensor
+
+import fused_optim
+from fused_optim import backends
+
+if BACKEND != "triton":
+    pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
+
+N_STEPS = 2
+# The interpreter takes blocks of 16384 elements and chunks of 65536, a GPU 512 and 2048.
+NUMELS = (0, 1, 16385, 65537)
+MISALIGNED = 1031
+
+
+@contextmanager
+def cpp_kernels() -> Iterator[None]:
+    """In the interpreter's process: CPU tensors go to the C++ kernels meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "device_types", lambda: 0)
+        patch.setattr(backends, "interpreted", lambda: False)
+        yield
+
+
+def params_and_grads(dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list, list[list]]:
+    """CPU tensors: one of each size, one that is not aligned, one whose grad lies transposed."""
+    params = [wild(numel, dtype, seed=0).clone() for numel in NUMELS]
+    params.append(wild(MISALIGNED + 1, dtype, seed=1)[1:])
+    params.append(wild(37 * 29, dtype, seed=2).view(37, 29).clone())
+    grads = []
+    for step in range(1, N_STEPS + 1):
+        now = [wild(p.numel(), grad_dtype, seed=step).view(p.shape).clone() for p in params]
+        now[-1] = now[-1].t().contiguous().t()
+        grads.append(now)
+    return params, grads
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, with the same alignment and strides."""
+    flat = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype, device=device)
+    offset = tensor.storage_offset()
+    copy = flat[offset : offset + tensor.numel()].as_strided(tensor.shape, tensor.stride(), offset)
+    return copy.copy_(tensor)
+
+
+def streams(
+    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device, **options
+) -> Streams:
+    params, grads = params_and_grads(dtype, grad_dtype)
+    params = [moved(param, device) for param in params]
+    optimizer = case.fused(params, **options)
+    for now in grads:
+        for param, grad in zip(params, now):
+            param.grad = moved(grad, device)
+        optimizer.step()
+    assert optimizer.last_step.fallbacks == []
+    found = {f"param {i}": bits(param.cpu()) for i, param in enumerate(params)}
+    for i, param in enumerate(params):
+        for key, value in optimizer.state[param].items():
+            found[f"{key} {i}"] = bits(value.cpu())
+    found["backend"] = torch.tensor([optimizer.last_step.tensors.get("triton", 0)])
+    return found
+
+
+def assert_bits_of_cpp(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, **options) -> None:
+    ours = streams(case, dtype, grad_dtype, DEVICE, **options)
+    assert ours.pop("backend").item() == len(NUMELS) + 2
+    with cpp_kernels():
+        reference = streams(case, dtype, grad_dtype, torch.device("cpu"))
+    assert reference.pop("backend").item() == 0
+    assert_same_bits(ours, reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_same_bits(case: Case, dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if "capturable" in getattr(fused_optim, case.optimizer)([torch.zeros(1)]).defaults
+    ],
+    ids=lambda case: case.id,
+)
+def test_same_bits_with_hypers_prepared_on_the_device(case: Case, dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, dtype, capturable=True)

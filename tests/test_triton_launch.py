@@ -1,0 +1,219 @@
+"""What is compiled, uploaded and launched, on a stub of a GPU."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import BACKEND, CASES, Case
+from twins import ONE_EACH, Run, assert_untouched, by_id, run_both, snapshot
+
+if BACKEND != "cpu":
+    pytest.skip("needs CPU kernels, and Triton as a compiler", allow_module_level=True)
+pytest.importorskip("triton", reason="needs triton")
+
+from stub_gpu import StubGpu, stub_gpu
+
+from fused_optim.triton_kernels import launch
+
+each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
+
+
+@pytest.fixture
+def gpu() -> Iterator[StubGpu]:
+    with stub_gpu() as stub:
+        yield stub
+
+
+def steps_with(run: Run, n_steps: int = 1) -> None:
+    run.step(n_steps)
+    assert run.opt.last_step.tensors == {
+        "triton": sum(len(g["params"]) for g in run.opt.param_groups)
+    }
+
+
+@each_optimizer
+def test_one_launch_for_all_groups_whatever_their_options(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    groups = [
+        {"params": [torch.nn.Parameter(run.randn((3, 4))) for _ in range(3)], **options}
+        for options in ({"lr": 0.5}, {"weight_decay": 0.3}, {"maximize": True}, {"eps": 1e-3})
+    ]
+    for group in groups:
+        run.opt.add_param_group(group)
+    steps_with(run, 2)
+    late = torch.nn.Parameter(run.randn((1000, 9)))  # at another step, and first for SGD
+    run.opt.add_param_group({"params": [late]})
+    steps_with(run)
+    assert gpu.names() == ["multi_tensor"] * 3
+    assert gpu.compiled == ["multi_tensor"]
+
+
+@each_optimizer
+def test_nothing_is_compiled_again(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    steps_with(run, 2)
+    for i in range(3):
+        run.opt.param_groups[0]["lr"] = 0.5 / (i + 1)
+        if "weight_decay" in run.opt.param_groups[0]:
+            run.opt.param_groups[0]["weight_decay"] = float(i)
+        run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((10**i, 7)))], "lr": 0.0})
+        steps_with(run)
+    # Slices that are not aligned, and one of a single element.
+    flat = run.randn((100,))
+    run.opt.add_param_group(
+        {"params": [torch.nn.Parameter(flat[1:2]), torch.nn.Parameter(flat[3:])]}
+    )
+    steps_with(run)
+    other = Run(case, case.fused, shapes=((5,),) * 40)
+    steps_with(other, 2)
+    assert gpu.compiled == ["multi_tensor"], "nor for another optimizer"
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in ONE_EACH if case.optimizer in ("Adam", "AdamW", "RMSprop")], ids=by_id
+)
+def test_capturable_adds_one_launch_that_prepares(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused, extra={"capturable": True, "lr": torch.tensor(0.1)})
+    for i in range(3):
+        run.opt.param_groups[0]["lr"].fill_(0.1 * i)
+        steps_with(run)
+        run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((10**i, 7)))]})
+    assert gpu.names() == ["prepare", "multi_tensor"] * 3
+    assert sorted(gpu.compiled) == ["multi_tensor", "prepare"]
+
+
+def test_each_set_of_dtypes_and_states_is_a_launch(gpu: StubGpu) -> None:
+    case = next(case for case in CASES if case.id == "Adam-amsgrad=True")
+    run = Run(case, case.fused)
+    half = [torch.nn.Parameter(run.randn((3, 4), torch.bfloat16)) for _ in range(3)]
+    run.opt.add_param_group({"params": half})
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((3, 4)))], "amsgrad": False})
+    steps_with(run, 2)
+    assert gpu.names() == ["multi_tensor"] * 6
+    assert len(gpu.compiled) == 3
+
+
+@each_optimizer
+def test_only_what_changed_is_uploaded(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    # Whatever varies is made beforehand, so that no address is reused by chance.
+    run.set_grads()
+    others = [run.randn(param) for param in run.params]
+
+    def uploads() -> set[torch.dtype]:
+        gpu.uploaded.clear()
+        run.opt.step()
+        return {dtype for dtype, _ in gpu.uploaded}
+
+    assert uploads() == {torch.int64, torch.float64, torch.int32}
+    uploads()  # SGD's variant is another one now
+    numbers = set() if case.optimizer in ("SGD", "RMSprop") else {torch.float64}  # of the step
+    assert uploads() == numbers
+    run.opt.param_groups[0]["lr"] = 0.123
+    assert uploads() == {torch.float64}
+    for param, grad in zip(run.params, others):
+        param.grad = grad
+    assert uploads() == {torch.int64} | numbers, "grads in other places"
+    run.params[0].data = torch.zeros(7)
+    assert uploads() == {torch.int64} | numbers
+    run.params[1].grad = None
+    assert uploads() == {torch.int64, torch.int32} | numbers, "a tensor less"
+
+
+@each_optimizer
+def test_tables_hold_what_the_kernel_reads(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused, shapes=((7,), (4100,)))
+    run.params.append(torch.nn.Parameter(run.randn((10,))[1:]))
+    sign = -1 if run.opt.param_groups[0]["maximize"] else 1
+    run.opt.add_param_group({"params": run.params[-1:], "maximize": sign == 1})
+    steps_with(run)
+    _, n_programs, (tensors, chunks, hypers, grad_scale, found_inf, *_constants) = gpu.launches[0]
+    assert grad_scale is None and found_inf is None
+    assert n_programs == 1 + 3 + 1
+    assert chunks.view(-1, 2).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0]]
+    tensors, hypers = tensors.view(3, -1), hypers.view(-1, launch.ROW.value)
+    assert tensors[:, 0].tolist() == [7, 4100, -9], "the last is not aligned to 16 bytes"
+    assert tensors[:, 1].tolist() == [0, 0, 1]
+    assert hypers[:, -1].tolist() == [sign, -sign]
+    for row, param in zip(tensors.tolist(), run.params):
+        assert row[2:4] == [param.data_ptr(), param.grad.data_ptr()]
+        there = {state.data_ptr() for key, state in run.opt.state[param].items() if key != "step"}
+        assert there <= set(row[4:]) and set(row[4:]) <= there | {0}
+
+
+@each_optimizer
+@pytest.mark.parametrize("stage", ["compile", "load"])
+def test_failing_triton_leaves_the_step_to_stock(
+    gpu: StubGpu, case: Case, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no C compiler")
+
+    if stage == "compile":
+        monkeypatch.setattr(launch.multi_tensor, "warmup", fail)
+    else:
+        gpu.utils.load_binary = fail
+    with pytest.warns(RuntimeWarning, match="no C compiler") as caught:
+        ours, _ = run_both(case, lambda run: run.step(3), tensors={"stock": 5})
+    assert len(caught) == 1, "one warning, not one a step"
+    assert {f.reason for f in ours.opt.last_step.fallbacks} == {
+        "Triton failed: OSError: no C compiler"
+    }
+    assert gpu.launches == []
+
+
+@each_optimizer
+def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    steps_with(run)
+    run.set_grads()
+    run.params[3].grad = None
+    run.opt.param_groups[0]["lr"] = -1.0
+    before, n_launches = snapshot(run.opt), len(gpu.launches)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        run.opt.step()
+    assert_untouched(run.opt, before)
+    assert len(gpu.launches) == n_launches
+
+
+def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pinned memory can be had during a capture, and a replay reads it again."""
+    pinned: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def counted_empty(*size: int, pin_memory: bool = False, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*size, **kwargs)
+        if pin_memory:
+            pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", counted_empty)
+    copy = launch._Copy(torch.int64, torch.device("meta"))
+    fills = []
+
+    def bring(version: int, numel: int, capturing: bool) -> bool:
+        return copy.bring(version, numel, fills.append, capturing)
+
+    assert not bring(1, 10, capturing=True), "nothing in reserve yet"
+    assert bring(1, 10, capturing=False) and len(pinned) == 2
+    assert bring(1, 10, capturing=True) and len(fills) == 1, "unchanged: what is there will do"
+    assert bring(2, 10, capturing=True) and len(pinned) == 2
+    assert copy.held()[1].data_ptr() == pinned[1].data_ptr(), "the source stays for the replays"
+    assert not bring(3, 10, capturing=True), "the reserve is used up"
+    assert bring(2, 10, capturing=False) and len(pinned) == 4, "the capture has copied nothing"
+    assert not bring(4, 20, capturing=True), "too small a reserve"
+
+
+def test_gpu_tensors_without_triton_warn_once() -> None:
+    from fused_optim import backends
+
+    backends.warn_of_device.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_load_triton", lambda: "No module named 'triton'")
+        with pytest.warns(RuntimeWarning, match=r"torch.optim's own code .* cuda:0.* 'triton'"):
+            backends.warn_of_device("cuda:0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.warn_of_device("cuda:0")
+    backends.warn_of_device.cache_clear()
