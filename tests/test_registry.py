@@ -1,6 +1,9 @@
 """Table, classes, kernels and torch.optim list the same optimizers, options and states."""
 
+import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +76,31 @@ def test_states_of_the_rule_are_those_stock_creates(name: str) -> None:
     states = RULES[fused_class(name)._rule]["states"]
     assert len(states) == len(set(states))
     assert set(states) == created - {"step"}
+
+
+def test_triton_lists_the_same_rules_states_and_hypers_in_the_same_order() -> None:
+    rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
+    prepare = importlib.import_module("fused_optim.triton_kernels.prepare")
+    assert list(rules.RULES) == list(RULES)
+    for name, rule in rules.RULES.items():
+        assert list(rule.states) == RULES[name]["states"]
+        assert list(rule.hypers) == RULES[name]["hypers"]
+        assert sum(rule.deciding) == RULES[name]["deciding"]
+        assert rule.update.fn.__name__ == getattr(prepare, name).fn.__name__ == name
+
+
+def test_triton_and_cpp_mean_the_same_by_the_bits_of_a_variant() -> None:
+    rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
+    source = Path(__file__).parent.parent.joinpath("csrc/rules.h").read_text()
+    found = dict(
+        re.findall(r"\b([A-Z_]+) = (\d+)", " ".join(re.findall(r"enum : unsigned {(.*)}", source)))
+    )
+    named = {name for name, value in vars(rules).items() if type(value).__name__ == "constexpr"}
+    assert named == found.keys() - {"VARIANTS"}
+    for line in re.findall(r"enum : unsigned {(.*)}", source):
+        for name, value in re.findall(r"\b([A-Z_]+) = (\d+)", line):
+            if name != "VARIANTS" and value != "0":  # a rule without a first step of its own
+                assert getattr(rules, name).value == int(value), name
 
 
 @every_optimizer

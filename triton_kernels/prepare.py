@@ -120,7 +120,11 @@ def prepare(
     grad_sign = tl.load(option_values + row * OPTIONS_ROW + GRAD_SIGN, mask=mask, other=0.0)
     known_step = tl.load(option_values + row * OPTIONS_ROW + STEP, mask=mask, other=1.0)
 
-    step = tl.where(step_address != 0, load_number(step_address, mask) + 1, known_step)
+    advanced = load_number(step_address, mask) + 1
+    # A float32 stays at 2^24, as stock's does: the hypers are those of what is stored.
+    is_wide = (step_address & 1) != 0
+    advanced = tl.where(is_wide, advanced, advanced.to(tl.float32).to(tl.float64))
+    step = tl.where(step_address != 0, advanced, known_step)
     waiting = (started_address != 0) & (load_number(started_address, mask) == 0)
     variant = tl.where(waiting, variant + FIRST_STEP, variant)
     if goes_on:

@@ -1,0 +1,119 @@
+"""Hypers prepared on the device are those that the host prepares, bit for bit."""
+
+import pytest
+import torch
+from cases import BACKEND, DEVICE
+
+from fused_optim import _C
+
+if BACKEND != "triton":
+    pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
+
+from fused_optim.triton_kernels.multi_tensor import GRAD_SIGN, ROW, VARIANT
+from fused_optim.triton_kernels.prepare import OPTIONS_ROW, STEP, prepare
+from fused_optim.triton_kernels.rules import FIRST_STEP
+from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK, prepare_constants
+
+RULES = _C.rules()
+# As float32 counts them (up to 2^24, where it stops) and as float64 does.
+STEPS = [*range(1, 60), 999, 1000, 12345, 2**20 + 1, 2**24 - 1, 2**24, 2**31 + 7, 2**40 + 3]
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def random_options(rule: str, generator: torch.Generator) -> list[float]:
+    """Rates of any size, and betas from 0 to just below 1."""
+    values = []
+    for name in RULES[rule]["options"]:
+        drawn = torch.rand((), dtype=torch.float64, generator=generator).item()
+        if name.startswith("betas"):
+            drawn = 1 - 10 ** (-6 * drawn)
+        elif name in ("lr", "eps", "lr_decay"):
+            drawn = 10 ** (-9 * drawn)
+        values.append(drawn)
+    return values
+
+
+def numbers(tensor: torch.Tensor) -> list[int]:
+    """Tagged addresses of all elements."""
+    wide = tensor.dtype == torch.float64
+    return [tensor.data_ptr() + i * tensor.element_size() | wide for i in range(tensor.numel())]
+
+
+def run(
+    rule: str,
+    options: list[list[float]],
+    addresses: list[list[int]],
+    steps: list[int],
+    waiting: list[int],
+    rows: list[int],
+    known_step: float = 0.0,
+    found_inf: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of hypers, on the CPU."""
+    n_options = len(RULES[rule]["options"])
+    table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
+    table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
+    table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, STEP.value] = 1.0, -1.0, known_step
+    tagged = torch.zeros(len(options), 8, dtype=torch.int64)
+    tagged[:, :n_options] = torch.tensor(addresses)
+    hypers = torch.full((len(rows), ROW.value), 7.0, dtype=torch.float64, device=DEVICE)
+    table_of_steps = torch.tensor([steps, waiting, rows]).t().contiguous()
+    prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
+        table_of_steps.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
+        **prepare_constants(rule, n_options), **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
+    )  # fmt: skip
+    return hypers.cpu()
+
+
+def assert_bits(hypers: torch.Tensor, rule: str, options: list[float], step: float) -> None:
+    expected = torch.tensor(_C.prepare(rule, options, step), dtype=torch.float64)
+    found = hypers[: len(expected)]
+    assert torch.equal(found.view(torch.int64), expected.view(torch.int64)), (rule, options, step)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_and_steps_advanced(rule: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = [random_options(rule, generator) for _ in range(7)]
+    before = torch.tensor(STEPS, dtype=torch.float64).sub(1).to(dtype).repeat(3)
+    after = before + 1  # as the CPU adds: float32 stays where it can count no further
+    step = before.to(DEVICE)
+    n = len(step)
+    rows = [i % 7 for i in range(n)]
+    hypers = run(rule, options, [[0] * len(options[0])] * 7, numbers(step), [0] * n, rows)
+    assert torch.equal(step.cpu(), after)
+    for i in range(n):
+        assert_bits(hypers[i], rule, options[rows[i]], after[i].item())
+        assert hypers[i, VARIANT.value] == 1 and hypers[i, GRAD_SIGN.value] == -1
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    options = random_options(rule, generator)
+    on_device = torch.tensor(options, dtype=torch.float64).to(dtype).to(DEVICE)
+    addresses = [a if o % 2 == 0 else 0 for o, a in enumerate(numbers(on_device))]
+    seen = [v if o % 2 == 0 else options[o] for o, v in enumerate(on_device.double().tolist())]
+    hypers = run(rule, [options], [addresses], [0] * 3, [0] * 3, [0] * 3, known_step=5.0)
+    for row in hypers:
+        assert_bits(row, rule, seen, 5.0)
+
+
+@every_rule
+def test_skipped_step_advances_nothing(rule: str) -> None:
+    options = random_options(rule, torch.Generator().manual_seed(2))
+    step = torch.arange(5.0, device=DEVICE)
+    started = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE)
+    nothing = [[0] * len(options)]
+    for found_inf, advanced in ((1.0, 0), (0.0, 1)):
+        flag = torch.tensor(found_inf, device=DEVICE)
+        before, waiting = step.cpu().clone(), started.cpu() == 0
+        hypers = run(
+            rule, [options], nothing, numbers(step), numbers(started), [0] * 5, found_inf=flag
+        )
+        assert torch.equal(step.cpu(), before + advanced)
+        expected = 1 + FIRST_STEP.value * waiting
+        assert torch.equal(hypers[:, VARIANT.value], expected.double())
+    assert started.cpu().tolist() == [1.0] * 5
