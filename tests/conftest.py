@@ -10,6 +10,10 @@ ALLOWED_SKIPS = (
     "needs another ISA",
     "needs a second CPU",
     "needs fork",
+    "needs a GPU",
+    "needs a second GPU",
+    "needs 20 GiB of available memory",
+    "needs Triton: a GPU or its interpreter",
 )
 
 _skips: list[tuple[str, str]] = []
