@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="under a minute: smaller models, fewer rounds"
     )
+    bench.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (the default), cuda or cuda:N"
+    )
     bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's own choice")
     bench.add_argument(
         "--only", nargs="+", metavar="NAME", help="rows to measure, such as: tiny gpt2-* linear-*"
@@ -71,10 +74,12 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     # Imported here so that `info` works without the bench extra.
     from fused_optim.cli import bench, report
+    from fused_optim.cli.device import find
     from fused_optim.cli.workloads import select
 
     try:
-        workloads = select(args.only, quick=args.quick)
+        device = find(args.device)
+        workloads = select(args.only, quick=args.quick, device_type=device.type)
         for folder in filter(None, (args.json and args.json.parent, args.plot)):
             folder.mkdir(parents=True, exist_ok=True)
         if args.json:
@@ -82,7 +87,7 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
-    results = bench.run(workloads, quick=args.quick, threads=args.threads)
+    results = bench.run(workloads, quick=args.quick, threads=args.threads, device=device)
     report.print_results(results)
     if args.json:
         results.save(args.json)

@@ -19,7 +19,12 @@ OURS = "fused_optim"
 MATCHING = "matching layout"
 PROBE = "probe"
 COPY = "copy_"
+CPU = torch.device("cpu")
 QUICK_NUMEL = 1_000_000
+# torch.compile takes time for every tensor; with a list twice as long as GPT-2's, minutes.
+MOST_COMPILED_TENSORS = 300
+# Of each of the two buffers of the copy on a GPU, many times any L2.
+COPY_NBYTES = 2**30
 
 STOCK_FLAGS = {
     "for-loop": {"foreach": False, "fused": False},
@@ -28,16 +33,18 @@ STOCK_FLAGS = {
 }
 
 
-def make_params(shapes: Shapes, dtype: torch.dtype, layout: str) -> list[nn.Parameter]:
+def make_params(
+    shapes: Shapes, dtype: torch.dtype, layout: str, device: torch.device = CPU
+) -> list[nn.Parameter]:
     """Parameters with grads, all uniform in (-1, 1): the same values whoever asks.
 
     Args:
         layout: strides of the grads, see Workload.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def uniform(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=generator)
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1, generator=generator)
 
     params = []
     for shape in shapes:
@@ -75,6 +82,8 @@ def ours(workload: Workload, params: Sequence[nn.Parameter]) -> FusedOptimizer:
 def stock_variants(workload: Workload, *, quick: bool) -> list[str]:
     """The variants torch.optim has of this optimizer.
 
+    For a huge workload, the fused one alone.
+
     Args:
         quick: leave out what is never the best where it would cost the most time: everything but
             fused, if there is a fused one, from QUICK_NUMEL parameters on.
@@ -82,7 +91,8 @@ def stock_variants(workload: Workload, *, quick: bool) -> list[str]:
     accepted = inspect.signature(getattr(torch.optim, workload.optimizer)).parameters
     if "fused" not in accepted:
         return ["for-loop", "foreach"]
-    return ["fused"] if quick and workload.numel >= QUICK_NUMEL else list(STOCK_FLAGS)
+    left_out = workload.is_huge or (quick and workload.numel >= QUICK_NUMEL)
+    return ["fused"] if left_out else list(STOCK_FLAGS)
 
 
 def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> Optimizer:
@@ -102,14 +112,22 @@ class Peer:
     """An optimizer of another library.
 
     factories: our class name -> constructor call that means the same mathematics.
+    compiles: whether it compiles itself for a list of tensors, which takes a minute for hundreds;
+        so it does that only for plain float32 rows.
     """
 
     name: str
     module: str
     factories: dict[str, Callable[[Workload, Sequence[nn.Parameter]], Optimizer]]
+    compiles: bool = False
 
-    def why_not(self, workload: Workload) -> str | None:
+    def why_not(self, workload: Workload, *, quick: bool) -> str | None:
         """Why it cannot run this workload; None if it may."""
+        if workload.is_huge:
+            return "workload too large"
+        plain = workload.timed == "step" and workload.dtype == torch.float32
+        if self.compiles and (quick or not plain or workload.n_tensors > MOST_COMPILED_TENSORS):
+            return "compiles for too long"
         if importlib.util.find_spec(self.module.partition(".")[0]) is None:
             return "not installed"
         if workload.optimizer not in self.factories:
@@ -138,10 +156,43 @@ def _optimi_sgd(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer
     )
 
 
-PEERS = (
-    Peer("DeepSpeedCPUAdam", "deepspeed.ops.adam", {"AdamW": _deepspeed_adamw}),
-    Peer("optimi", "optimi", {"AdamW": _optimi_adamw, "SGD": _optimi_sgd}),
+def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    optimizer = getattr(torch.optim, workload.optimizer)(params, foreach=True, **workload.options)
+    torch.compiler.reset()  # after eight lists of tensors torch would give up
+    optimizer.step = torch.compile(optimizer.step)
+    # Compiled in the first step and, now that there is state, in the second.
+    for _ in range(2):
+        optimizer.step()
+    return optimizer
+
+
+_OPTIMI = Peer("optimi", "optimi", {"AdamW": _optimi_adamw, "SGD": _optimi_sgd})
+_COMPILED_OPTIMIZERS = ("AdamW", "SGD", "RMSprop", "Adagrad")
+PEERS = (Peer("DeepSpeedCPUAdam", "deepspeed.ops.adam", {"AdamW": _deepspeed_adamw}), _OPTIMI)
+GPU_PEERS = (
+    _OPTIMI,
+    Peer("torch.compile", "torch", dict.fromkeys(_COMPILED_OPTIMIZERS, _compiled), compiles=True),
 )
+
+
+def peers(device_type: str) -> tuple[Peer, ...]:
+    """The peers on such a device."""
+    return PEERS if device_type == "cpu" else GPU_PEERS
+
+
+def start(optimizer: Optimizer, workload: Workload) -> None:
+    """The first step, which makes the states, and the states' dtypes that the workload asks for.
+
+    Raises:
+        RuntimeError: the optimizer does not take these dtypes.
+    """
+    optimizer.step()
+    if not workload.state_dtypes:
+        return
+    for states in optimizer.state.values():
+        for name, dtype in workload.state_dtypes.items():
+            states[name] = states[name].to(dtype)
+    optimizer.step()
 
 
 def bytes_per_step(optimizer: Optimizer) -> tuple[int, int]:
@@ -185,3 +236,10 @@ def bandwidth_steps(nbytes: int, n_streams: int) -> dict[str, Step]:
 def copied_bytes(nbytes: int, n_streams: int) -> int:
     """Bytes that the copy of bandwidth_steps moves."""
     return 2 * 4 * (nbytes // (4 * (2 * n_streams - 1)))
+
+
+def device_copy(device: torch.device, nbytes: int) -> Step:
+    """A copy of so many bytes in the device's memory, which moves twice as many."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)

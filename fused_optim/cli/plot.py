@@ -23,7 +23,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
         folder: exists.
     """
     linear_names = {f"linear-{n}" for n in LINEAR_N_TENSORS}
-    rows = [row for row in found.rows if row.workload.name not in linear_names]
+    rows = [row for row in found.rows if row.ratio and row.workload.name not in linear_names]
     linear_rows = [row for row in found.rows if row.workload.name in linear_names]
     written = []
     if rows:
@@ -35,19 +35,24 @@ def draw(found: Results, folder: Path) -> list[Path]:
 
 def _subtitle(found: Results) -> str:
     machine, versions = found.about["machine"], found.about["versions"]
+    where = found.about["device"].get("name") or f"{machine['cpu']}, {machine['threads']} threads"
     quick = ", quick run" if found.about["settings"]["quick"] else ""
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, fused_optim {versions['fused_optim']} "
+        f"{where}, fused_optim {versions['fused_optim']} "
         f"({versions['isa']}), torch {versions['torch']}{quick}"
     )
 
 
 def _draw_ratios(rows: list[Row], subtitle: str, path: Path) -> Path:
-    """One bar per row: median, quartiles, and the target as a mark."""
+    """One bar per row: median, quartiles, and the target as a mark.
+
+    Args:
+        rows: each has a ratio.
+    """
+    ratios = [row.ratio for row in rows if row.ratio]
     fig, axes = plt.subplots(figsize=(12, 1.4 + 0.4 * len(rows)), layout="constrained")
     positions = range(len(rows), 0, -1)
-    for position, row in zip(positions, rows, strict=True):
-        ratio = row.ratio
+    for position, row, ratio in zip(positions, rows, ratios, strict=True):
         colour = {True: MET, False: MISSED, None: NO_TARGET}[row.met]
         axes.barh(position, ratio.median - 1, left=1, height=0.6, color=colour)
         axes.plot([ratio.q1, ratio.q3], [position, position], color="black", linewidth=1.5)
@@ -74,8 +79,11 @@ def _draw_ratios(rows: list[Row], subtitle: str, path: Path) -> Path:
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    low = min(min(row.ratio.q1 for row in rows), 0.6)
-    high = max(max(row.ratio.q3, row.workload.target.ratio or 1) for row in rows)
+    low = min(min(ratio.q1 for ratio in ratios), 0.6)
+    high = max(
+        max(ratio.q3, row.workload.target.ratio or 1)
+        for row, ratio in zip(rows, ratios, strict=True)
+    )
     axes.set_xlim(low * 0.9, high * 1.1)
     axes.xaxis.set_major_formatter(FormatStrFormatter("%gx"))
     axes.xaxis.set_minor_formatter(NullFormatter())

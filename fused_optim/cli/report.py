@@ -4,13 +4,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fused_optim.cli.contestants import MATCHING, OURS, PEERS, STOCK_FLAGS
+from fused_optim.cli.contestants import MATCHING, OURS, STOCK_FLAGS, peers
 from fused_optim.cli.results import MEMORY_TARGET_NBYTES, Memory, Results, Row
 from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY
+from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY, Target
 
 # What a table needs when nobody says how wide the output is (a pipe, a log).
 WIDTH_OF_A_FILE = 150
+
+GPU_LEGEND = (
+    "Times are the device's own, without waiting for the host, except in rows of host time: the call "
+    "of step() alone, from an empty queue. of the copy = our bytes read and written per second / those "
+    "of a large torch.Tensor.copy_ in the same rounds."
+)
 
 
 def print_results(found: Results) -> None:
@@ -20,20 +26,23 @@ def print_results(found: Results) -> None:
         console = Console(highlight=False, width=WIDTH_OF_A_FILE)
     for line in _header(found):
         console.print(line, markup=False)
+    on_gpu = found.about["device"]["type"] != "cpu"
     linear_titles = {f"linear-{n}" for n in LINEAR_N_TENSORS}
     rows = [row for row in found.rows if row.workload.name not in linear_titles]
     linear_rows = [row for row in found.rows if row.workload.name in linear_titles]
     if rows:
-        console.print(_main_table(rows))
+        console.print(_main_table(rows, on_gpu))
         console.print(
             "Medians, [lower, upper quartile] over rounds; ratio = best stock / ours, paired per "
             f"round. A target of 1.0x asks for a lower quartile of {PARITY}, any other for the "
             "median.",
             markup=False,
         )
+        if on_gpu:
+            console.print(GPU_LEGEND, markup=False)
     against_others = [row for row in found.rows if row.baseline != MATCHING]
     if against_others:
-        console.print(_contestants_table(against_others))
+        console.print(_contestants_table(against_others, found.about["device"]["type"]))
     if linear_rows:
         console.print(_linear_table(linear_rows))
     for line in _footer(found):
@@ -42,7 +51,16 @@ def print_results(found: Results) -> None:
 
 def _header(found: Results) -> list[str]:
     machine, versions = found.about["machine"], found.about["versions"]
-    lines = [
+    device = found.about["device"]
+    lines = []
+    if device["type"] != "cpu":
+        lines.append(
+            f"{device['name']}, {device['memory_nbytes'] / 2**30:.0f} GiB, L2 "
+            f"{device['l2_nbytes'] / 2**20:.0f} MiB, driver {device['driver']}, "
+            f"{'ROCm ' + device['hip'] if device['hip'] else 'CUDA ' + str(device['cuda'])}, "
+            f"triton {versions['triton']}"
+        )
+    lines += [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['os']}",
         f"fused_optim {versions['fused_optim']} ({versions['isa']}), torch {versions['torch']}, "
@@ -57,37 +75,44 @@ def _header(found: Results) -> list[str]:
     return lines
 
 
-def _main_table(rows: list[Row]) -> Table:
-    table = _table("work", "ours ms", "baseline ms", "ratio", "target", "met", "GB/s", "of probe")
+def _main_table(rows: list[Row], on_gpu: bool) -> Table:
+    roof = "of the copy" if on_gpu else "of probe"
+    table = _table("work", "ours ms", "baseline ms", "ratio", "target", "met", "GB/s", roof)
     for row in rows:
         ours = row.seconds(OURS)
-        target = row.workload.target
-        wanted = "" if target.ratio is None else f"{target.ratio:.3g}x"
-        if target.probe is not None:
-            wanted += f", {target.probe:.0%}"
+        bandwidth = row.nbytes / ours.median / 1e9
+        roof_part = row.copy_part if on_gpu else row.probe_part
         table.add_row(
             row.workload.title,
             _ms(ours),
-            f"{_number(row.seconds(row.baseline).median * 1e3)} ({row.baseline})",
-            f"{row.ratio.median:.2f}x [{row.ratio.q1:.2f}, {row.ratio.q3:.2f}]",
-            wanted,
+            _baseline(row),
+            _ratio(row),
+            _wanted(row.workload.target),
             _verdict(row),
-            f"{row.nbytes / ours.median / 1e9:.1f}" if row.workload.is_large else "",
-            f"{row.probe_part.median:.0%}" if row.probe_part else "",
+            f"{bandwidth:.1f}" if row.shows_bandwidth else "",
+            f"{roof_part.median:.0%}" if roof_part else "",
         )
     return table
 
 
+def _wanted(target: Target) -> str:
+    parts = []
+    if target.ratio is not None:
+        parts.append(f"{target.ratio:.3g}x")
+    parts += [f"{part:.0%}" for part in (target.probe, target.copy) if part is not None]
+    return (" or " if target.either else ", ").join(parts)
+
+
 def _verdict(row: Row) -> str:
-    if row.workload.target.ratio is None:
+    if not row.workload.target.is_set:
         return ""
     unsound = "busy" if row.was_busy else f"{row.n_rounds} rounds"
     return {True: "yes", False: "NO", None: unsound}[row.met]
 
 
-def _contestants_table(rows: list[Row]) -> Table:
+def _contestants_table(rows: list[Row], device_type: str) -> Table:
     """Every contestant's median, and the reason where there is none."""
-    names = [OURS, *STOCK_FLAGS, *(peer.name for peer in PEERS)]
+    names = [OURS, *STOCK_FLAGS, *(peer.name for peer in peers(device_type))]
     table = _table("ms per step", *names)
     for row in rows:
         cells = []
@@ -107,6 +132,7 @@ def _linear_table(rows: list[Row]) -> Table:
     for row in rows:
         work = row.workload
         ours = row.seconds(OURS).median
+        assert row.baseline is not None  # plain AdamW in float32
         stock = row.seconds(row.baseline).median
         table.add_row(
             work.title,
@@ -114,7 +140,7 @@ def _linear_table(rows: list[Row]) -> Table:
             f"{ours * 1e6 / work.n_tensors:.3f}",
             f"{ours * 1e9 / work.numel:.2f}",
             f"{stock * 1e6 / work.n_tensors:.2f} ({row.baseline})",
-            f"{row.ratio.median:.2f}x [{row.ratio.q1:.2f}, {row.ratio.q3:.2f}]",
+            _ratio(row),
         )
     return table
 
@@ -135,6 +161,12 @@ def _footer(found: Results) -> list[str]:
             f"other processes took {min(elsewhere):.0%} to {max(elsewhere):.0%} of the CPU time"
             + (": THE MACHINE WAS BUSY, these are no numbers to quote" if busy else "")
         )
+    if found.about["device"]["type"] != "cpu":
+        faster = [
+            f"{name} ({row.workload.name})" for row in found.rows for name in row.faster_peers
+        ]
+        lines.append(f"peers faster than ours (target: none): {', '.join(faster) or 'none'}")
+    lines += [f"{name}: not measured: {reason}" for name, reason in found.skipped.items()]
     if found.memory:
         lines.append(_memory_line(found.memory))
     if found.fallbacks:
@@ -158,6 +190,17 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
+
+
+def _baseline(row: Row) -> str:
+    if row.baseline is None:
+        return "none"
+    return f"{_number(row.seconds(row.baseline).median * 1e3)} ({row.baseline})"
+
+
+def _ratio(row: Row) -> str:
+    ratio = row.ratio
+    return f"{ratio.median:.2f}x [{ratio.q1:.2f}, {ratio.q3:.2f}]" if ratio else ""
 
 
 def _ms(seconds: Quartiles) -> str:

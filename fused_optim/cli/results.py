@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import fused_optim
-from fused_optim.cli.contestants import OURS
-from fused_optim.cli.timing import Quartiles, Samples, quartiles, round_times
+from fused_optim.cli.contestants import COPY, OURS, PROBE, STOCK_FLAGS
+from fused_optim.cli.device import CPU, Device
+from fused_optim.cli.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
 from fused_optim.cli.workloads import PARITY, Target, Workload
 
 SCHEMA = 1
@@ -33,7 +34,7 @@ class Row:
     """One workload, measured.
 
     baseline: contestant that `ratio` compares with: the fastest of torch.optim's variants, or
-        ourselves on grads of matching layout.
+        ourselves on grads of matching layout; None if torch.optim takes no such workload.
     samples_s: contestant -> round -> pass -> seconds per step.
     ratio_samples: baseline time / our time, per round.
     nbytes: bytes that a step has to read and write.
@@ -44,10 +45,13 @@ class Row:
     fallbacks: why tensors were left to torch.optim; has to be empty.
     cpu_elsewhere: part of the machine's CPU time that other processes took meanwhile, None where
         the system does not tell.
+    copy_part: our bandwidth / that of torch.Tensor.copy_ in the device's memory, None on the CPU.
+    clock: whose time the samples are, the "host"'s or the "device"'s.
+    n_sets: sets of inputs that each contestant took in turn.
     """
 
     workload: Workload
-    baseline: str
+    baseline: str | None
     samples_s: Samples
     ratio_samples: list[float]
     nbytes: int
@@ -57,28 +61,50 @@ class Row:
     backends: dict[str, int]
     fallbacks: list[str]
     cpu_elsewhere: float | None = None
+    copy_part: Quartiles | None = None
+    clock: str = "host"
+    n_sets: int = 1
 
     def seconds(self, contestant: str) -> Quartiles:
         return quartiles(round_times(self.samples_s[contestant]))
 
     @property
-    def ratio(self) -> Quartiles:
-        return quartiles(self.ratio_samples)
+    def ratio(self) -> Quartiles | None:
+        return quartiles(self.ratio_samples) if self.ratio_samples else None
 
     @property
     def n_rounds(self) -> int:
-        return len(self.ratio_samples)
+        return len(self.ratio_samples if self.baseline else self.samples_s[OURS])
 
     @property
     def was_busy(self) -> bool:
-        return self.cpu_elsewhere is not None and self.cpu_elsewhere > BUSY_ELSEWHERE
+        if self.clock == "device" or self.cpu_elsewhere is None:
+            return False
+        return self.cpu_elsewhere > BUSY_ELSEWHERE
+
+    @property
+    def shows_bandwidth(self) -> bool:
+        """Whether the time of a step is that of moving its bytes."""
+        return self.copy_part is not None or (
+            self.workload.is_large and self.workload.timed == "step"
+        )
+
+    @property
+    def faster_peers(self) -> list[str]:
+        """Contestants but torch.optim that were faster than ours."""
+        peers = set(self.samples_s) - {OURS, COPY, PROBE, self.baseline, *STOCK_FLAGS}
+        ratios = {
+            name: quartiles(paired_ratios(self.samples_s[name], self.samples_s[OURS])).median
+            for name in sorted(peers)
+        }
+        return [name for name, ratio in ratios.items() if ratio < 1]
 
     @property
     def met(self) -> bool | None:
         """Whether the target was reached; None without target or without a sound measurement."""
         if self.was_busy or self.n_rounds < MIN_ROUNDS_TO_JUDGE:
             return None
-        return is_met(self.workload.target, self.ratio, self.probe_part)
+        return is_met(self.workload.target, self.ratio, self.probe_part, self.copy_part)
 
     def as_dict(self) -> dict[str, Any]:
         work = self.workload
@@ -92,10 +118,10 @@ class Row:
             "cold": work.cold,
             "n_tensors": work.n_tensors,
             "numel": work.numel,
-            "target": dataclasses.asdict(work.target),
+            "target": work.target.as_dict(),
             "met": self.met,
             "baseline": self.baseline,
-            "ratio": dataclasses.asdict(self.ratio),
+            "ratio": self.ratio and dataclasses.asdict(self.ratio),
             "ratio_samples": self.ratio_samples,
             "seconds": {
                 name: dataclasses.asdict(self.seconds(name)) for name in sorted(self.samples_s)
@@ -104,6 +130,14 @@ class Row:
             "bytes_per_step": self.nbytes,
             "probe_part": self.probe_part and dataclasses.asdict(self.probe_part),
             "probe_over_copy": self.probe_over_copy and dataclasses.asdict(self.probe_over_copy),
+            "copy_part": self.copy_part and dataclasses.asdict(self.copy_part),
+            "clock": self.clock,
+            "timed": work.timed,
+            "n_sets": self.n_sets,
+            "state_dtypes": {
+                name: str(dtype).removeprefix("torch.") for name, dtype in work.state_dtypes.items()
+            },
+            "faster_peers": self.faster_peers,
             "not_measured": self.not_measured,
             "backends": self.backends,
             "fallbacks": self.fallbacks,
@@ -111,14 +145,23 @@ class Row:
         }
 
 
-def is_met(target: Target, ratio: Quartiles, probe_part: Quartiles | None) -> bool | None:
+def is_met(
+    target: Target,
+    ratio: Quartiles | None,
+    probe_part: Quartiles | None,
+    copy_part: Quartiles | None = None,
+) -> bool | None:
     """Whether a row reaches its target; None if it has none."""
-    if target.ratio is None:
+    parts: list[bool] = []
+    if target.ratio is not None and ratio is not None:
+        parity = target.ratio == 1.0
+        parts.append(ratio.q1 >= PARITY if parity else ratio.median >= target.ratio)
+    for wanted, found in ((target.probe, probe_part), (target.copy, copy_part)):
+        if wanted is not None and found is not None:
+            parts.append(found.median >= wanted)
+    if not parts:
         return None
-    fast_enough = ratio.q1 >= PARITY if target.ratio == 1.0 else ratio.median >= target.ratio
-    if target.probe is None or probe_part is None:
-        return fast_enough
-    return fast_enough and probe_part.median >= target.probe
+    return any(parts) if target.either else all(parts)
 
 
 @dataclass
@@ -143,12 +186,14 @@ class Results:
     """A run of the benchmark.
 
     about: machine, versions and settings.
+    skipped: name of a row that was not measured -> why.
     interrupted: whether Ctrl-C ended it; rows are those finished by then.
     """
 
     about: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     memory: Memory | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -167,11 +212,12 @@ class Results:
             "interrupted": self.interrupted,
             "rows": [row.as_dict() for row in self.rows],
             "memory": self.memory and self.memory.as_dict(),
+            "skipped": self.skipped,
         }
         path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def about(*, quick: bool) -> dict[str, Any]:
+def about(*, quick: bool, device: Device = CPU) -> dict[str, Any]:
     """Machine, versions and settings, for a reader of the numbers."""
     config = fused_optim.config()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -187,8 +233,10 @@ def about(*, quick: bool) -> dict[str, Any]:
             "fused_optim": config["version"],
             "isa": config["isa"],
             "torch": torch.__version__,
+            "triton": config["triton"],
             "python": platform.python_version(),
         },
+        "device": device.about,
         "settings": {"quick": quick},
     }
 

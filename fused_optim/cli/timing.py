@@ -6,10 +6,44 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 Step = Callable[[], object]
 # Per contestant, per round: seconds per step of each pass.
 Samples = dict[str, list[list[float]]]
+
+
+class Timer(Protocol):
+    """Measures a burst: n_steps calls of one step."""
+
+    def burst(self, step: Step, n_steps: int, before: Step | None) -> float:
+        """Seconds per step.
+
+        Args:
+            before: run unmeasured before each single step.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HostTimer:
+    """What the calls take by the host's clock, in seconds."""
+
+    clock: Callable[[], float] = time.perf_counter
+
+    def burst(self, step: Step, n_steps: int, before: Step | None) -> float:
+        if before is None:
+            begin = self.clock()
+            for _ in range(n_steps):
+                step()
+            return (self.clock() - begin) / n_steps
+        total = 0.0
+        for _ in range(n_steps):
+            before()
+            begin = self.clock()
+            step()
+            total += self.clock() - begin
+        return total / n_steps
 
 
 @dataclass(frozen=True)
@@ -83,6 +117,7 @@ def alternate(
     before: Step | None = None,
     drop: Callable[[dict[str, float]], set[str]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Timer | None = None,
     on_round: Callable[[float], object] = lambda part_done: None,
 ) -> Samples:
     """Time every callable in alternation.
@@ -92,9 +127,11 @@ def alternate(
         before: run unmeasured before each single step, for example to flush caches.
         drop: given each median in seconds after the screening rounds, names those to leave out from
             then on; their samples so far are kept.
-        clock: seconds, monotonic.
+        clock: seconds, monotonic; the schedule goes by it.
+        timer: what the samples are measured with; default: the clock too.
         on_round: told the part done, from 0 to 1, after each round.
     """
+    timer = timer or HostTimer(clock)
     order = random.Random(0)
     gc_was_enabled = gc.isenabled()
     gc.collect()
@@ -103,7 +140,7 @@ def alternate(
     try:
         for step in steps.values():
             step()
-        n_steps = {name: _burst_length(step, schedule, clock) for name, step in steps.items()}
+        n_steps = {name: _burst_length(step, schedule, timer) for name, step in steps.items()}
         samples: Samples = {name: [] for name in steps}
         names = list(steps)
         begin = clock()
@@ -114,7 +151,7 @@ def alternate(
             for _ in range(schedule.n_passes):
                 order.shuffle(names)
                 for name in names:
-                    seconds = _burst(steps[name], n_steps[name], before, clock)
+                    seconds = timer.burst(steps[name], n_steps[name], before)
                     samples[name][-1].append(seconds)
             n_rounds += 1
             elapsed = clock() - begin
@@ -133,27 +170,11 @@ def alternate(
             gc.enable()
 
 
-def _burst_length(step: Step, schedule: Schedule, clock: Callable[[], float]) -> int:
+def _burst_length(step: Step, schedule: Schedule, timer: Timer) -> int:
     """Number of steps that take burst_s; doubles until the clock's resolution is no matter."""
     n_steps = 1
     while True:
-        seconds = _burst(step, n_steps, None, clock)
+        seconds = timer.burst(step, n_steps, None)
         if n_steps * seconds >= schedule.burst_s / 4:
             return max(1, math.ceil(schedule.burst_s / seconds))
         n_steps *= 2
-
-
-def _burst(step: Step, n_steps: int, before: Step | None, clock: Callable[[], float]) -> float:
-    """Seconds per step."""
-    if before is None:
-        begin = clock()
-        for _ in range(n_steps):
-            step()
-        return (clock() - begin) / n_steps
-    total = 0.0
-    for _ in range(n_steps):
-        before()
-        begin = clock()
-        step()
-        total += clock() - begin
-    return total / n_steps

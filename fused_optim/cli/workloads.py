@@ -14,10 +14,8 @@ GPT2_BLOCKS = 12
 GPT2_BLOCKS_QUICK = 2
 
 
-def gpt2_small(n_blocks: int = GPT2_BLOCKS) -> Shapes:
-    """GPT-2 small with tied output embedding: 148 tensors, 124,439,808 parameters at 12 blocks."""
-    width = 768
-    block: Shapes = [
+def _gpt_block(width: int) -> Shapes:
+    return [
         (width,), (width,),  # ln_1
         (width, 3 * width), (3 * width,),  # attn.c_attn
         (width, width), (width,),  # attn.c_proj
@@ -25,7 +23,18 @@ def gpt2_small(n_blocks: int = GPT2_BLOCKS) -> Shapes:
         (width, 4 * width), (4 * width,),  # mlp.c_fc
         (4 * width, width), (width,),  # mlp.c_proj
     ]  # fmt: skip
-    return [(50257, width), (1024, width)] + block * n_blocks + [(width,), (width,)]
+
+
+def gpt2_small(n_blocks: int = GPT2_BLOCKS) -> Shapes:
+    """GPT-2 small with tied output embedding: 148 tensors, 124,439,808 parameters at 12 blocks."""
+    width = 768
+    blocks = _gpt_block(width) * n_blocks
+    return [(50257, width), (1024, width), *blocks, (width,), (width,)]
+
+
+def billion() -> Shapes:
+    """25 blocks of GPT's shapes: 300 tensors, 1,034,023,200 parameters."""
+    return _gpt_block(1856) * 25
 
 
 def resnet50() -> Shapes:
@@ -53,10 +62,27 @@ class Target:
     ratio: at least this, of baseline time / our time. At 1.0 the lower quartile of the paired
         ratios has to reach PARITY, otherwise their median has to reach `ratio`.
     probe: at least this part of the bandwidth of a plain pass over the same traffic.
+    copy: at least this part of the bandwidth of torch.Tensor.copy_ on a large tensor.
+    either: whether one of the parts is enough.
     """
 
     ratio: float | None = None
     probe: float | None = None
+    copy: float | None = None
+    either: bool = False
+
+    @property
+    def is_set(self) -> bool:
+        return any(part is not None for part in (self.ratio, self.probe, self.copy))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what only GPU rows ask for stands there only where it is asked for."""
+        asked = {"copy": self.copy, "either": self.either or None}
+        return {
+            "ratio": self.ratio,
+            "probe": self.probe,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
 
 
 # "No slower": two runs of the very same code differ by about this much on a quiet machine.
@@ -70,6 +96,9 @@ class Workload:
     layout: strides of the grads, "matching" the params', "transposed" or "channels_last". In the
         last two the baseline is our own time on matching grads, not torch.optim's.
     cold: whether caches are flushed, unmeasured, before each step.
+    state_dtypes: states kept in another dtype than the optimizer gives them.
+    timed: "step": until the work is done, on a GPU by the device's own time; "call": by the host's,
+        until step() returns, with nothing in the device's queue before.
     """
 
     name: str
@@ -81,6 +110,8 @@ class Workload:
     dtype: torch.dtype = torch.float32
     layout: str = "matching"
     cold: bool = False
+    state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    timed: str = "step"
 
     @property
     def n_tensors(self) -> int:
@@ -94,6 +125,21 @@ class Workload:
     def is_large(self) -> bool:
         """Whether a step is bound by memory: 10 M parameters are 160 MB of AdamW streams."""
         return self.numel >= 10_000_000
+
+    @property
+    def is_huge(self) -> bool:
+        """Whether one more contestant would cost 8 GB and more."""
+        return self.numel >= 500_000_000
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of params, grads and two states, all in the widest dtype among them."""
+        dtypes = [self.dtype, *self.state_dtypes.values()]
+        return 4 * self.numel * max(dtype.itemsize for dtype in dtypes)
+
+    def needs_nbytes(self, n_contestants: int) -> int:
+        """Memory for so many contestants, and for the temporaries of a stock step."""
+        return self.nbytes * n_contestants + self.nbytes // 2
 
 
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
@@ -151,13 +197,56 @@ def table(quick: bool) -> list[Workload]:
     return rows
 
 
-def select(patterns: Sequence[str] | None, *, quick: bool) -> list[Workload]:
+def gpu_table(quick: bool) -> list[Workload]:
+    """All rows on a GPU; those last for which a peer has to compile itself.
+
+    Args:
+        quick: as for table().
+    """
+    n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
+    gpt2 = gpt2_small(n_blocks)
+    gpt2_title = f"GPT-2 ({n_blocks}/{GPT2_BLOCKS} blocks)" if quick else "GPT-2 small"
+    small: Shapes = [(4096,)] * 2_000
+    fast = Target(ratio=1.1, copy=0.92, either=True)
+    host = Target(ratio=5.0)
+
+    def gpt2_row(name: str, what: str, optimizer: str, target: Target, **kwargs: Any) -> Workload:
+        return Workload(f"gpt2-{name}", f"{what}, {gpt2_title}", optimizer, gpt2, target, **kwargs)
+
+    bf16 = torch.bfloat16
+    return [
+        Workload(
+            "billion", "AdamW, 1 B in 300 tensors", "AdamW", billion(), Target(1.0, copy=0.92)
+        ),
+        Workload("small", "AdamW, 2,000 x 4,096", "AdamW", small, Target(1.5)),
+        gpt2_row("host", "host time of step(), AdamW", "AdamW", host, timed="call"),
+        Workload(
+            "small-host", "host time of step(), AdamW, 2,000 x 4,096", "AdamW", small, host,
+            timed="call",
+        ),
+        # exp_avg_sq alone is float32: exp_avg is moved towards the grad by lerp, which takes only
+        # tensors of one dtype, in torch.optim as here, so beside bfloat16 grads it has to be bfloat16.
+        gpt2_row(
+            "bf16", "AdamW bf16, exp_avg_sq float32", "AdamW", Target(copy=0.90), dtype=bf16,
+            state_dtypes={"exp_avg_sq": torch.float32},
+        ),
+        gpt2_row("all-bf16", "AdamW bf16", "AdamW", Target(), dtype=bf16),
+        gpt2_row("adamw", "AdamW", "AdamW", fast),
+        gpt2_row("rmsprop", "RMSprop", "RMSprop", Target(3.0)),
+        gpt2_row("sgd", "SGD momentum", "SGD", fast, options={"momentum": 0.9}),
+        gpt2_row("adagrad", "Adagrad", "Adagrad", fast),
+    ]  # fmt: skip
+
+
+def select(
+    patterns: Sequence[str] | None, *, quick: bool, device_type: str = "cpu"
+) -> list[Workload]:
     """The rows whose name matches one of the shell patterns; all rows without patterns.
 
     Raises:
         ValueError: a pattern matches no row.
     """
-    rows = table(quick)
+    rows = table(quick) if device_type == "cpu" else gpu_table(quick)
     if patterns is None:
         return rows
     for pattern in patterns:
