@@ -105,7 +105,9 @@ class _Launch:
     def __init__(self, rule: str, n_options: int, batch: Batch, interpreted: bool) -> None:
         device_type, index, dtypes, options, self.prepares = batch.key
         self.device = torch.device("cpu") if device_type == CPU else torch.device("cuda", index)
-        self.specialization = Specialization(rule, options, dtypes, interpreted)
+        self.specialization = Specialization(
+            rule, options, dtypes, _warp_size(interpreted), interpreted
+        )
         self.n_options = n_options
         self.tensors = _Copy(torch.int64, self.device)
         self.steps = _Copy(torch.int64, self.device)
@@ -300,11 +302,11 @@ class Launcher:
         if self._failure is not None:
             return self._failure
         for batch in batches:
-            launch = self._launches.get(batch.key)
-            if launch is None:
-                launch = _Launch(self._rule, self._n_options, batch, self._interpreted)
-                self._launches[batch.key] = launch
             try:
+                launch = self._launches.get(batch.key)
+                if launch is None:
+                    launch = _Launch(self._rule, self._n_options, batch, self._interpreted)
+                    self._launches[batch.key] = launch
                 with launch.guard():
                     failure = launch.ready(batch, self._grad_scale, self._found_inf)
             except torch.OutOfMemoryError:
@@ -313,7 +315,7 @@ class Launcher:
             except Exception as error:
                 self._failure = f"Triton failed: {type(error).__name__}: {error}"
                 warnings.warn(
-                    f"fused_optim runs torch.optim's own code on {launch.device}. {self._failure}",
+                    f"fused_optim runs torch.optim's own code for these tensors. {self._failure}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -335,6 +337,10 @@ class Launcher:
                 original.copy_(copy)
         self._staged.clear()
         self._ready.clear()
+
+
+def _warp_size(interpreted: bool) -> int:
+    return 32 if interpreted else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def _chunks(numels: list[int], chunk: int) -> Tensor:

@@ -33,12 +33,14 @@ class Specialization:
         options: the deciding options, see rules.py.
         dtypes: names of the storage types of param, grad and all states of the rule; None: there is no
             such state.
+        warp_size: threads of a warp: 32, or 64 on AMD's gfx9.
         interpreted: for Triton's interpreter.
     """
 
     rule: str
     options: int
     dtypes: tuple[str | None, ...]
+    warp_size: int = 32
     interpreted: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class Specialization:
         Compiled for sm_90 that takes 32 to 60 registers in float32; 16 per thread take 124 to 168, and
         32 spill. The interpreter pays per block, not per element.
         """
-        return 16384 if self.interpreted else 4 * 32 * self.num_warps
+        return 16384 if self.interpreted else 4 * self.warp_size * self.num_warps
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of `multi_tensor`, in the order of its signature."""
