@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sanitize clean
+INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
+# What the device's side of a step has to do with. Its arithmetic is compared with that of the C++ kernels
+# bit for bit, so what is proven of those needs no second proof.
+INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_prepare.py amp.py surgery.py)
+
+.PHONY: demo test lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
 # might choose the newest build with gigabytes of CUDA libraries.
@@ -18,13 +23,25 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 	$(BIN)/python -m fused_optim bench --quick
 
+# The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
+	$(INTERPRETED) $(BIN)/pytest -n auto $(INTERPRETED_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The oldest Triton of the package's range, beside the one that constraints.txt pins.
+OLDEST_TRITON := build/triton-oldest
+triton-oldest: $(VENV)/installed
+	test -d $(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0"'
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest -q -n auto \
+	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py
+	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -q -n auto \
+	  tests/test_triton_bits.py tests/test_triton_prepare.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so

@@ -19,8 +19,8 @@ if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
 
 N_STEPS = 2
-# The interpreter takes blocks of 16384 elements and chunks of 65536, a GPU 512 and 2048.
-NUMELS = (0, 1, 16385, 65537)
+# The interpreter takes blocks of 8192 elements and chunks of 16384, a GPU 512 and 2048.
+NUMELS = (0, 1, 8193, 16385)
 MISALIGNED = 1031
 
 

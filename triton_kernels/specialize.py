@@ -54,7 +54,7 @@ class Specialization:
     @property
     def chunk(self) -> int:
         """Elements that one program takes."""
-        return 65536 if self.interpreted else 2048
+        return 16384 if self.interpreted else 2048
 
     @property
     def num_warps(self) -> int:
@@ -67,7 +67,7 @@ class Specialization:
         Compiled for sm_90 that takes 32 to 60 registers in float32; 16 per thread take 124 to 168, and
         32 spill. The interpreter pays per block, not per element.
         """
-        return 16384 if self.interpreted else 4 * self.warp_size * self.num_warps
+        return 8192 if self.interpreted else 4 * self.warp_size * self.num_warps
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of `multi_tensor`, in the order of its signature."""
