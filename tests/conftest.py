@@ -9,6 +9,7 @@ ALLOWED_SKIPS = (
     "needs another ISA",
     "needs a second CPU",
     "needs fork",
+    "needs triton",
 )
 
 _skips: list[tuple[str, str]] = []
