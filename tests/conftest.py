@@ -18,6 +18,7 @@ ALLOWED_SKIPS = (
     "needs a second GPU",
     "needs 20 GiB of available memory",
     "needs Triton: a GPU or its interpreter",
+    "needs triton",
 )
 
 _skips: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""The command line: python -m fused_optim info | bench."""
+"""The command line: python -m fused_optim info | bench | codegen."""
 
 import argparse
 import importlib.util
@@ -10,6 +10,7 @@ import fused_optim
 
 # Exit statuses: argparse itself ends with 2 on a bad command line, a shell with 130 after Ctrl-C.
 EXIT_FELL_BACK = 1
+EXIT_UNHEALTHY = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "info":
         fused_optim.show_config()
         return 0
+    if args.command == "codegen":
+        return _codegen(parser, args)
     return _bench(parser, args)
 
 
@@ -51,6 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--only", nargs="+", metavar="NAME", help="rows to measure, such as: tiny gpt2-* linear-*"
     )
+    codegen = commands.add_parser(
+        "codegen",
+        help="compile the GPU kernels, without a GPU, and check their machine code",
+        description="Compiles every Triton kernel ahead of time. Exit status 1 when a check fails.",
+    )
+    codegen.add_argument(
+        "--target", nargs="+", metavar="ARCH", help="default: sm_80 sm_90 sm_100 gfx942"
+    )
+    codegen.add_argument("--rule", nargs="+", metavar="NAME", help="such as: adam sgd")
+    codegen.add_argument("--json", type=Path, metavar="FILE", help="save everything")
     return parser
 
 
@@ -99,3 +112,21 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if results.fallbacks:
         return EXIT_FELL_BACK
     return EXIT_INTERRUPTED if results.interrupted else 0
+
+
+def _codegen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Check all that could fail late, compile, print and save."""
+    if importlib.util.find_spec("triton") is None:
+        print("codegen needs triton: pip install 'fused-optim[triton]'", file=sys.stderr)
+        return EXIT_USAGE
+
+    from fused_optim.cli import codegen
+
+    try:
+        kernels, targets = codegen.select(args.rule, args.target)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.touch()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0 if codegen.run(kernels, targets, args.json) else EXIT_UNHEALTHY

@@ -1,0 +1,222 @@
+"""What a compiled kernel consists of, read from the compilers' text, and whether that is as it should be.
+
+Knows no Triton and starts no process: text in, numbers and complaints out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# One access moves at most so many bits of a thread.
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel has to be.
+
+    Attributes:
+        loads: bits of one access -> how many of them a thread takes at least per whole block.
+        stores: likewise.
+        max_registers: per thread; None: any number.
+    """
+
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiled kernel is.
+
+    Attributes:
+        registers: per thread (AMD: vector registers).
+        stack_nbytes, local_nbytes, shared_nbytes: per thread, per thread, per program.
+        spills: instructions that move a register to memory or back (AMD: registers).
+        loads, stores: bits of one access -> accesses without a mask in the machine code (AMD: with
+            or without one, and the loop is unrolled).
+        fused: multiplications fused into an addition, which saves a rounding.
+        flushing: operations that replace subnormals by zero.
+        approximate: quotients and square roots that are not correctly rounded.
+        divides, takes_roots: whether the kernel asks for quotients and square roots.
+        rounded_divisions, rounded_roots: correctly rounded ones in the code.
+    """
+
+    registers: int
+    stack_nbytes: int
+    local_nbytes: int
+    shared_nbytes: int
+    spills: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    fused: int
+    flushing: int
+    approximate: int
+    divides: bool
+    takes_roots: bool
+    rounded_divisions: int
+    rounded_roots: int
+
+
+def complaints(needs: Needs, measured: Measured) -> list[str]:
+    """Why the kernel is not healthy, in words; empty if it is."""
+    found = []
+    for what, needed, there in (
+        ("loads", needs.loads, measured.loads),
+        ("stores", needs.stores, measured.stores),
+    ):
+        for bits, n in sorted(needed.items()):
+            if there.get(bits, 0) < n:
+                found.append(f"{there.get(bits, 0)} {what} of {bits} bits, not {n}")
+    if needs.max_registers is not None and measured.registers > needs.max_registers:
+        found.append(f"{measured.registers} registers, more than {needs.max_registers}")
+    for number, what in (
+        (measured.stack_nbytes, "bytes of stack"),
+        (measured.local_nbytes, "bytes of local memory"),
+        (measured.shared_nbytes, "bytes of shared memory"),
+        (measured.spills, "spills"),
+        (measured.fused, "multiplications fused into an addition"),
+        (measured.flushing, "operations that flush subnormals"),
+        (measured.approximate, "approximate quotients or square roots"),
+    ):
+        if number:
+            found.append(f"{number} {what}")
+    if measured.divides and not measured.rounded_divisions:
+        found.append("no correctly rounded division")
+    if measured.takes_roots and not measured.rounded_roots:
+        found.append("no correctly rounded square root")
+    return found
+
+
+def measure_nvidia(
+    ttir: str, ptx: str, usage: str, sass: str | None, dynamic_shared_nbytes: int = 0
+) -> Measured:
+    """Read a kernel for NVIDIA.
+
+    Args:
+        ttir: Triton's own intermediate code.
+        usage: output of cuobjdump -res-usage.
+        sass: the disassembly, by nvdisasm or cuobjdump; None: do without. Accesses are then those that
+            the PTX asks for, a spill shows as stack alone, and what ptxas fuses by itself is missed.
+        dynamic_shared_nbytes: what a launch asks for; `usage` has the rest.
+    """
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if numbers is None:
+        raise ValueError(f"cuobjdump reports no resource usage: {usage!r}")
+    registers, stack, shared, local = map(int, numbers.groups())
+    of_ptx = Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", ptx, re.MULTILINE))
+    of_sass = Counter[str]()
+    if sass is not None:
+        line = r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)"
+        of_sass.update(re.findall(line, sass))
+
+    def accesses(ptx_name: str, sass_name: str) -> dict[int, int]:
+        """Of a vector: ptxas can split none, and scalars are told apart in PTX alone."""
+        vectors, scalars = Counter[int](), Counter[int]()
+        for op, n in of_ptx.items():
+            match = re.fullmatch(ptx_name + r"\.global[\w.:]*?(\.v\d)?\.b(\d+)", op)
+            if match and match[1]:
+                vectors[int(match[1][2:]) * int(match[2])] += n
+            elif match:
+                scalars[int(match[2])] += n
+        if sass is None:
+            return dict(vectors)
+        return {
+            bits: min(n, _total(of_sass, rf"{sass_name}\b.*\.{bits}\b.*") - scalars[bits])
+            for bits, n in vectors.items()
+        }
+
+    fused = _total(of_ptx, r"fma\..*")
+    if sass is not None:
+        # Every product of the PTX is one in the machine code, or else part of a fused operation. (Those
+        # with FTZ belong to the routines that divide and take roots.) Asking PTX is not enough: for
+        # sm_100, ptxas 12.9 fuses mul.rn.f32x2 and add.rn.f32x2 into FFMA2 against --fmad=false.
+        products = _total(of_ptx, r"mul\.(rn\.)?f(32|64)") + 2 * _total(of_ptx, r"mul\..*f32x2")
+        there = _total(of_sass, r"[FD]MUL") + 2 * _total(of_sass, r"FMUL2")
+        fused += max(0, products - there)
+    return Measured(
+        registers=registers,
+        stack_nbytes=stack,
+        local_nbytes=local,
+        shared_nbytes=shared + dynamic_shared_nbytes,
+        spills=_total(of_sass, r"(LDL|STL)\b.*"),
+        loads=accesses("ld", "LDG"),
+        stores=accesses("st", "STG"),
+        fused=fused,
+        flushing=_total(of_ptx, r".*\.ftz\b.*"),
+        approximate=_total(of_ptx, r".*\.(approx|full)\b.*"),
+        divides=_divides(ttir),
+        takes_roots=_takes_roots(ttir),
+        rounded_divisions=_total(of_ptx, r"div\.rn\.f(32|64)"),
+        rounded_roots=_total(of_ptx, r"sqrt\.rn\.f(32|64)"),
+    )
+
+
+# Fused operations by which LLVM's AMDGPU backend rounds one quotient or square root correctly or turns
+# a float64 into an int64, by the instruction that only such a sequence has; v_rsq_f32 is Triton 3.6's.
+AMD_SEQUENCES = {
+    "v_div_fixup_f32": 5,
+    "v_div_fixup_f64": 5,
+    "v_sqrt_f32": 2,
+    "v_rsq_f32": 5,
+    "v_rsq_f64": 7,
+    "v_floor_f64": 1,
+}
+
+
+def measure_amd(ttir: str, amdgcn: str) -> Measured:
+    """Read a kernel for AMD from its assembly and the metadata at the end of it."""
+
+    def metadata(name: str) -> int:
+        match = re.search(rf"^\s*\.?{name}:?\s+(\d+)$", amdgcn, re.MULTILINE)
+        if match is None:
+            raise ValueError(f"no {name} in the assembly")
+        return int(match[1])
+
+    lines = re.findall(r"^\s+([vsg]_?[a-z]\w*)", amdgcn, re.MULTILINE)
+    ops = Counter(re.sub(r"_e(32|64)$", "", op) for op in lines)
+
+    def accesses(name: str) -> dict[int, int]:
+        widths = {WIDEST: "dwordx4", 64: "dwordx2", 32: "dword"}
+        return {bits: n for bits, width in widths.items() if (n := ops[f"{name}_{width}"])}
+
+    in_sequences = sum(n * ops[op] for op, n in AMD_SEQUENCES.items())
+    fused = _total(ops, r"v_(fma|fmac|mad|mac|fmamk|fmaak)_f\d+")
+    fused += 2 * _total(ops, r"v_pk_(fma|mad)_f\d+")
+    # float16 operands in float32 arithmetic; a lone product adds -0, a lone sum multiplies by 1.
+    mixed = re.findall(r"^\s+v_(?:fma|mad)_mix(.*)$", amdgcn, re.MULTILINE)
+    fused += sum(not re.match(r"_f32 .*(neg\(0\)| 1\.0,)", line) for line in mixed)
+    rounded_divisions = _total(ops, r"v_div_fixup_f\d+")
+    return Measured(
+        registers=metadata("vgpr_count"),
+        stack_nbytes=metadata("private_segment_fixed_size"),
+        local_nbytes=0,
+        shared_nbytes=metadata("group_segment_fixed_size"),
+        spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        loads=accesses("global_load"),
+        stores=accesses("global_store"),
+        fused=max(0, fused - in_sequences),
+        # Mode 3 keeps subnormals of operands and results.
+        flushing=sum(metadata(f"amdhsa_float_denorm_mode_{mode}") != 3 for mode in ("32", "16_64")),
+        approximate=max(0, in_sequences - fused)
+        + max(0, _total(ops, r"v_rcp_f\d+") - rounded_divisions),
+        divides=_divides(ttir),
+        takes_roots=_takes_roots(ttir),
+        rounded_divisions=rounded_divisions,
+        rounded_roots=_total(ops, r"v_(sqrt|rsq)_f\d+"),
+    )
+
+
+def _total(ops: Counter[str], pattern: str) -> int:
+    matches: Callable[[str], object] = re.compile(pattern).fullmatch
+    return sum(n for op, n in ops.items() if matches(op))
+
+
+def _divides(ttir: str) -> bool:
+    return re.search(r"\b(arith\.|tt\.precise_)divf\b", ttir) is not None
+
+
+def _takes_roots(ttir: str) -> bool:
+    return re.search(r"\b(math\.|tt\.precise_)sqrt\b", ttir) is not None
