@@ -83,10 +83,9 @@ def device_types() -> int:
 
 def launcher(rule: str) -> Any:
     """The device side of a new optimizer; only where device_types() is not 0."""
-    module, kernels = _load_triton(), _load_kernels()
-    assert isinstance(module, ModuleType) and isinstance(kernels, ModuleType)
-    n_options = len(kernels.rules()[rule]["options"])
-    return module.Launcher(rule, n_options, interpreted())
+    module = _load_triton()
+    assert isinstance(module, ModuleType)
+    return module.Launcher(rule, interpreted())
 
 
 def host_knows(number: Tensor | None) -> bool:

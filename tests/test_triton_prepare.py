@@ -60,7 +60,7 @@ def run(
     table_of_steps = torch.tensor([steps, waiting, rows]).t().contiguous()
     prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
         table_of_steps.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
-        **prepare_constants(rule, n_options), **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
+        **prepare_constants(rule), **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
     )  # fmt: skip
     return hypers.cpu()
 

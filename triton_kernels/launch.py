@@ -102,13 +102,14 @@ class _Copy:
 class _Launch:
     """One batch on its device."""
 
-    def __init__(self, rule: str, n_options: int, batch: Batch, interpreted: bool) -> None:
+    def __init__(self, rule: str, batch: Batch, interpreted: bool) -> None:
         device_type, index, dtypes, options, self.prepares = batch.key
         self.device = torch.device("cpu") if device_type == CPU else torch.device("cuda", index)
         self.specialization = Specialization(
             rule, options, dtypes, _warp_size(interpreted), interpreted
         )
-        self.n_options = n_options
+        self._constants = self.specialization.constants()
+        self._prepare_constants = prepare_constants(rule)
         self.tensors = _Copy(torch.int64, self.device)
         self.steps = _Copy(torch.int64, self.device)
         self.addresses = _Copy(torch.int64, self.device)
@@ -157,10 +158,9 @@ class _Launch:
             return NO_PINNED_MEMORY
         self.grad_scale = _on(self.device, grad_scale)
         self.found_inf = _on(self.device, found_inf)
-        self._update = self._kernel(multi_tensor, self._update_args(), self._constants())
+        self._update = self._kernel(multi_tensor, self._update_args(), self._constants)
         if self.prepares:
-            constants = prepare_constants(self.specialization.rule, self.n_options)
-            self._prepare = self._kernel(prepare, self._prepare_args(), constants)
+            self._prepare = self._kernel(prepare, self._prepare_args(), self._prepare_constants)
         return None
 
     def launch(self) -> None:
@@ -185,9 +185,6 @@ class _Launch:
     def _prepare_args(self) -> tuple:
         tables = (self.steps.tensor, self.numbers.tensor, self.addresses.tensor, self.hypers)
         return *tables, self.found_inf, self.n_tensors
-
-    def _constants(self) -> dict[str, Any]:
-        return self.specialization.constants()
 
     def _kernel(
         self, function: Any, args: tuple, constants: dict[str, Any]
@@ -228,13 +225,11 @@ class Launcher:
 
     Args:
         rule: key of RULES.
-        n_options: number of the rule's options, which prepare takes.
         interpreted: whether CPU tensors are served, in Triton's interpreter.
     """
 
-    def __init__(self, rule: str, n_options: int, interpreted: bool) -> None:
+    def __init__(self, rule: str, interpreted: bool) -> None:
         self._rule = rule
-        self._n_options = n_options
         self._interpreted = interpreted
         self._launches: dict[Any, _Launch] = {}
         self._ready: list[_Launch] = []
@@ -305,7 +300,7 @@ class Launcher:
             try:
                 launch = self._launches.get(batch.key)
                 if launch is None:
-                    launch = _Launch(self._rule, self._n_options, batch, self._interpreted)
+                    launch = _Launch(self._rule, batch, self._interpreted)
                     self._launches[batch.key] = launch
                 with launch.guard():
                     failure = launch.ready(batch, self._grad_scale, self._found_inf)
@@ -332,10 +327,11 @@ class Launcher:
                 launch.launch()
                 if launch.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
                     self._captured.append((launch.held(), list(self._started.values())))
-        with torch.no_grad():
-            for original, copy in self._staged:
-                original.copy_(copy)
-        self._staged.clear()
+        if self._staged:
+            with torch.no_grad():
+                for original, copy in self._staged:
+                    original.copy_(copy)
+            self._staged.clear()
         self._ready.clear()
 
 

@@ -139,12 +139,14 @@ class Rule:
 
     Attributes:
         update: the function above.
+        options: names of the options that prepare takes; "betas.0" is an item of group["betas"].
         hypers: names of the numbers that one element needs, in the order of `hypers`.
         states: names of the states, in the order of `states`.
         deciding: option -> bits of the states that there are only with it.
     """
 
     update: Callable[..., Any]
+    options: tuple[str, ...]
     hypers: tuple[str, ...]
     states: tuple[str, ...]
     deciding: dict[int, int]
@@ -162,19 +164,28 @@ class Rule:
 RULES = {
     "sgd": Rule(
         sgd,
+        ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
         ("lr", "momentum", "dampening_comp", "weight_decay"),
         ("momentum_buffer",),
         {MOMENTUM.value: 0b1},
     ),
-    "adagrad": Rule(adagrad, ("decayed_lr", "eps", "weight_decay"), ("sum",), {}),
+    "adagrad": Rule(
+        adagrad,
+        ("lr", "lr_decay", "eps", "weight_decay"),
+        ("decayed_lr", "eps", "weight_decay"),
+        ("sum",),
+        {},
+    ),
     "rmsprop": Rule(
         rmsprop,
+        ("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
         ("lr", "alpha", "alpha_comp", "eps", "weight_decay", "momentum"),
         ("square_avg", "momentum_buffer", "grad_avg"),
         {MOMENTUM.value: 0b10, CENTERED.value: 0b100},
     ),
     "adam": Rule(
         adam,
+        ("lr", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"),
         (
             "step_size",
             "beta1_comp",

@@ -62,12 +62,17 @@ class Specialization:
 
     @property
     def block(self) -> int:
-        """Elements in flight: 4 per thread whatever the dtypes, so that no layout is converted.
+        """Elements in flight.
 
-        Compiled for sm_90 that takes 32 to 60 registers in float32; 16 per thread take 124 to 168, and
-        32 spill. The interpreter pays per block, not per element.
+        4 per thread whatever the dtypes, so that no layout is converted: 128 bits of float32, for which
+        sm_90 takes 32 to 56 registers; 16 per thread take 124 to 168, and 32 spill. In float64, which
+        is not mixed with others, 2 are 128 bits; 4 spill in centered RMSprop on sm_80. The interpreter
+        pays per block, not per element.
         """
-        return 8192 if self.interpreted else 4 * self.warp_size * self.num_warps
+        if self.interpreted:
+            return 8192
+        per_thread = 2 if self.compute is tl.float64 else 4
+        return per_thread * self.warp_size * self.num_warps
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of `multi_tensor`, in the order of its signature."""
@@ -84,11 +89,11 @@ class Specialization:
         }
 
 
-def prepare_constants(rule: str, n_options: int) -> dict[str, Any]:
+def prepare_constants(rule: str) -> dict[str, Any]:
     """The constexpr arguments of `prepare.prepare`, in the order of its signature."""
     return {
         "PREPARE": getattr(prepare, rule),
-        "N_OPTIONS": n_options,
+        "N_OPTIONS": len(RULES[rule].options),
         "N_HYPERS": len(RULES[rule].hypers),
         "BLOCK": PREPARE_BLOCK,
     }

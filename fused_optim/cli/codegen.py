@@ -24,7 +24,6 @@ from triton.backends import backends as installed
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_optim.backends import cpu_kernels
 from fused_optim.cli.machine_code import (
     WIDEST,
     Measured,
@@ -53,13 +52,13 @@ DTYPES = {
     "float32, grad bfloat16": ("float32", "bfloat16", "float32"),
 }
 NBITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
-# Elements of one thread: 128 bits of each float32 stream, see Specialization.block.
-ELEMENTS_PER_THREAD = 4
+# Elements of one thread: 128 bits of what it computes in, see Specialization.block.
+ELEMENTS_PER_THREAD = {"float32": 4, "float64": 2}
 # Of the 65,536 of a multiprocessor. With 64 per thread, 1,024 threads are resident, and the kernel with
 # the fewest streams, SGD's param and grad, has 1,024 * 2 * 16 bytes = 32 KiB of loads in flight; an H100
-# needs 3.35 TB/s * 1 us / 132 multiprocessors = 25 KB. A float64 takes two registers, but addresses and
-# counters stay as they are: 96 leave 640 threads with 640 * 2 * 32 bytes = 40 KiB.
-MAX_REGISTERS = {"float32": 64, "float64": 96}
+# needs 3.35 TB/s * 1 us / 132 multiprocessors = 25 KB. In float64, 80 leave 768
+# threads, and what takes as many has five streams: 768 * 5 * 16 bytes = 60 KiB.
+MAX_REGISTERS = {"float32": 64, "float64": 80}
 # Compilers side by side; each takes about 400 MB.
 MAX_PROCESSES = 8
 
@@ -91,29 +90,31 @@ class Kernel:
         words = [self.rule, *(f"+{state}" for state in extra), self.dtypes]
         return " ".join(words) + (", scaled" if self.scaled else "")
 
-    @property
-    def specialization(self) -> specialize.Specialization:
+    def specialization(self, target: str) -> specialize.Specialization:
         """Raises KeyError for `prepare`, which has none."""
         param, grad, state = DTYPES[self.dtypes or ""]
         there = RULES[self.rule].states_with(self.options)
         states = tuple(state if is_there else None for is_there in there)
-        return specialize.Specialization(self.rule, self.options, (param, grad, *states))
+        return specialize.Specialization(
+            self.rule, self.options, (param, grad, *states), gpu_target(target).warp_size
+        )
 
     def needs(self, target: str) -> Needs:
-        if self.dtypes is None or not target.startswith("sm_"):
+        if self.dtypes is None:
             return Needs()
         loads, stores = Counter[int](), Counter[int]()
-        dtypes = self.specialization.dtypes
+        dtypes = self.specialization(target).dtypes
+        compute = "float64" if "float64" in dtypes else "float32"
         for stream, dtype in enumerate(dtypes):
             if dtype is not None:
-                nbits = NBITS[dtype] * ELEMENTS_PER_THREAD
+                nbits = NBITS[dtype] * ELEMENTS_PER_THREAD[compute]
                 access = min(nbits, WIDEST)
                 loads[access] += nbits // access
                 # The grad is only written where it is unscaled.
                 if stream != 1 or self.scaled:
                     stores[access] += nbits // access
-        compute = "float64" if "float64" in dtypes else "float32"
-        return Needs(dict(loads), dict(stores), MAX_REGISTERS[compute])
+        bound = MAX_REGISTERS[compute] if target.startswith("sm_") else None
+        return Needs(dict(loads), dict(stores), bound)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,6 @@ def select(
     targets = targets or [t for t in TARGETS if gpu_target(t).backend in _backends()]
     kernels = []
     for name in rules or RULES:
-        _n_options(name)
         deciding = RULES[name].deciding
         for dtypes, scaled in itertools.product(DTYPES, (False, True)):
             for chosen in itertools.product((False, True), repeat=len(deciding)):
@@ -173,20 +173,21 @@ def gpu_target(name: str) -> GPUTarget:
     raise ValueError(f"--target {name!r} is neither like sm_90 nor like gfx942")
 
 
-def source(kernel: Kernel) -> tuple[ASTSource, dict[str, Any]]:
+def source(kernel: Kernel, target: str) -> tuple[ASTSource, dict[str, Any]]:
     """What triton.compile wants: the source with its arguments' types as the launcher has them, options.
 
     The tables are aligned to 16 bytes; grad_scale and found_inf are tensors of one element anywhere.
     """
     if kernel.dtypes is None:
         function, num_warps = prepare, specialize.PREPARE_BLOCK // 32
-        constants = specialize.prepare_constants(kernel.rule, _n_options(kernel.rule))
-        tables = {"steps": "*i64", "options": "*fp64", "addresses": "*i64", "hypers": "*fp64"}
+        constants = specialize.prepare_constants(kernel.rule)
+        tables = {"steps": "*i64", "option_values": "*fp64", "addresses": "*i64", "hypers": "*fp64"}
         others = {"n_tensors": "i32"}
         scalars = ["found_inf"]
     else:
-        function, num_warps = multi_tensor, kernel.specialization.num_warps
-        constants = kernel.specialization.constants()
+        specialization = kernel.specialization(target)
+        function, num_warps = multi_tensor, specialization.num_warps
+        constants = specialization.constants()
         tables = {"tensors": "*i64", "chunks": "*i32", "hypers": "*fp64"}
         others = {}
         scalars = ["grad_scale", "found_inf"]
@@ -210,13 +211,6 @@ def source(kernel: Kernel) -> tuple[ASTSource, dict[str, Any]]:
     )
 
 
-def _n_options(rule: str) -> int:
-    kernels = cpu_kernels()
-    if kernels is None:
-        raise ValueError("the options of a rule are listed by the C++ kernels, which are missing")
-    return len(kernels.rules()[rule]["options"])
-
-
 def examine(kernel: Kernel, target: str, disassemble: bool = True) -> Finding:
     """Compile, measure and judge one kernel.
 
@@ -225,7 +219,7 @@ def examine(kernel: Kernel, target: str, disassemble: bool = True) -> Finding:
     """
     begin = time.perf_counter()
     try:
-        ast_source, options = source(kernel)
+        ast_source, options = source(kernel, target)
         begin = time.perf_counter()
         compiled = triton.compile(ast_source, target=gpu_target(target), options=options)
     # Whatever the compilers raise is the finding.
