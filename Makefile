@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+PYTEST := $(BIN)/pytest -n auto --dist loadgroup
 INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 # What the device's side of a step has to do with. Its arithmetic is compared with that of the C++ kernels
 # bit for bit, so what is proven of those needs no second proof.
@@ -25,8 +26,8 @@ demo: $(VENV)/installed
 
 # The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
 test: $(VENV)/installed
-	$(BIN)/pytest -n auto
-	$(INTERPRETED) $(BIN)/pytest -n auto $(INTERPRETED_TESTS)
+	$(PYTEST)
+	$(INTERPRETED) $(PYTEST) $(INTERPRETED_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -38,9 +39,9 @@ OLDEST_TRITON := build/triton-oldest
 triton-oldest: $(VENV)/installed
 	test -d $(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0"'
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/pytest -q -n auto \
+	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -q \
 	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py
-	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -q -n auto \
+	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(PYTEST) -q \
 	  tests/test_triton_bits.py tests/test_triton_prepare.py
 
 clean:
