@@ -256,6 +256,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       pending_.pop_back();
       pending_task_.pop_back();
     }
+    if (!moved_steps_.empty() && moved_steps_.back().task == tasks_.size()) moved_steps_.pop_back();
     stock(reason);
   };
 

@@ -264,18 +264,18 @@ void Plan::commit(PyObject* state, const StepContext& context) {
     entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
     if (!PyDict_Check(entries.back())) raise(PyExc_TypeError, "a param's state must be a dict");
   }
+  if (!device_tasks_.empty()) {
+    Py_DECREF(check(PyObject_CallMethodNoArgs(context.launcher, names.launch)));
+    tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(),
+                                [](const Task& task) { return task.device >= 0; }),
+                 tasks_.end());
+  }
   for (const StepWrite& step : steps_) {
     if (step.on_device) continue;
     if (step.dtype == F32)
       *static_cast<float*>(step.data) = static_cast<float>(step.value);
     else
       *static_cast<double*>(step.data) = step.value;
-  }
-  if (!device_tasks_.empty()) {
-    Py_DECREF(check(PyObject_CallMethodNoArgs(context.launcher, names.launch)));
-    tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(),
-                                [](const Task& task) { return task.device >= 0; }),
-                 tasks_.end());
   }
   Py_BEGIN_ALLOW_THREADS
   run(tasks_, layouts_, context.num_threads);

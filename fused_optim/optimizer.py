@@ -158,6 +158,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if found_inf is None or not found_inf.item():
                 self._step_all_with_stock()
             return loss
+        if backends.forced() == "triton" and not backends.interpreted():
+            self._refuse_cpu_params()
         # Taken out for the time of the step: two threads never share a plan.
         plan, launcher = self.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
         device_types = backends.device_types()
@@ -188,6 +190,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
             getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
+
+    def _refuse_cpu_params(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.device.type == "cpu":
+                    raise RuntimeError(
+                        f"FUSED_OPTIM_BACKEND=triton, but param {i} of group {g} is on the CPU, "
+                        "which Triton serves only with TRITON_INTERPRET=1"
+                    )
 
     def _resolve_scaling(self) -> float | None:
         """The grad scale (0: none), or None if the step is skipped. Waits for the device."""

@@ -218,6 +218,34 @@ def test_grad_scaler_skips_the_first_step_and_others(case: Case, extra: dict) ->
             assert_close(state[key].cpu(), value.cpu(), 7, key)
 
 
+@each_optimizer
+def test_steps_move_to_the_device_once_the_host_cannot_know(
+    case: Case, no_waiting: Callable[[], None]
+) -> None:
+    ours, stock = Run(case, case.fused), Run(case, case.stock)
+    for run in (ours, stock):
+        run.step(2)
+    ours.set_grads()
+    for param, reference in zip(ours.params, stock.params):
+        reference.grad = param.grad.clone()
+    found_inf = [torch.full((), value, device=DEVICE) for value in (1.0, 0.0)]
+    torch.cuda.synchronize()
+    no_waiting()
+    for flag in found_inf:
+        ours.opt.found_inf = flag
+        ours.opt.step()
+    del ours.opt.found_inf
+    ours.opt.step()
+    torch.cuda.set_sync_debug_mode("default")
+    stock.opt.step()
+    stock.opt.step()
+    on_triton(ours)
+    for param, reference in zip(ours.params, stock.params):
+        assert_close(param, reference, 4, "param")
+        for key, value in stock.opt.state[reference].items():
+            assert_close(ours.opt.state[param][key].cpu(), value.cpu(), 4, key)
+
+
 def test_momentum_that_has_not_started_is_not_saved() -> None:
     param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
     opt = fused_optim.SGD([param], lr=0.5, momentum=0.9, dampening=0.5, fused=True)

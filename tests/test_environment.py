@@ -100,6 +100,23 @@ print("equal")
     assert done.stdout.split() == ["equal"], done.stderr
 
 
+@needs_cpu_kernels
+def test_forced_triton_refuses_cpu_params_without_its_interpreter() -> None:
+    done = python(USES["step"], FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="")
+    assert done.returncode == 1
+    assert "RuntimeError" in done.stderr and "TRITON_INTERPRET=1" in done.stderr, done.stderr
+
+
+@needs_cpu_kernels
+def test_forced_triton_serves_cpu_params_in_its_interpreter() -> None:
+    program = (
+        PREAMBLE
+        + "run = Run(ONE_EACH[0], ONE_EACH[0].fused); run.step(2); print(run.opt.last_step)"
+    )
+    done = python(program, FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "{'triton': 5}" in done.stdout, done.stderr
+
+
 def test_last_value_wins_over_none() -> None:
     """An empty value is no value."""
     done = python(USES["step"], FUSED_OPTIM_ISA="", FUSED_OPTIM_BACKEND="")

@@ -100,3 +100,27 @@ def test_same_bits(case: Case, dtype: torch.dtype) -> None:
 )
 def test_same_bits_with_hypers_prepared_on_the_device(case: Case, dtype: torch.dtype) -> None:
     assert_bits_of_cpp(case, dtype, dtype, capturable=True)
+
+
+MIXED = [
+    case
+    for case in CASES
+    if case.optimizer in ("SGD", "RMSprop", "Adagrad") and "centered" not in dict(case.options)
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case", {case.optimizer: case for case in MIXED}.values(), ids=lambda case: case.id
+)
+def test_same_bits_of_mixed_dtypes(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, grad_dtype)
