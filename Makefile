@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-PYTEST := $(BIN)/pytest -n auto --dist loadgroup
+# A file's tests stay in one process: test_codegen.py compiles once for all of them.
+PYTEST := $(BIN)/pytest -n auto --dist loadfile
 INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 # The bits are compared with those of the C++ kernels, so what is proven of these needs no second proof.
 # `make test INTERPRETED_TESTS=tests` takes hours.
@@ -27,7 +28,7 @@ demo: $(VENV)/installed
 # The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
 test: $(VENV)/installed
 	$(PYTEST)
-	$(INTERPRETED) $(PYTEST) $(INTERPRETED_TESTS)
+	$(INTERPRETED) $(BIN)/pytest -n auto $(INTERPRETED_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -41,7 +42,7 @@ triton-oldest: $(VENV)/installed
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0"'
 	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -q \
 	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py
-	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(PYTEST) -q \
+	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -n auto -q \
 	  tests/test_triton_bits.py tests/test_triton_prepare.py
 
 clean:

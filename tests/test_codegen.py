@@ -20,8 +20,6 @@ from fused_optim.cli.machine_code import Measured, Needs
 from fused_optim.triton_kernels import specialize
 from fused_optim.triton_kernels.rules import RULES
 
-pytestmark = pytest.mark.xdist_group("codegen")  # one process compiles, and starts others for it
-
 KERNELS, TARGETS = codegen.select(None, None)
 # To save time, the machine code is read only for sm_90 and for sm_100, where ptxas has packed arithmetic
 # of its own, and the others than sm_90 take the half of the kernels that unscale. The command does all.
