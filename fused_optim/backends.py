@@ -94,9 +94,9 @@ def host_knows(number: Tensor | None) -> bool:
 
 
 @functools.cache
-def warn_of_device(device: str) -> None:
-    """Say once why tensors of this device are left to torch.optim."""
-    if forced() is not None:
+def warn_unless_served(device: torch.device) -> None:
+    """Say once why no tensor of this device is stepped by a kernel, if so."""
+    if forced() is not None or (device.type == "cuda" and device_types() != 0):
         return
     loaded = _load_triton()
     reason = (

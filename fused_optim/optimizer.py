@@ -23,9 +23,6 @@ except ImportError:
     _RecordFunctionFast = None
 
 
-_NO_DEVICE_KERNEL = "no kernel for this device"  # the gatherer's words
-
-
 @dataclass(frozen=True)
 class Fallback:
     """One tensor that torch.optim's own code stepped: ``param_groups[group]["params"][index]``."""
@@ -167,19 +164,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             launcher = launcher or backends.launcher(self._rule)
             launcher.begin(grad_scale, found_inf)
         scale_on_device = not backends.host_knows(grad_scale)
-        self._last_step = plan.step(
-            self.param_groups,
-            self.state,
-            self._create_state,
-            self._step_with_stock,
-            launcher,
-            device_types,
-            torch.get_num_threads(),
-            0.0 if grad_scale is None or scale_on_device else grad_scale.item(),
-            scale_on_device,
-            skip_on_device,
-            self._resolve_scaling,
-        )
+        try:
+            self._last_step = plan.step(
+                self.param_groups,
+                self.state,
+                self._create_state,
+                self._step_with_stock,
+                launcher,
+                device_types,
+                torch.get_num_threads(),
+                0.0 if grad_scale is None or scale_on_device else grad_scale.item(),
+                scale_on_device,
+                skip_on_device,
+                self._resolve_scaling,
+            )
+        except BaseException:
+            # A plan that was interrupted trusts what it has not finished; captured graphs need the
+            # launcher's tables all the same.
+            self._plan = kernels.Plan(self._rule), launcher
+            raise
         self._plan = plan, launcher
         return loss
 
@@ -245,11 +248,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{reason}"
             )
         chosen: dict[int, list[Tensor]] = {}
-        for g, i, reason in fallbacks:
+        for g, i, _ in fallbacks:
             group = self.param_groups[g]
             param = group["params"][i]
-            if reason == _NO_DEVICE_KERNEL:
-                backends.warn_of_device(str(param.device))
+            if param.device.type != "cpu":
+                backends.warn_unless_served(param.device)
             refusal = self._refuse_sparse(group)
             if refusal is not None and param.grad.is_sparse:
                 raise RuntimeError(refusal)

@@ -170,11 +170,12 @@ def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
     run.set_grads()
     run.params[3].grad = None
     run.opt.param_groups[0]["lr"] = -1.0
-    before, n_launches = snapshot(run.opt), len(gpu.launches)
+    before, n_launches, launcher = snapshot(run.opt), len(gpu.launches), run.opt._plan[1]
     with pytest.raises(ValueError, match="Invalid learning rate"):
         run.opt.step()
     assert_untouched(run.opt, before)
     assert len(gpu.launches) == n_launches
+    assert run.opt._plan[1] is launcher, "graphs that it has captured need its tables"
 
 
 def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +209,18 @@ def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.Monk
 def test_gpu_tensors_without_triton_warn_once() -> None:
     from fused_optim import backends
 
-    backends.warn_of_device.cache_clear()
+    device = torch.device("cuda:0")
+    backends.warn_unless_served.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_load_triton", lambda: "No module named 'triton'")
-        with pytest.warns(RuntimeWarning, match=r"torch.optim's own code .* cuda:0.* 'triton'"):
-            backends.warn_of_device("cuda:0")
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            backends.warn_of_device("cuda:0")
-    backends.warn_of_device.cache_clear()
+            backends.warn_unless_served(device)
+        backends.warn_unless_served.cache_clear()
+        patch.setattr(backends, "_load_triton", lambda: "No module named 'triton'")
+        with pytest.warns(RuntimeWarning, match=r"torch.optim's own code .* cuda:0.* 'triton'"):
+            backends.warn_unless_served(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.warn_unless_served(device)
+    backends.warn_unless_served.cache_clear()
