@@ -11,6 +11,7 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/plan.cpp",
     "csrc/gather.cpp",
+    "csrc/group.cpp",
     "csrc/view.cpp",
     "csrc/batch.cpp",
     "csrc/layout.cpp",

@@ -23,6 +23,11 @@ struct BatchKey {
   }
 };
 
+// An address of a number, as prepare takes it.
+inline int64_t tagged(const void* address, Dtype dtype) {
+  return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)) | (dtype == F64 ? 1 : 0);
+}
+
 template <class T>
 class Table {
  public:

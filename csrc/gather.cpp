@@ -6,17 +6,6 @@
 
 namespace fused_optim {
 
-namespace {
-
-constexpr const char* NO_DEVICE_KERNEL = "no kernel for this device";
-
-// An address of a number, as prepare takes it.
-int64_t tagged(const void* address, Dtype dtype) {
-  return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)) | (dtype == F64 ? 1 : 0);
-}
-
-}  // namespace
-
 void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context) {
   hints_hold_ = true;
   cursor_ = 0;
@@ -65,67 +54,6 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
   for (Task& task : tasks_) {
     if (task.device < 0) task.slice.hypers = hypers_.data() + task.hypers;
   }
-}
-
-// An option may be a tensor: on a device it is left there if the kernels of that device can read it.
-// Only lr, the first option, and items of tuples (betas): the others decide on the variant.
-void Plan::read_option(Group& group, size_t option, PyObject* value, const StepContext& context) {
-  View view;
-  if ((option == 0 || option_items_[option] >= 0) && is_plain(value) && view.read(value) &&
-      (view.device.type != dlpack::CPU || group.capturable) &&
-      (context.device_types >> view.device.type & 1) && view.numel() == 1 &&
-      (view.dtype == F32 || view.dtype == F64) && view.data != nullptr &&
-      (!group.has_addresses || view.device == group.option_device)) {
-    group.option_addresses[option] = tagged(view.data, view.dtype);
-    group.option_device = view.device;
-    group.has_addresses = true;
-    group.numbers_known = false;
-  } else {
-    group.options[option] = number(value);
-  }
-  group.option_tensors[option] = value;
-}
-
-void Plan::check_lr(const Group& group) {
-  const double lr = group.options[0];  // every rule's first option
-  if (!(lr >= 0))
-    raise(PyExc_ValueError, "Invalid learning rate: " + std::to_string(lr) + " in param group " +
-                                std::to_string(group.index));
-}
-
-// For tensors elsewhere than the options: the host waits for the device.
-void Plan::know_options(Group& group) {
-  if (group.numbers_known) return;
-  for (size_t o = 0; o < option_keys_.size(); o++)
-    if (group.option_addresses[o] != 0) group.options[o] = number(group.option_tensors[o]);
-  check_lr(group);
-  group.numbers_known = true;
-}
-
-void Plan::read_group(Group& group, const StepContext& context) {
-  const auto get = [&](PyObject* key) { return PyDict_GetItemWithError(group.dict, key); };
-  if (truth(get(names.differentiable))) {
-    group.stock_reason = "differentiable=True";
-    return;
-  }
-  group.capturable = truth(get(names.capturable));
-  group.fused = truth(get(names.fused));
-  group.numbers_known = true;
-  group.grad_sign = truth(get(names.maximize)) ? -1.0 : 1.0;
-  for (size_t o = 0; o < option_keys_.size(); o++) {
-    PyObject* value = get(option_keys_[o]);
-    if (value == nullptr) {
-      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, option_keys_[o]);
-      throw PythonError();
-    }
-    Py_INCREF(value);
-    hold(value);
-    if (option_items_[o] >= 0) value = hold(check(PySequence_GetItem(value, option_items_[o])));
-    read_option(group, o, value, context);
-  }
-  if (group.option_addresses[0] == 0) check_lr(group);
-  group.variant = rule_.variant(group.options);
-  group.prepared_step = -1;
 }
 
 // Borrowed; null if there is none. torch.Tensor.__hash__ is a Python function, so entries are found
@@ -210,7 +138,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   const auto served = [&](const View& view) {
     return view.device.type == dlpack::CPU || on_device(view);
   };
-  if (!served(p) && !served(g)) return stock(NO_DEVICE_KERNEL);
+  if (!served(p) && !served(g)) return stock("no kernel for this device");
   if (p.device != g.device) raise(PyExc_RuntimeError, where() + "param and grad are on two devices");
   const bool device = on_device(p);
   if (group.capturable && !device) return stock("capturable=True");

@@ -39,8 +39,12 @@ every_job = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def findings():
-    return {(found.kernel, found.target): found for found in codegen.examine_all(JOBS)}
+def findings(request):
+    """Of the jobs that the selected tests are about, and of those of the command's test."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    selected = {(p["kernel"], p["target"]) for p in params if "kernel" in p}
+    jobs = [job for job in JOBS if job[:2] in selected or (job[0].rule, job[1]) == ("sgd", "sm_90")]
+    return {(found.kernel, found.target): found for found in codegen.examine_all(jobs)}
 
 
 @pytest.fixture

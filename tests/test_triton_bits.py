@@ -59,6 +59,9 @@ def streams(
 ) -> Streams:
     params, grads = params_and_grads(dtype, grad_dtype)
     params = [moved(param, device) for param in params]
+    for param in params:
+        if grad_dtype != dtype:
+            param.grad_dtype = grad_dtype
     optimizer = case.fused(params, **options)
     for now in grads:
         for param, grad in zip(params, now):
