@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import BACKEND, CASE_IDS, CASES, DEVICE, DTYPES, Case
-from test_bitwise import Streams, assert_same_bits, bits, wild
+from cases import BACKEND, CASE_IDS, CASES, DEVICE, DTYPES, SHAPES, Case
+from test_bitwise import Streams, assert_same_bits, bits, one_case_each, wild
 from torch import Tensor
 
 import fused_optim
@@ -127,3 +127,33 @@ MIXED = [
 )
 def test_same_bits_of_mixed_dtypes(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     assert_bits_of_cpp(case, dtype, grad_dtype)
+
+
+@one_case_each
+def test_same_bits_in_every_layout(case: Case) -> None:
+    """Params and grads that are slices, transposed or expanded, against contiguous copies."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape for shape in SHAPES if not shape.id.isdecimal()]
+    params = [shape.param(torch.float32, generator) for shape in shapes]
+    grads = [[shape.grad(torch.float32, generator) for shape in shapes] for _ in range(N_STEPS)]
+
+    def outcome(params: list[Tensor], grads: list[list[Tensor]], backend: str) -> Streams:
+        optimizer = case.fused(params)
+        for now in grads:
+            for param, grad in zip(params, now):
+                param.grad = grad
+            optimizer.step()
+        assert optimizer.last_step.tensors == {backend: len(shapes)}
+        found = {f"param {shape.id}": bits(p.cpu()) for shape, p in zip(shapes, params)}
+        for shape, param in zip(shapes, params):
+            for key, value in optimizer.state[param].items():
+                found[f"{key} {shape.id}"] = bits(value.cpu())
+        return found
+
+    copies = [p.cpu().clone(memory_format=torch.contiguous_format) for p in params]
+    grad_copies = [
+        [g.cpu().clone(memory_format=torch.contiguous_format) for g in now] for now in grads
+    ]
+    ours = outcome(params, grads, "triton")
+    with cpp_kernels():
+        assert_same_bits(ours, outcome(copies, grad_copies, "cpu"))
