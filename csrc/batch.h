@@ -36,14 +36,16 @@ class Table {
   void end() {
     if (next_ == current_) return;
     current_.swap(next_);
-    version_++;
+    version_ = ++versions;
   }
   const std::vector<T>& current() const { return current_; }
-  int64_t version() const { return version_; }  // another number for other contents
+  // Another number for other contents, in all tables of the process: copies outlive their table.
+  int64_t version() const { return version_; }
 
  private:
   std::vector<T> current_, next_;
   int64_t version_ = 0;
+  inline static int64_t versions = 0;  // under the GIL
 };
 
 // One row of a batch's numbers: hypers, or the options that a device makes them of.

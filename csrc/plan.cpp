@@ -162,18 +162,22 @@ void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
   params_.resize(kept);
   if (rule_.has_step) steps_.resize(kept);
   std::vector<Pending> pending;
+  std::vector<int64_t> pending_task;
   for (size_t i = 0; i < pending_.size(); i++) {
     if (moved[pending_task_[i]] >= 0) {
       pending.push_back(pending_[i]);
+      pending_task.push_back(moved[pending_task_[i]]);
     } else {
       Py_DECREF(pending_[i].param);
       hold(pending_[i].states);
     }
   }
   pending_.swap(pending);
+  pending_task_.swap(pending_task);
   std::vector<MovedStep> moved_steps;
   for (const MovedStep& step : moved_steps_)
-    if (moved[step.task] >= 0) moved_steps.push_back(step);
+    if (moved[step.task] >= 0)
+      moved_steps.push_back({step.states, step.step, static_cast<size_t>(moved[step.task])});
   moved_steps_.swap(moved_steps);
 }
 
@@ -264,8 +268,12 @@ void Plan::commit(PyObject* state, const StepContext& context) {
     entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
     if (!PyDict_Check(entries.back())) raise(PyExc_TypeError, "a param's state must be a dict");
   }
+  // If a launch is interrupted (Ctrl-C), the others and the rest of the step still happen, then it raises.
+  PyObject *error_type = nullptr, *error = nullptr, *traceback = nullptr;
   if (!device_tasks_.empty()) {
-    Py_DECREF(check(PyObject_CallMethodNoArgs(context.launcher, names.launch)));
+    PyObject* launched = PyObject_CallMethodNoArgs(context.launcher, names.launch);
+    if (launched == nullptr) PyErr_Fetch(&error_type, &error, &traceback);
+    Py_XDECREF(launched);
     tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(),
                                 [](const Task& task) { return task.device >= 0; }),
                  tasks_.end());
@@ -286,6 +294,10 @@ void Plan::commit(PyObject* state, const StepContext& context) {
   // no Python code runs here, and Ctrl-C waits.
   for (size_t i = 0; i < entries.size(); i++)
     if (PyDict_Update(entries[i], pending_[i].states) != 0) throw PythonError();
+  if (error_type != nullptr) {
+    PyErr_Restore(error_type, error, traceback);
+    throw PythonError();
+  }
 }
 
 }  // namespace fused_optim

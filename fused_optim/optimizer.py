@@ -159,17 +159,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._refuse_cpu_params()
         # Taken out for the time of the step: two threads never share a plan.
         plan, launcher = self.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
-        device_types = backends.device_types()
-        if device_types:
-            launcher = launcher or backends.launcher(self._rule)
-            launcher.begin(grad_scale, found_inf)
-        scale_on_device = not backends.host_knows(grad_scale)
         try:
+            device_types = backends.device_types()
+            if device_types:
+                launcher = launcher or backends.launcher(self._rule)
+                launcher.begin(grad_scale, found_inf)
+            scale_on_device = not backends.host_knows(grad_scale)
             self._last_step = plan.step(
                 self.param_groups,
                 self.state,
                 self._create_state,
-                self._step_with_stock,
+                lambda fallbacks: self._step_with_stock(fallbacks, launcher),
                 launcher,
                 device_types,
                 torch.get_num_threads(),
@@ -179,11 +179,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._resolve_scaling,
             )
         except BaseException:
-            # A plan that was interrupted trusts what it has not finished; captured graphs need the
-            # launcher's tables all the same.
-            self._plan = kernels.Plan(self._rule), launcher
+            plan = kernels.Plan(
+                self._rule
+            )  # one that was interrupted trusts what it has not finished
             raise
-        self._plan = plan, launcher
+        finally:
+            other = self.__dict__.get("_plan", (None, None))[1]  # of a step in another thread
+            if launcher is not None and other is not None:
+                launcher.adopt(other)
+            self._plan = plan, launcher or other
         return loss
 
     _left_to_the_interpreter(step)
@@ -239,7 +243,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_with_stock(fallbacks)
         self._last_step = (0, 0, fallbacks)
 
-    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]]) -> None:
+    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""
         if backends.forced() in ("cpu", "triton"):
             g, i, reason = fallbacks[0]
@@ -262,7 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 for params in chosen.values():
                     for param in params:
-                        param.grad.div_(grad_scale)  # type: ignore[union-attr]
+                        param.grad.div_(grad_scale.to(param.grad.device))  # type: ignore[union-attr]
 
         whole = self.param_groups
         scaling = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,18 +79,33 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; without the momentum of which GradScaler has skipped every step."""
-        self._forget_momentum_not_started()
-        return super().state_dict()
+        return self._without_momentum_not_started(super().state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._forget_momentum_not_started()
-        return super().__getstate__()
+        return self._without_momentum_not_started(super().__getstate__)
 
-    def _forget_momentum_not_started(self) -> None:
+    def _without_momentum_not_started(self, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         launcher = self.__dict__.get("_plan", (None, None))[1]
         if launcher is None or not launcher.any_waiting:
-            return
-        for param, state in list(self.state.items()):
+            return get()
+        whole = self.state
+        self.state = defaultdict(dict)
+        for param, state in whole.items():
             buffer = state.get("momentum_buffer")
-            if buffer is not None and launcher.has_not_started(buffer):
-                del self.state[param]
+            if buffer is None or not launcher.has_not_started(buffer):
+                self.state[param] = state
+        try:
+            return get()
+        finally:
+            self.state = whole
+
+    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
+        if launcher is not None and launcher.any_waiting:
+            for g, i, _ in fallbacks:
+                state = self.state.get(self.param_groups[g]["params"][i], {})
+                buffer = state.get("momentum_buffer")
+                if buffer is not None:
+                    if launcher.has_not_started(buffer):
+                        state["momentum_buffer"] = None  # so that stock starts it
+                    launcher.forget(buffer)
+        super()._step_with_stock(fallbacks, launcher)

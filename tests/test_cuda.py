@@ -158,7 +158,8 @@ def test_side_streams(case: Case) -> None:
     for stream in itertools.islice(itertools.cycle(streams), 7):
         stream.wait_stream(before)
         with torch.cuda.stream(stream):
-            torch.empty(10**6, device=DEVICE).fill_(float("nan"))
+            for _ in range(200):  # of the tables' size: where those of earlier steps lay
+                torch.full((64,), float("nan"), device=DEVICE)
             ours.step()
         before = stream
         torch.cuda.current_stream().wait_stream(stream)
@@ -246,22 +247,6 @@ def test_steps_move_to_the_device_once_the_host_cannot_know(
             assert_close(ours.opt.state[param][key].cpu(), value.cpu(), 4, key)
 
 
-def test_momentum_that_has_not_started_is_not_saved() -> None:
-    param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
-    opt = fused_optim.SGD([param], lr=0.5, momentum=0.9, dampening=0.5, fused=True)
-    opt.grad_scale = torch.ones((), device=DEVICE)
-    param.grad = torch.full((5,), 2.0, device=DEVICE)
-    opt.found_inf = torch.ones((), device=DEVICE)
-    opt.step()
-    assert opt.state_dict()["state"] == {}
-    opt.found_inf = torch.zeros((), device=DEVICE)
-    opt.step()
-    assert param.tolist() == [0.0] * 5, "the first step takes the whole grad, without dampening"
-    assert opt.state_dict()["state"][0]["momentum_buffer"].tolist() == [2.0] * 5
-    opt.step()
-    assert opt.state_dict()["state"][0]["momentum_buffer"].tolist() == pytest.approx([2.8] * 5)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @few_cases
 def test_one_optimizer_over_two_gpus(case: Case) -> None:
@@ -315,7 +300,12 @@ def test_a_launch_costs_little_on_the_host(case: Case) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run.opt.step()
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if "Memcpy" not in event.name]
+    on_device = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    kernels = [name for name in on_device if "Memcpy" not in name]
     assert [name for name in kernels if "multi_tensor" in name] == kernels, kernels
     assert len(kernels) == 1
 

@@ -178,6 +178,41 @@ def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
     assert run.opt._plan[1] is launcher, "graphs that it has captured need its tables"
 
 
+@each_optimizer
+def test_nothing_is_taken_for_unchanged_after_a_step_that_raised(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    steps_with(run)
+    run.opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        run.opt.step()
+    run.opt.param_groups[0]["lr"] = 0.25
+    kept = [param.grad for param in run.params]  # so that the next ones lie elsewhere
+    steps_with(run)
+    tensors = gpu.launches[-1][2][0].view(len(run.params), -1)
+    assert tensors[:, 3].tolist() == [param.grad.data_ptr() for param in run.params]
+    assert len(kept) == len(run.params)
+
+
+def test_a_launch_that_raises_leaves_no_step_half_done(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in CASES if case.id == "Adam")
+    run = Run(case, case.fused)
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((4,), torch.bfloat16))]})
+    once = launch._Launch.launch
+
+    def interrupted(self: launch._Launch) -> None:
+        monkeypatch.setattr(launch._Launch, "launch", once)
+        once(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch._Launch, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.step()
+    assert gpu.names() == ["multi_tensor"] * 2
+    assert [state["step"].item() for state in run.opt.state.values()] == [1.0] * 6
+
+
 def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pinned memory can be had during a capture, and a replay reads it again."""
     pinned: list[torch.Tensor] = []
@@ -196,14 +231,18 @@ def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.Monk
     def bring(version: int, numel: int, capturing: bool) -> bool:
         return copy.bring(version, numel, fills.append, capturing)
 
+    n = 1 + launch.N_SPARES
     assert not bring(1, 10, capturing=True), "nothing in reserve yet"
-    assert bring(1, 10, capturing=False) and len(pinned) == 2
+    assert bring(1, 10, capturing=False) and len(pinned) == n
     assert bring(1, 10, capturing=True) and len(fills) == 1, "unchanged: what is there will do"
-    assert bring(2, 10, capturing=True) and len(pinned) == 2
-    assert copy.held()[1].data_ptr() == pinned[1].data_ptr(), "the source stays for the replays"
-    assert not bring(3, 10, capturing=True), "the reserve is used up"
-    assert bring(2, 10, capturing=False) and len(pinned) == 4, "the capture has copied nothing"
-    assert not bring(4, 20, capturing=True), "too small a reserve"
+    for version in range(2, 2 + launch.N_SPARES):
+        assert bring(version, 10, capturing=True) and len(pinned) == n
+    sources = {source.data_ptr() for _, source in copy._captured}
+    assert sources == {spare.data_ptr() for spare in pinned[1:]}, "they stay for the replays"
+    assert not bring(9, 10, capturing=True), "the reserve is used up"
+    last = 1 + launch.N_SPARES
+    assert bring(last, 10, capturing=False) and len(pinned) == 2 * n, "a capture copies nothing"
+    assert not bring(10, 20, capturing=True), "too small a reserve"
 
 
 def test_gpu_tensors_without_triton_warn_once() -> None:

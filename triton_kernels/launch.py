@@ -23,6 +23,8 @@ from .specialize import COMPILE_OPTIONS, PREPARE_BLOCK, Specialization, prepare_
 
 CPU = 1  # DLPack's number; every other device here is torch's "cuda", which ROCm answers to as well
 NO_PINNED_MEMORY = "no pinned memory was at hand while a CUDA graph was captured"
+# Uploads of one table that captures may make between two steps outside of one.
+N_SPARES = 3
 
 
 class Table(Protocol):
@@ -64,8 +66,10 @@ class _Copy:
         self.device = device
         self.version: int | None = None
         self.tensor: Tensor | None = None
-        self._spare: Tensor | None = None  # pinned memory cannot be had during a capture
-        self._source: Tensor | None = None
+        self._spares: list[Tensor] = []  # pinned memory may not be had during a capture
+        self._captured: list[
+            tuple[Tensor, Tensor]
+        ] = []  # copies that graphs make again, and their sources
 
     def bring(
         self, version: int, numel: int, fill: Callable[[Tensor], object], capturing: bool
@@ -76,27 +80,27 @@ class _Copy:
         if self.device.type == "cpu":
             host = torch.empty(numel, dtype=self.dtype)
         elif capturing:
-            if self._spare is None or self._spare.numel() < numel:
+            if not self._spares or self._spares[-1].numel() < numel:
                 return False
-            host, self._spare = self._spare[:numel], None
+            host = self._spares.pop()[:numel]
         else:
             host = torch.empty(numel, dtype=self.dtype, pin_memory=True)
-            if self._spare is None or self._spare.numel() < numel:
-                self._spare = torch.empty(numel, dtype=self.dtype, pin_memory=True)
+            self._spares = [spare for spare in self._spares if spare.numel() >= numel]
+            while len(self._spares) < N_SPARES:
+                self._spares.append(torch.empty(numel, dtype=self.dtype, pin_memory=True))
         fill(host)
         self.tensor = host.to(self.device, non_blocking=True)
-        # A capture only takes note of the copy; each replay makes it again, from the same memory.
-        self._source = host if capturing else None
-        self.version = None if capturing else version
+        self.version = version
+        if capturing:
+            # A capture only takes note of the copy; each replay makes it again, from the same memory.
+            self._captured.append((self.tensor, host))
+            self.version = None
         return True
 
     def bring_table(self, table: Table, capturing: bool) -> bool:
         return self.bring(
             table.version, table.nbytes // 8, lambda host: table.copy_to(host.data_ptr()), capturing
         )
-
-    def held(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.tensor, self._source
 
 
 class _Launch:
@@ -129,9 +133,8 @@ class _Launch:
         self, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> str | None:
         """Everything that may fail; why it does, or None. Call it under the guard."""
-        capturing = False
+        capturing = _capturing()
         if self.device.type != "cpu":
-            capturing = torch.cuda.is_current_stream_capturing()
             stream = torch.cuda.current_stream(self.device).cuda_stream
             if stream != self.stream and not capturing:
                 # What another stream uploads may come too late for this one.
@@ -173,7 +176,7 @@ class _Launch:
 
     def held(self) -> list:
         """What a captured graph needs as long as it is replayed."""
-        return [self.hypers, *(copy.held() for copy in self._copies())]
+        return [self.hypers, *(copy.tensor for copy in self._copies())]
 
     def _copies(self) -> tuple[_Copy, ...]:
         return self.tensors, self.steps, self.addresses, self.numbers, self.chunks
@@ -236,6 +239,7 @@ class Launcher:
         self._staged: list[tuple[Tensor, Tensor]] = []
         # momentum buffer -> a float32 on its device, 0 until the first step that was not skipped
         self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._reading: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
         self._captured: list = []
         self._failure: str | None = None
         self._grad_scale: Tensor | None = None
@@ -247,6 +251,13 @@ class Launcher:
         self._found_inf = found_inf
         self._staged.clear()
         self._ready.clear()
+        if self._started and not _capturing():
+            self._learn_what_has_started()
+
+    def adopt(self, other: Launcher) -> None:
+        """Keep what graphs and momentum of another launcher of the same optimizer need."""
+        self._captured += [other, *other._captured]
+        self._started.update(other._started)
 
     @property
     def any_waiting(self) -> bool:
@@ -259,6 +270,31 @@ class Launcher:
             started = torch.zeros((), device=buffer.device)
             self._started[buffer] = started
         return 0 if started is None else started.data_ptr()
+
+    def forget(self, buffer: Tensor) -> None:
+        """This momentum has started, or is no more."""
+        self._started.pop(buffer, None)
+
+    def _learn_what_has_started(self) -> None:
+        """Forget momentum that has started: without waiting, by numbers asked for in an earlier step."""
+        if self._reading is None:
+            device = next(iter(self._started.values())).device
+            asked = [(b, s) for b, s in self._started.items() if s.device == device]
+            numbers = torch.stack([started for _, started in asked])
+            event = None
+            if device.type != "cpu":
+                on_host = torch.empty(len(asked), pin_memory=True)
+                numbers = on_host.copy_(numbers, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(device))
+            self._reading = [buffer for buffer, _ in asked], numbers, event
+            return
+        buffers, numbers, event = self._reading
+        if event is None or event.query():
+            self._reading = None
+            for buffer, has_started in zip(buffers, numbers.tolist()):
+                if has_started:
+                    self.forget(buffer)
 
     def has_not_started(self, buffer: Tensor) -> bool:
         """Whether no step has reached this momentum yet. Waits for the device."""
@@ -308,31 +344,42 @@ class Launcher:
                 raise
             # Triton may fail in any way: no C compiler, an old device, a full disk.
             except Exception as error:
-                self._failure = f"Triton failed: {type(error).__name__}: {error}"
+                failure = f"Triton failed: {type(error).__name__}: {error}"
+                if not _capturing():  # where little is allowed; later steps may do better
+                    self._failure = failure
+            if failure is not None:
                 warnings.warn(
-                    f"fused_optim runs torch.optim's own code for these tensors. {self._failure}",
+                    f"fused_optim runs torch.optim's own code for these tensors. {failure}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                return self._failure
-            if failure is not None:
                 return failure
             self._ready.append(launch)
         return None
 
     def launch(self) -> None:
-        """Launch what is ready, on the current stream of each device."""
+        """Launch what is ready, on the current stream of each device; all of it, if one raises."""
+        failure = None
         for launch in self._ready:
-            with launch.guard():
-                launch.launch()
-                if launch.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-                    self._captured.append((launch.held(), list(self._started.values())))
+            try:
+                with launch.guard():
+                    launch.launch()
+                    if _capturing():
+                        self._captured.append((launch.held(), list(self._started.values())))
+            except BaseException as error:
+                failure = error
         if self._staged:
             with torch.no_grad():
                 for original, copy in self._staged:
                     original.copy_(copy)
             self._staged.clear()
         self._ready.clear()
+        if failure is not None:
+            raise failure
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _warp_size(interpreted: bool) -> int:
