@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -76,6 +77,55 @@ struct View {
   bool contiguous() const;
   int64_t reach() const;  // elements from `data` to behind the last one; numel() > 0
 };
+
+// Inline: read five times per tensor and step.
+inline bool View::read(PyObject* tensor) {
+  dlpack::Tensor dl;
+  if (torch.api->tensor_from_py_object(tensor, &dl) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  data = static_cast<char*>(dl.data) + dl.byte_offset;
+  shape = dl.shape;
+  strides = dl.strides;
+  ndim = dl.ndim;
+  device = {dl.device.type, dl.device.id};
+  if (device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST) device.type = dlpack::CPU;
+  if (device.type == dlpack::CPU) device.index = 0;
+  complex = dl.dtype.code == dlpack::COMPLEX;
+  dtype = N_DTYPES;
+  if (dl.dtype.lanes == 1 && dl.dtype.code == dlpack::FLOAT)
+    dtype = dl.dtype.bits == 32   ? F32
+            : dl.dtype.bits == 64 ? F64
+            : dl.dtype.bits == 16 ? F16
+                                  : N_DTYPES;
+  else if (dl.dtype.lanes == 1 && dl.dtype.code == dlpack::BFLOAT && dl.dtype.bits == 16)
+    dtype = BF16;
+  return true;
+}
+
+inline bool View::same_shape(const View& other) const {
+  return ndim == other.ndim && std::equal(shape, shape + ndim, other.shape);
+}
+
+inline bool View::same_strides(const View& other) const {
+  return std::equal(strides, strides + ndim, other.strides);
+}
+
+inline bool View::contiguous() const {
+  int64_t expected = 1;
+  for (int d = ndim - 1; d >= 0; d--) {
+    if (shape[d] != 1 && strides[d] != expected) return false;
+    expected *= shape[d];
+  }
+  return true;
+}
+
+inline int64_t View::reach() const {
+  int64_t last = 0;
+  for (int d = 0; d < ndim; d++) last += (shape[d] - 1) * strides[d];
+  return last + 1;
+}
 
 bool truth(PyObject* value);  // of a value that may be null
 double number(PyObject* value);  // of a number or a tensor with one element

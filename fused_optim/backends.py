@@ -88,9 +88,9 @@ def launcher(rule: str) -> Any:
     return module.Launcher(rule, interpreted())
 
 
-def host_knows(number: Tensor | None) -> bool:
+def host_knows(number: Tensor) -> bool:
     """Whether reading this number does not wait for a device."""
-    return number is None or (number.device.type == "cpu" and not interpreted())
+    return number.device.type == "cpu" and not interpreted()
 
 
 @functools.cache

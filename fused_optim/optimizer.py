@@ -140,14 +140,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 memory was freed. Nothing has been written then.
             ValueError: a param group's lr is negative or NaN. Nothing has been written then.
         """
-        self._check_graph_capture()
+        if torch.cuda.is_initialized() and "capturable" in self.defaults:
+            self._check_graph_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        skip_on_device = not backends.host_knows(found_inf)
+        skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         if found_inf is not None and not skip_on_device and found_inf.item():
             return loss
         kernels = backends.cpu_kernels()
@@ -164,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if device_types:
                 launcher = launcher or backends.launcher(self._rule)
                 launcher.begin(grad_scale, found_inf)
-            scale_on_device = not backends.host_knows(grad_scale)
+            scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
             self._last_step = plan.step(
                 self.param_groups,
                 self.state,
@@ -184,19 +185,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             )  # one that was interrupted trusts what it has not finished
             raise
         finally:
-            other = self.__dict__.get("_plan", (None, None))[1]  # of a step in another thread
-            if launcher is not None and other is not None:
-                launcher.adopt(other)
-            self._plan = plan, launcher or other
+            if launcher is not None and "_plan" in self.__dict__:  # by a step in another thread
+                launcher.adopt(self._plan[1])
+            self._plan = plan, launcher
         return loss
 
     _left_to_the_interpreter(step)
 
     def _check_graph_capture(self) -> None:
         """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
-        if torch.cuda.is_initialized() and "capturable" in self.defaults:
-            name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
-            getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
+        name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
+        getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
 
     def _refuse_cpu_params(self) -> None:
         for g, group in enumerate(self.param_groups):

@@ -254,8 +254,10 @@ class Launcher:
         if self._started and not _capturing():
             self._learn_what_has_started()
 
-    def adopt(self, other: Launcher) -> None:
+    def adopt(self, other: Launcher | None) -> None:
         """Keep what graphs and momentum of another launcher of the same optimizer need."""
+        if other is None:
+            return
         self._captured += [other, *other._captured]
         self._started.update(other._started)
 
