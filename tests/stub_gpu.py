@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fused_optim import backends
-from fused_optim.triton_kernels import launch
+from fused_optim.triton_kernels import launch, tables
 
 CPU_BIT = 1 << 1  # DLPack
 
@@ -74,9 +74,9 @@ def stub_gpu() -> Iterator[StubGpu]:
     def new_launcher(rule: str) -> launch.Launcher:
         return launch.Launcher(rule, interpreted=False)
 
-    bring = launch._Copy.bring
+    bring = tables.DeviceCopy.bring
 
-    def counted(copy: launch._Copy, version: int, numel: int, *rest: Any) -> bool:
+    def counted(copy: tables.DeviceCopy, version: int, numel: int, *rest: Any) -> bool:
         if copy.version != version:
             gpu.uploaded.append((copy.dtype, numel))
         return bring(copy, version, numel, *rest)
@@ -84,7 +84,7 @@ def stub_gpu() -> Iterator[StubGpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "device_types", lambda: CPU_BIT)
         patch.setattr(backends, "launcher", new_launcher)
-        patch.setattr(launch._Copy, "bring", counted)
+        patch.setattr(tables.DeviceCopy, "bring", counted)
         try:
             yield gpu
         finally:

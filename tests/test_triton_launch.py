@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from stub_gpu import StubGpu, stub_gpu
 
-from fused_optim.triton_kernels import launch
+from fused_optim.triton_kernels import launch, tables
 
 each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 
@@ -225,22 +225,22 @@ def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.Monk
         return tensor
 
     monkeypatch.setattr(torch, "empty", counted_empty)
-    copy = launch._Copy(torch.int64, torch.device("meta"))
+    copy = tables.DeviceCopy(torch.int64, torch.device("meta"))
     fills = []
 
     def bring(version: int, numel: int, capturing: bool) -> bool:
         return copy.bring(version, numel, fills.append, capturing)
 
-    n = 1 + launch.N_SPARES
+    n = 1 + tables.N_SPARES
     assert not bring(1, 10, capturing=True), "nothing in reserve yet"
     assert bring(1, 10, capturing=False) and len(pinned) == n
     assert bring(1, 10, capturing=True) and len(fills) == 1, "unchanged: what is there will do"
-    for version in range(2, 2 + launch.N_SPARES):
+    for version in range(2, 2 + tables.N_SPARES):
         assert bring(version, 10, capturing=True) and len(pinned) == n
     sources = {source.data_ptr() for _, source in copy._captured}
     assert sources == {spare.data_ptr() for spare in pinned[1:]}, "they stay for the replays"
     assert not bring(9, 10, capturing=True), "the reserve is used up"
-    last = 1 + launch.N_SPARES
+    last = 1 + tables.N_SPARES
     assert bring(last, 10, capturing=False) and len(pinned) == 2 * n, "a capture copies nothing"
     assert not bring(10, 20, capturing=True), "too small a reserve"
 

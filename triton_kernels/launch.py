@@ -1,8 +1,7 @@
 """From the gatherer's batches to launches: uploads what has changed, compiles what is new, launches.
 
-Nothing here waits for a device. Tables travel through pinned memory of torch's allocator, which takes
-a block back only when its copy has run; device memory comes from torch's allocator on the stream in
-use. A captured CUDA graph keeps the addresses of its tables, so those stay for the optimizer's life.
+Nothing here waits for a device. A captured CUDA graph keeps the addresses of its tables, so those stay for
+the optimizer's life.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
@@ -20,87 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .multi_tensor import ROW, multi_tensor
 from .prepare import prepare
 from .specialize import COMPILE_OPTIONS, PREPARE_BLOCK, Specialization, prepare_constants
+from .tables import Batch, DeviceCopy, chunks_of
 
 CPU = 1  # DLPack's number; every other device here is torch's "cuda", which ROCm answers to as well
 NO_PINNED_MEMORY = "no pinned memory was at hand while a CUDA graph was captured"
-# Uploads of one table that captures may make between two steps outside of one.
-N_SPARES = 3
-
-
-class Table(Protocol):
-    """An array of 8-byte numbers on the host; another version says other contents."""
-
-    @property
-    def version(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    def copy_to(self, address: int) -> None: ...
-    def tolist(self) -> list: ...
-
-
-class Batch(Protocol):
-    """All tensors of one launch (csrc/batch.h); the tables' columns stand in multi_tensor and prepare.
-
-    Attributes:
-        key: DLPack device type and index, dtype names of the streams, deciding options, and whether
-            the hypers have to be prepared on the device.
-    """
-
-    @property
-    def key(self) -> tuple[int, int, tuple[str | None, ...], int, bool]: ...
-    @property
-    def n_tensors(self) -> int: ...
-
-    numels: Table
-    tensors: Table
-    steps: Table
-    addresses: Table
-    numbers: Table
-
-
-class _Copy:
-    """The device's copy of one table."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self.device = device
-        self.version: int | None = None
-        self.tensor: Tensor | None = None
-        self._spares: list[Tensor] = []  # pinned memory may not be had during a capture
-        self._captured: list[
-            tuple[Tensor, Tensor]
-        ] = []  # copies that graphs make again, and their sources
-
-    def bring(
-        self, version: int, numel: int, fill: Callable[[Tensor], object], capturing: bool
-    ) -> bool:
-        """Upload what `fill` writes, unless the copy is of this version. False: no pinned memory."""
-        if self.version == version:
-            return True
-        if self.device.type == "cpu":
-            host = torch.empty(numel, dtype=self.dtype)
-        elif capturing:
-            if not self._spares or self._spares[-1].numel() < numel:
-                return False
-            host = self._spares.pop()[:numel]
-        else:
-            host = torch.empty(numel, dtype=self.dtype, pin_memory=True)
-            self._spares = [spare for spare in self._spares if spare.numel() >= numel]
-            while len(self._spares) < N_SPARES:
-                self._spares.append(torch.empty(numel, dtype=self.dtype, pin_memory=True))
-        fill(host)
-        self.tensor = host.to(self.device, non_blocking=True)
-        self.version = version
-        if capturing:
-            # A capture only takes note of the copy; each replay makes it again, from the same memory.
-            self._captured.append((self.tensor, host))
-            self.version = None
-        return True
-
-    def bring_table(self, table: Table, capturing: bool) -> bool:
-        return self.bring(
-            table.version, table.nbytes // 8, lambda host: table.copy_to(host.data_ptr()), capturing
-        )
 
 
 class _Launch:
@@ -114,11 +36,11 @@ class _Launch:
         )
         self._constants = self.specialization.constants()
         self._prepare_constants = prepare_constants(rule)
-        self.tensors = _Copy(torch.int64, self.device)
-        self.steps = _Copy(torch.int64, self.device)
-        self.addresses = _Copy(torch.int64, self.device)
-        self.numbers = _Copy(torch.float64, self.device)
-        self.chunks = _Copy(torch.int32, self.device)
+        self.tensors = DeviceCopy(torch.int64, self.device)
+        self.steps = DeviceCopy(torch.int64, self.device)
+        self.addresses = DeviceCopy(torch.int64, self.device)
+        self.numbers = DeviceCopy(torch.float64, self.device)
+        self.chunks = DeviceCopy(torch.int32, self.device)
         self.hypers: Tensor | None = None  # written by prepare
         self.n_tensors = 0
         self.stream: int | None = None
@@ -153,7 +75,7 @@ class _Launch:
                     self.n_tensors, ROW.value, dtype=torch.float64, device=self.device
                 )
         if self.chunks.version != batch.numels.version:
-            chunks = _chunks(batch.numels.tolist(), self.specialization.chunk)
+            chunks = chunks_of(batch.numels.tolist(), self.specialization.chunk)
             there = there and self.chunks.bring(
                 batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), capturing
             )
@@ -178,7 +100,7 @@ class _Launch:
         """What a captured graph needs as long as it is replayed."""
         return [self.hypers, *(copy.tensor for copy in self._copies())]
 
-    def _copies(self) -> tuple[_Copy, ...]:
+    def _copies(self) -> tuple[DeviceCopy, ...]:
         return self.tensors, self.steps, self.addresses, self.numbers, self.chunks
 
     def _update_args(self) -> tuple:
@@ -386,15 +308,6 @@ def _capturing() -> bool:
 
 def _warp_size(interpreted: bool) -> int:
     return 32 if interpreted else triton.runtime.driver.active.get_current_target().warp_size
-
-
-def _chunks(numels: list[int], chunk: int) -> Tensor:
-    """int32 [n_chunks * 2]: which tensor, and which `chunk` elements of it, for each program."""
-    n_chunks = (torch.tensor(numels, dtype=torch.int64) + chunk - 1) // chunk
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), n_chunks)
-    first = torch.repeat_interleave(n_chunks.cumsum(0) - n_chunks, n_chunks)
-    index = torch.arange(len(tensor)) - first
-    return torch.stack([tensor, index], dim=1).to(torch.int32).flatten()
 
 
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
