@@ -1,5 +1,5 @@
-// Python objects -> plain descriptors, in one walk over param_groups and state. With view.cpp and
-// module.cpp the only user of the CPython API, and the only user of DLPack.
+// Python objects -> plain descriptors, in one walk over param_groups and state. What includes this or
+// view.h is all that uses the CPython API and DLPack.
 #pragma once
 
 #include <Python.h>

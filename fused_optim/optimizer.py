@@ -180,9 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._resolve_scaling,
             )
         except BaseException:
-            plan = kernels.Plan(
-                self._rule
-            )  # one that was interrupted trusts what it has not finished
+            # One that was interrupted trusts what it has not finished.
+            plan = kernels.Plan(self._rule)
             raise
         finally:
             if launcher is not None and "_plan" in self.__dict__:  # by a step in another thread

@@ -60,8 +60,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """A momentum buffer as stock's clone of the weight-decayed grad lies in memory.
 
-        The first step writes it. On a device, GradScaler may skip that without the host knowing;
-        zeros are what a checkpoint then shows at worst.
+        The first step writes it. On a device, GradScaler may skip that without the host knowing; its
+        values are zeros then.
         """
         grad = param.grad
         assert grad is not None
@@ -88,12 +88,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         launcher = self.__dict__.get("_plan", (None, None))[1]
         if launcher is None or not launcher.any_waiting:
             return get()
-        whole = self.state
-        self.state = defaultdict(dict)
+        whole, saved = self.state, defaultdict(dict)
         for param, state in whole.items():
             buffer = state.get("momentum_buffer")
             if buffer is None or not launcher.has_not_started(buffer):
-                self.state[param] = state
+                saved[param] = state
+        self.state = saved
         try:
             return get()
         finally:
