@@ -124,6 +124,7 @@ struct Float16 {
 template <class Stored>
 struct Uniform {
   using compute = typename Stored::compute;
+  static constexpr bool rounds = !std::is_same<typename Stored::storage, compute>::value;
   static constexpr int itemsize(Dtype) { return sizeof(typename Stored::storage); }
   static inline void load(const void* stream, int64_t index, Dtype, compute* to) {
     Stored::load(static_cast<const typename Stored::storage*>(stream) + index, to);
@@ -135,6 +136,7 @@ struct Uniform {
 
 struct Mixed {
   using compute = float;
+  static constexpr bool rounds = true;
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
   static inline void load(const void* stream, int64_t index, Dtype dtype, float* to) {
     if (dtype == F32)

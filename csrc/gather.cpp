@@ -8,7 +8,8 @@ namespace fused_optim {
 
 void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context) {
   hints_hold_ = true;
-  cursor_ = 0;
+  states_.begin();
+  emas_.begin();
   any_waiting_ = false;
   if (context.launcher != Py_None && rule_.first_step_variant != 0)
     any_waiting_ = truth(hold(check(PyObject_GetAttr(context.launcher, names.any_waiting))));
@@ -50,34 +51,32 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
     hints_.resize(ordinal);
     hints_hold_ = false;
   }
-  move_overlapping_to_stock(!hints_hold_ || context.writes_grads());
+  move_overlapping_to_stock(!hints_hold_ || context.grad_write() != KEPT);
   for (Task& task : tasks_) {
     if (task.device < 0) task.slice.hypers = hypers_.data() + task.hypers;
   }
 }
 
-// Borrowed; null if there is none. torch.Tensor.__hash__ is a Python function, so entries are found
-// by position and identity: where it was, else behind the last one found, else by an index.
-PyObject* Plan::find_state(PyObject* state, PyObject* param, Hint& hint) {
+PyObject* Finder::find(PyObject* dict, PyObject* param, Py_ssize_t& position) {
   PyObject *key, *value;
-  for (Py_ssize_t start : {hint.position, cursor_}) {
-    Py_ssize_t position = start;
-    if (PyDict_Next(state, &position, &key, &value) && key == param) {
-      hint.position = start;
-      cursor_ = position;
+  for (Py_ssize_t start : {position, cursor_}) {
+    Py_ssize_t next = start;
+    if (PyDict_Next(dict, &next, &key, &value) && key == param) {
+      position = start;
+      cursor_ = next;
       return value;
     }
   }
-  if (state_index_.empty()) {
-    Py_ssize_t position = 0, start = 0;
-    while (PyDict_Next(state, &position, &key, &value)) {
-      state_index_[key] = {start, value};
-      start = position;
+  if (index_.empty()) {
+    Py_ssize_t next = 0, start = 0;
+    while (PyDict_Next(dict, &next, &key, &value)) {
+      index_[key] = {start, value};
+      start = next;
     }
   }
-  const auto found = state_index_.find(param);
-  if (found == state_index_.end()) return nullptr;
-  hint.position = found->second.first;
+  const auto found = index_.find(param);
+  if (found == index_.end()) return nullptr;
+  position = found->second.first;
   return found->second.second;
 }
 
@@ -116,6 +115,8 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   };
   Py_INCREF(param);
   hold(param);
+  const EmaTask* ema =
+      group.has_ema ? gather_ema(group, param, context, hint) : nullptr;
 
   if (!is_plain(param)) {
     if (!PyObject_TypeCheck(param, torch.tensor)) raise(PyExc_TypeError, where() + "not a tensor");
@@ -156,7 +157,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   PyObject* states = nullptr;
   bool fresh = false;
   if (used != 0 || rule_.has_step) {
-    states = find_state(state, param, hint);
+    states = states_.find(state, param, hint.position);
     if (states != nullptr && !PyDict_Check(states)) return stock("the state is not a dict");
     fresh = states == nullptr || PyDict_GET_SIZE(states) == 0;
     if (!fresh && rule_.first_step_variant != 0) {
@@ -169,7 +170,8 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       pending_.push_back({param, states});
       pending_task_.push_back(static_cast<int64_t>(tasks_.size()));
       if (!PyDict_Check(states)) raise(PyExc_TypeError, "create_state must return a dict");
-      state_index_.clear();  // Python code has run
+      states_.forget();
+      emas_.forget();
       if (!device || !context.skip_on_device) variant |= rule_.first_step_variant;
       hints_hold_ = false;
     } else {
@@ -185,11 +187,13 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       pending_task_.pop_back();
     }
     if (!moved_steps_.empty() && moved_steps_.back().task == tasks_.size()) moved_steps_.pop_back();
+    if (ema != nullptr) ema_tasks_.back().task = -1;
     stock(reason);
   };
 
   Hint now = {};
   now.position = hint.position;
+  now.ema_position = hint.ema_position;
   now.objects[PARAM] = param;
   now.objects[MAX_STREAMS] = states;
   PyObject* state_tensors[MAX_STATES] = {};
@@ -267,7 +271,17 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
 
   Task task = {};
   task.streams = 0b11 | used << STATES;
-  task.written = 1u << PARAM | (context.writes_grads() ? 1u << GRAD : 0u) | used << STATES;
+  if (ema != nullptr) {
+    if (!device && is_plain(ema->tensor) && views[EMA].read(ema->tensor) &&
+        views[EMA].dtype != N_DTYPES && views[EMA].same_shape(p) && views[EMA].device == p.device &&
+        (views[EMA].dtype == F64) == (p.dtype == F64)) {
+      task.streams |= 1u << EMA;
+      task.slice.ema_weight = ema->weight;
+      now.objects[EMA] = ema->tensor;
+      ema_tasks_.back().task = static_cast<int64_t>(tasks_.size());
+    }
+  }
+  task.written = task.streams & ~(context.grad_write() == KEPT ? 1u << GRAD : 0u);
   task.layout = -1;
   task.device = -1;
   const int64_t numel = now.numel = p.numel();
@@ -292,7 +306,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
     if (s == GRAD) continue;
     if (view.data == hint.data[s] && numel == hint.numel) continue;
     hints_hold_ = false;
-    PyObject* tensor = s == PARAM ? param : state_tensors[s - STATES];
+    PyObject* tensor = s == PARAM ? param : s == EMA ? ema->tensor : state_tensors[s - STATES];
     if (numel > 0 && !storage_holds(tensor, view))
       raise(PyExc_RuntimeError, where() + (s == PARAM ? "the param" : "a state") +
                                     " is larger than its storage, which was resized");
@@ -353,11 +367,23 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   task.slice.numel = numel;
   task.slice.grad_sign = group.grad_sign;
   task.slice.grad_scale = context.grad_scale;
+  task.slice.clip = 1;
+  task.slice.grad_write = context.grad_write();
   task.known_grad = now.data[GRAD] == hint.data[GRAD] && numel == hint.numel;
+  if (context.measures()) {
+    NormTask norm = {g.data, g.dtype, numel, -1};
+    Layout layout;
+    if (task.layout >= 0 && !device && !layout.build(p.ndim, p.shape, strides, 1u << GRAD)) {
+      norm.layout = static_cast<int>(layouts_.size());
+      layouts_.push_back(std::move(layout));
+    }
+    norm_tasks_.push_back(norm);
+  }
   hint = now;
   tasks_.push_back(task);
   origins_.push_back({group.index, index});
   params_.push_back(param);
+  grads_.push_back(grad);
   if (rule_.has_step) steps_.push_back(write);
 }
 

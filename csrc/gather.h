@@ -11,6 +11,7 @@
 
 #include "batch.h"
 #include "dispatch.h"
+#include "norm.h"
 #include "overlap.h"
 #include "parallel.h"
 #include "view.h"
@@ -26,11 +27,37 @@ struct StepContext {
   PyObject* launcher;
   unsigned device_types;
   int num_threads;
-  double grad_scale;     // divides the grads, which are written back; 0: none that the host knows
+  double grad_scale;     // divides the grads; 0: none that the host knows
   bool scale_on_device;  // there is one, but the host does not know it
   bool skip_on_device;   // whether the step is skipped is not known to the host
   PyObject* resolve;     // () -> the grad scale (0: none), or None if the step is skipped
-  bool writes_grads() const { return grad_scale != 0 || scale_on_device; }
+  // (sum of the squares of the CPU tasks' grads, whether one of them is not finite, fallbacks or None,
+  // number of CPU tasks, of device tasks) -> the coefficient that clips, or None if the step is skipped. None:
+  // nothing is measured.
+  PyObject* measured;
+  bool writes_clipped, zeroes;  // what is left in the grads
+  PyObject* emas;        // dict: param -> [ema, n_averaged]
+  PyObject* create_ema;  // (param, group, old entry or None) -> such an entry, not yet in `emas`
+
+  bool measures() const { return measured != Py_None; }
+  bool scales() const { return grad_scale != 0 || scale_on_device; }
+  GradWrite grad_write() const {
+    return zeroes ? ZEROED : writes_clipped ? CLIPPED : scales() ? UNSCALED : KEPT;
+  }
+};
+
+// Finds a param's entry in a dict. torch.Tensor.__hash__ is a Python function, so entries are found by
+// position and identity: where it was, else behind the last one found, else by an index.
+class Finder {
+ public:
+  void begin() { cursor_ = 0; }
+  void forget() { index_.clear(); }  // Python code has run
+  // Borrowed; null if there is none. position: of the entry, as PyDict_Next takes it.
+  PyObject* find(PyObject* dict, PyObject* param, Py_ssize_t& position);
+
+ private:
+  Py_ssize_t cursor_ = 0;
+  std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>> index_;
 };
 
 // One optimizer's step. Between two steps it keeps memory to work in and hints where to look first;
@@ -44,14 +71,15 @@ class Plan {
 
   // Validates everything, calls run_stock(fallbacks) for the tensors no kernel serves, then runs the
   // kernels, which cannot fail. Raises PythonError before anything is written.
-  // Returns (tensors stepped on the CPU, tensors stepped on devices, fallbacks or None), a new
+  // Returns (tensors stepped on the CPU, tensors stepped on devices, fallbacks or None, list of (param, EMA
+  // entry, weight) that no kernel has averaged or None); all 0 and None if the step was skipped. A new
   // reference.
   PyObject* step(PyObject* groups, PyObject* state, const StepContext& context);
 
  private:
   // Where a param's state was found, and what it consisted of.
   struct Hint {
-    Py_ssize_t position = 0;        // of its entry in `state`, as PyDict_Next takes it
+    Py_ssize_t position = 0, ema_position = 0;  // of its entries in `state` and `emas`
     void* data[MAX_STREAMS] = {};
     int64_t numel = 0;
     PyObject* objects[MAX_STREAMS + 2] = {};  // param, step, state dict, states: to prefetch
@@ -72,6 +100,13 @@ class Plan {
     PyObject* states;
     PyObject* step;
     size_t task;
+  };
+  struct EmaTask {  // one for each param of a group with an EMA; all references held
+    PyObject *param, *entry, *tensor;
+    bool is_new;      // not yet in `emas`
+    double weight;
+    PyObject* count;  // after the step, for the entry
+    int64_t task;     // of the param; -1: no kernel averages it
   };
   struct Origin {
     int64_t group, index;
@@ -94,6 +129,8 @@ class Plan {
     Device option_device;
     bool has_addresses, numbers_known;
     double grad_sign;
+    bool has_ema, ema_warmup;
+    double ema_decay;
     unsigned variant;
     double prepared_step;  // what `hypers` were prepared for; -1: none yet
     int64_t hypers;  // index of the group's latest entry of hypers_
@@ -101,12 +138,13 @@ class Plan {
 
   void gather(PyObject* groups, PyObject* state, const StepContext& context);
   void read_group(Group& group, const StepContext& context);
+  void read_ema(Group& group);
   void read_option(Group& group, size_t option, PyObject* value, const StepContext& context);
   void know_options(Group& group);
   void check_lr(const Group& group);
   void gather_param(Group& group, int64_t index, PyObject* param, PyObject* state,
                     const StepContext& context, Hint& hint);
-  PyObject* find_state(PyObject* state, PyObject* param, Hint& hint);
+  EmaTask* gather_ema(Group& group, PyObject* param, const StepContext& context, Hint& hint);
   bool read_step(PyObject* step, const View& param, const char*& reason, Hint& hint,
                  StepWrite& write);
   void move_overlapping_to_stock(bool anew);
@@ -115,6 +153,10 @@ class Plan {
   void stage(const StepContext& context);
   PyObject* batch_tasks();
   bool resolve(const StepContext& context);
+  bool measure(const StepContext& context);
+  PyObject* not_averaged();
+  void enter_emas(const StepContext& context);
+  void count_emas();
   void commit(PyObject* state, const StepContext& context);
   void release();
   PyObject* hold(PyObject* owned);
@@ -126,16 +168,17 @@ class Plan {
 
   std::vector<Hint> hints_;
   bool hints_hold_;  // no pointer that is written through has changed since the last step
-  Py_ssize_t cursor_;
   bool any_waiting_;  // the launcher knows momentum that may not have started
-  std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>> state_index_;
+  Finder states_, emas_;
 
   Written written_;  // by all tasks; holds while hints_hold_
 
   std::vector<Task> tasks_;
   std::vector<Origin> origins_;  // of each task
-  std::vector<PyObject*> params_;  // of each task; held
+  std::vector<PyObject*> params_, grads_;  // of each task; held
   std::vector<Layout> layouts_;
+  std::vector<NormTask> norm_tasks_;  // of each task, if grads are measured
+  std::vector<EmaTask> ema_tasks_;
   std::vector<double> hypers_;
   std::vector<StepWrite> steps_;  // of each task if the rule has a step
   std::vector<DeviceTask> device_tasks_;

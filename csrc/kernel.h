@@ -6,8 +6,8 @@
 namespace fused_optim {
 
 constexpr int MAX_STATES = 3;
-constexpr int MAX_STREAMS = 2 + MAX_STATES;  // param, grad, states
-constexpr int PARAM = 0, GRAD = 1, STATES = 2;
+constexpr int PARAM = 0, GRAD = 1, STATES = 2, EMA = STATES + MAX_STATES;
+constexpr int MAX_STREAMS = EMA + 1;
 constexpr int MAX_HYPERS = 8;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
@@ -19,17 +19,35 @@ constexpr int ITEMSIZE[N_DTYPES] = {4, 8, 2, 2};
 // How a kernel reads its streams: all of one dtype, or any mix of the three that compute in float32.
 enum Format : uint8_t { ALL_F32, ALL_F64, ALL_BF16, ALL_F16, MIXED, N_FORMATS };
 
+// What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.
+enum GradWrite : uint8_t { KEPT, UNSCALED, CLIPPED, ZEROED };
+
 // A run of elements of one tensor, contiguous in every stream.
 struct Slice {
-  void* streams[MAX_STREAMS];
+  void* streams[MAX_STREAMS];  // EMA: null without one
   Dtype dtypes[MAX_STREAMS];
   int64_t numel;
   const double* hypers;  // the rule's Hypers<double>
   double grad_sign;      // -1 if maximizing, else 1
-  double grad_scale;     // grads are divided by it and written back; 0: leave grads alone
+  double grad_scale;     // grads are divided by it; 0: there is none
+  double clip;           // and multiplied by it
+  GradWrite grad_write;
+  double ema_weight;     // ema = lerp(ema, param, ema_weight); 1 copies
 };
 
 using Kernel = void (*)(const Slice&);
+
+// The sum of the squares of a run of at most NORM_CHUNK grads, in float64. It is cut into parts; lane l of a
+// part sums every NORM_LANES-th element from the l-th on; then all lanes, part by part, are added up by
+// halves: the upper half to the lower one. Another order would give other bits; a GPU's program
+// (triton_kernels/norm.py) has the same.
+constexpr int NORM_PARTS = 4, NORM_LANES = 128;
+constexpr int64_t NORM_PART = 16384, NORM_CHUNK = NORM_PARTS * NORM_PART;
+struct Sum {
+  double squares;
+  bool nonfinite;  // some element is
+};
+using NormKernel = Sum (*)(const void* grad, Dtype dtype, int64_t numel);
 
 // Asks for the cache line at `base + offset`, which need not be the address of anything.
 inline void prefetch(const void* base, int64_t offset = 0) {
@@ -45,6 +63,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   Kernel kernels[MAX_RULES][N_FORMATS][MAX_VARIANTS];  // null where the variant is not valid
+  NormKernel norm[N_DTYPES];
   Kernel probe[MAX_STATES + 1];  // streams += grad, by number of states: the benchmark's roof
 };
 

@@ -30,8 +30,10 @@ bool Layout::build(int ndim, const int64_t* shape, const int64_t* const* strides
       if (streams >> s & 1) dim.strides[s] = strides[s][d];
     dims.push_back(dim);
   }
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-    return a.strides[PARAM] > b.strides[PARAM];
+  int leading = 0;  // the param, if it is among the streams
+  while (!(streams >> leading & 1)) leading++;
+  std::stable_sort(dims.begin(), dims.end(), [&](const Dim& a, const Dim& b) {
+    return a.strides[leading] > b.strides[leading];
   });
   std::vector<Dim> merged;
   for (const Dim& dim : dims) {
@@ -175,8 +177,8 @@ void copy_block(int itemsize, void* tensor, int64_t row_stride, int64_t col_stri
 
 }  // namespace
 
-void Layout::run_blocks(Kernel kernel, const Slice& slice, unsigned streams, unsigned written,
-                        int64_t begin, int64_t end) const {
+void Layout::run_blocks(const std::function<void(const Slice&)>& kernel, const Slice& slice,
+                        unsigned streams, unsigned written, int64_t begin, int64_t end) const {
   // Kept by each thread; at most 576 KiB for each odd stream, 288 of float32.
   static thread_local std::vector<unsigned char> memory;
   unsigned char* buffers[MAX_STREAMS] = {};

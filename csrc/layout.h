@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernel.h"
@@ -24,8 +25,9 @@ class Layout {
   int64_t n_blocks() const { return n_outer_ * row_blocks_ * col_blocks_; }
   // How many blocks make about `numel` elements.
   int64_t blocks_per(int64_t numel) const;
-  void run_blocks(Kernel kernel, const Slice& slice, unsigned streams, unsigned written,
-                  int64_t begin, int64_t end) const;
+  // Calls `kernel` for runs that are contiguous in every stream, always cut in the same way.
+  void run_blocks(const std::function<void(const Slice&)>& kernel, const Slice& slice, unsigned streams,
+                  unsigned written, int64_t begin, int64_t end) const;
 
  private:
   // Elements. A block has about BLOCK of them, at most 16 * MAX_COLS, and rows are padded from 64

@@ -59,7 +59,7 @@ void bind_table(py::module_& m, const char* name) {
 // others are read and written.
 void probe(const std::vector<py::object>& streams, int num_threads) {
   const int n = static_cast<int>(streams.size());
-  if (n < 2 || n > MAX_STREAMS) throw std::invalid_argument("probe takes 2 to 5 streams");
+  if (n < 2 || n > EMA) throw std::invalid_argument("probe takes 2 to 5 streams");
   Task task = {};
   double factor = 0.5;
   for (int s = 0; s < n; s++) {
@@ -83,6 +83,7 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
   task.device = -1;
   task.slice.hypers = &factor;
   task.slice.grad_sign = 1;
+  task.slice.clip = 1;
   py::gil_scoped_release no_gil;
   run({task}, {}, num_threads);
 }
@@ -111,10 +112,14 @@ PYBIND11_MODULE(_C, m) {
       .def("step",
            [](Plan& plan, py::list groups, py::dict state, py::object create_state,
               py::object run_stock, py::object launcher, unsigned device_types, int num_threads,
-              double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve) {
-             const StepContext context = {create_state.ptr(), run_stock.ptr(), launcher.ptr(),
-                                          device_types,       num_threads,     grad_scale,
-                                          scale_on_device,    skip_on_device,  resolve.ptr()};
+              double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve,
+              py::object measured, bool writes_clipped, bool zeroes, py::object emas,
+              py::object create_ema) {
+             const StepContext context = {
+                 create_state.ptr(), run_stock.ptr(), launcher.ptr(),  device_types,
+                 num_threads,        grad_scale,      scale_on_device, skip_on_device,
+                 resolve.ptr(),      measured.ptr(),  writes_clipped,  zeroes,
+                 emas.ptr(),         create_ema.ptr()};
              return py::reinterpret_steal<py::object>(
                  plan.step(groups.ptr(), state.ptr(), context));
            });

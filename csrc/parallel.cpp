@@ -82,7 +82,29 @@ void run_unit(const Unit& unit, const std::vector<Task>& tasks, const std::vecto
     run_part(tasks[t], layouts, 0, n_parts(tasks[t], layouts));
 }
 
+bool is_serial(int64_t numel, int num_threads) {
+  return num_threads <= 1 || numel < SERIAL || forked;
+}
+
 }  // namespace
+
+void spread(size_t n, int64_t numel, int num_threads, const std::function<void(size_t)>& work) {
+#if defined(_OPENMP)
+  if (!is_serial(numel, num_threads)) {
+    const FloatMode mode = float_mode();
+    std::atomic<size_t> next{0};
+#pragma omp parallel num_threads(num_threads)
+    {
+      const FloatMode own = float_mode();
+      set_float_mode(mode);
+      for (size_t i = next++; i < n; i = next++) work(i);
+      set_float_mode(own);
+    }
+    return;
+  }
+#endif
+  for (size_t i = 0; i < n; i++) work(i);
+}
 
 std::vector<std::pair<int64_t, int64_t>> chunks(int64_t numel) {
   std::vector<std::pair<int64_t, int64_t>> cut;
@@ -94,7 +116,7 @@ std::vector<std::pair<int64_t, int64_t>> chunks(int64_t numel) {
 void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int num_threads) {
   int64_t total = 0;
   for (const Task& task : tasks) total += task.slice.numel;
-  if (num_threads <= 1 || total < SERIAL || forked) {
+  if (is_serial(total, num_threads)) {
     for (const Task& task : tasks) run_part(task, layouts, 0, n_parts(task, layouts));
     return;
   }
@@ -119,20 +141,9 @@ void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int
     }
   }
 
-#if defined(_OPENMP)
-  const FloatMode mode = float_mode();
   const std::vector<Unit>& work = units;  // the workers' own thread_local units are empty
-  std::atomic<size_t> next{0};
-#pragma omp parallel num_threads(num_threads)
-  {
-    const FloatMode own = float_mode();
-    set_float_mode(mode);
-    for (size_t u = next++; u < work.size(); u = next++) run_unit(work[u], tasks, layouts);
-    set_float_mode(own);
-  }
-#else
-  for (const Unit& unit : units) run_unit(unit, tasks, layouts);
-#endif
+  spread(work.size(), total, num_threads,
+         [&](size_t u) { run_unit(work[u], tasks, layouts); });
 }
 
 const char* openmp_library() {

@@ -1,7 +1,9 @@
 // The work of one step, cut into units and spread over OpenMP threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernel.h"
@@ -21,8 +23,12 @@ struct Task {
   int device;  // index of the step's device tasks; -1: for the CPU
 };
 
-// Runs all tasks, none of them for a device, with at most `num_threads` threads; a tensor's bits depend on nothing but its own
-// values. Never throws.
+// Calls work(0) to work(n - 1), in any order, with at most `num_threads` threads; with one if `numel`
+// elements in all are not worth waking another.
+void spread(size_t n, int64_t numel, int num_threads, const std::function<void(size_t)>& work);
+
+// Runs all tasks, none of them for a device, with at most `num_threads` threads; a tensor's bits depend on
+// nothing but its own values. Never throws.
 void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int num_threads);
 
 // The number of elements of the [begin, end) runs that `numel` elements are cut into. For tests.

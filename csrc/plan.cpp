@@ -40,25 +40,36 @@ void Plan::release() {
   // Swapped out first: a destructor may run Python code.
   std::vector<PyObject*> held;
   std::vector<Pending> pending;
+  std::vector<EmaTask> ema_tasks;
   held.swap(held_);
   pending.swap(pending_);
+  ema_tasks.swap(ema_tasks_);
   for (PyObject* object : held) Py_DECREF(object);
   for (const Pending& states : pending) {
     Py_DECREF(states.param);
     Py_DECREF(states.states);
+  }
+  for (const EmaTask& ema : ema_tasks) {
+    Py_DECREF(ema.param);
+    Py_DECREF(ema.entry);
+    Py_DECREF(ema.tensor);
+    Py_DECREF(ema.count);
   }
   held.clear();
   if (held_.empty()) held_.swap(held);  // keep the memory
   tasks_.clear();
   origins_.clear();
   params_.clear();
+  grads_.clear();
   layouts_.clear();
+  norm_tasks_.clear();
   hypers_.clear();
   steps_.clear();
   device_tasks_.clear();
   pending_task_.clear();
   moved_steps_.clear();
-  state_index_.clear();
+  states_.forget();
+  emas_.forget();
 }
 
 PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& context) {
@@ -82,14 +93,16 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
       device_tasks_.clear();
     }
   }
-  if ((context.scale_on_device || context.skip_on_device) && !resolve(context))
-    return check(Py_BuildValue("(iiO)", 0, 0, Py_None));
+  if (((context.scale_on_device || context.skip_on_device) && !resolve(context)) ||
+      (context.measures() && !measure(context)))
+    return check(Py_BuildValue("(iiOO)", 0, 0, Py_None, Py_None));
   if (fallbacks_ != nullptr) Py_DECREF(check(PyObject_CallOneArg(context.run_stock, fallbacks_)));
   Py_ssize_t n_device = 0;
   for (const Task& task : tasks_) n_device += task.device >= 0;
   PyObject* fallbacks = fallbacks_ == nullptr ? Py_None : fallbacks_;
   PyObject* outcome = hold(check(Py_BuildValue(
-      "(nnO)", static_cast<Py_ssize_t>(tasks_.size()) - n_device, n_device, fallbacks)));
+      "(nnOO)", static_cast<Py_ssize_t>(tasks_.size()) - n_device, n_device, fallbacks,
+      hold(not_averaged()))));
   commit(state, context);
   Py_INCREF(outcome);
   return outcome;
@@ -154,12 +167,18 @@ void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
     tasks_[kept] = tasks_[t];
     origins_[kept] = origins_[t];
     params_[kept] = params_[t];
+    grads_[kept] = grads_[t];
+    if (!norm_tasks_.empty()) norm_tasks_[kept] = norm_tasks_[t];
     if (rule_.has_step) steps_[kept] = steps_[t];
     kept++;
   }
   tasks_.resize(kept);
   origins_.resize(kept);
   params_.resize(kept);
+  grads_.resize(kept);
+  if (!norm_tasks_.empty()) norm_tasks_.resize(kept);
+  for (EmaTask& ema : ema_tasks_)
+    if (ema.task >= 0) ema.task = moved[ema.task];
   if (rule_.has_step) steps_.resize(kept);
   std::vector<Pending> pending;
   std::vector<int64_t> pending_task;
@@ -250,19 +269,42 @@ bool Plan::resolve(const StepContext& context) {
   if (grad_scale == Py_None) return false;
   const double value = number(grad_scale);
   for (Task& task : tasks_)
-    if (task.device < 0) task.slice.grad_scale = value;
+    if (task.device < 0) {
+      task.slice.grad_scale = value;
+      if (value == 0 && task.slice.grad_write == UNSCALED) task.slice.grad_write = KEPT;
+    }
+  return true;
+}
+
+// The norm pass. False: the step is skipped.
+bool Plan::measure(const StepContext& context) {
+  std::vector<NormTask> on_cpu;
+  for (size_t t = 0; t < tasks_.size(); t++)
+    if (tasks_[t].device < 0) on_cpu.push_back(norm_tasks_[t]);
+  Sum sum;
+  Py_BEGIN_ALLOW_THREADS
+  sum = sum_of_squares(on_cpu, layouts_, context.num_threads);
+  Py_END_ALLOW_THREADS
+  PyObject* clip = hold(check(PyObject_CallFunction(
+      context.measured, "dOOnn", sum.squares, sum.nonfinite ? Py_True : Py_False,
+      fallbacks_ == nullptr ? Py_None : fallbacks_, static_cast<Py_ssize_t>(on_cpu.size()),
+      static_cast<Py_ssize_t>(tasks_.size() - on_cpu.size()))));
+  if (clip == Py_None) return false;
+  const double value = number(clip);
+  for (Task& task : tasks_) task.slice.clip = value;
   return true;
 }
 
 void Plan::commit(PyObject* state, const StepContext& context) {
-  if (tasks_.empty()) return;
+  enter_emas(context);
+  if (tasks_.empty()) return count_emas();
   // Raw-pointer writes are invisible to autograd, so its version counters are bumped by hand.
-  PyObject* params = hold(check(PyList_New(static_cast<Py_ssize_t>(params_.size()))));
-  for (size_t t = 0; t < params_.size(); t++) {
-    Py_INCREF(params_[t]);
-    PyList_SET_ITEM(params, static_cast<Py_ssize_t>(t), params_[t]);
-  }
-  Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, params)));
+  PyObject* changed = hold(check(PyList_New(0)));
+  for (size_t t = 0; t < tasks_.size(); t++)
+    if (PyList_Append(changed, params_[t]) != 0 ||
+        ((tasks_[t].written >> GRAD & 1) && PyList_Append(changed, grads_[t]) != 0))
+      throw PythonError();
+  Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, changed)));
   std::vector<PyObject*> entries;  // of `state`, for the new states
   for (const Pending& fresh : pending_) {
     entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
@@ -294,6 +336,7 @@ void Plan::commit(PyObject* state, const StepContext& context) {
   // no Python code runs here, and Ctrl-C waits.
   for (size_t i = 0; i < entries.size(); i++)
     if (PyDict_Update(entries[i], pending_[i].states) != 0) throw PythonError();
+  count_emas();
   if (error_type != nullptr) {
     PyErr_Restore(error_type, error, traceback);
     throw PythonError();

@@ -29,7 +29,8 @@ extern Torch torch;
 // Keys of dicts and names of methods, interned.
 struct Names {
   PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
-      *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting;
+      *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
+      *ema_warmup;
 };
 extern Names names;
 

@@ -4,6 +4,8 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
+from fused_optim.grad_scaler import GradScaler
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
@@ -17,6 +19,8 @@ __all__ = [
     "AdamW",
     "Fallback",
     "FusedOptimizer",
+    "GradScaler",
+    "OnePassOptions",
     "RMSprop",
     "StepReport",
     "config",

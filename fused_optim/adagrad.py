@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -27,9 +33,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         foreach, maximize, differentiable, fused: as in torch.optim. foreach is accepted without
             effect; fused=True lets GradScaler leave unscaling to the step; differentiable takes the
             stock path.
+        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
 
     Raises:
-        ValueError: an argument outside its range, with torch.optim's text.
+        ValueError: an argument outside its range, with torch.optim's text where it has one.
 
     Reference:
         Duchi, Hazan, Singer 2011, "Adaptive subgradient methods for online learning and stochastic
@@ -49,6 +56,35 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     _rule = "adagrad"
     _stock = torch.optim.Adagrad
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **one_pass: Unpack[OnePassOptions],
+    ) -> None:
+        self._take_one_pass(one_pass)
+        super().__init__(
+            params,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         if group["weight_decay"] != 0:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -31,9 +37,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amsgrad, maximize, capturable, differentiable, foreach, fused, decoupled_weight_decay: as in
             torch.optim. foreach is accepted without effect; fused=True lets GradScaler leave
             unscaling to the step; capturable and differentiable take the stock path.
+        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
 
     Raises:
-        ValueError: an argument outside its range, with torch.optim's text.
+        ValueError: an argument outside its range, with torch.optim's text where it has one.
 
     Reference:
         Kingma, Ba 2015, "Adam: A method for stochastic optimization", algorithm 1, in the form of
@@ -53,6 +60,39 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     _rule = "adam"
     _stock = torch.optim.Adam
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **one_pass: Unpack[OnePassOptions],
+    ) -> None:
+        self._take_one_pass(one_pass)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         return "Adam does not support sparse gradients, please consider SparseAdam instead"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -22,9 +28,10 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         eps: added to the denominator, >= 0 (default: 1e-8).
         weight_decay: >= 0 (default: 1e-2).
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
+        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
 
     Raises:
-        ValueError: an argument outside its range, with torch.optim's text.
+        ValueError: an argument outside its range, with torch.optim's text where it has one.
 
     Reference:
         Loshchilov, Hutter 2019, "Decoupled weight decay regularization", algorithm 2.
@@ -43,6 +50,37 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     _rule = "adam"
     _stock = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **one_pass: Unpack[OnePassOptions],
+    ) -> None:
+        self._take_one_pass(one_pass)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         return "Adam does not support sparse gradients, please consider SparseAdam instead"

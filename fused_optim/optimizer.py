@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_optim import backends
+from fused_optim import backends, ema
+from fused_optim.grads import clipped
+from fused_optim.one_pass import OnePassOptimizer
 
 try:
     from torch._C._profiler import _RecordFunctionFast
@@ -62,7 +64,7 @@ def _left_to_the_interpreter(function: Any) -> Any:
     return function
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(OnePassOptimizer):
     """Steps on kernels what they can serve, and the rest with the stock class's own code.
 
     A subclass also inherits from the torch.optim class of the same name, which gives it constructor,
@@ -113,13 +115,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         return _left_to_the_interpreter(wrapper)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Stock loses this when pickled. The constructor's argument decides, not a group's flag: that
-        # may have arrived with a checkpoint.
-        if "_step_supports_amp_scaling" not in self.__dict__ and self.defaults.get("fused"):
-            self._step_supports_amp_scaling = True
-
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -138,8 +133,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a grad or state does not fit its param (shape, device, dtype), or its
                 memory was freed. Nothing has been written then.
-            ValueError: a param group's lr is negative or NaN. Nothing has been written then.
+            ValueError: a param group's lr is negative or NaN, or its ema_decay not in [0, 1). Nothing
+                has been written then.
         """
+        if self._is_swapped:
+            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             self._check_graph_capture()
         loss = None
@@ -150,11 +148,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         if found_inf is not None and not skip_on_device and found_inf.item():
+            self._skip()
             return loss
+        measured = self._begin_one_pass(found_inf)
+        one_pass = self._one_pass
         kernels = backends.cpu_kernels()
         if kernels is None:
             if found_inf is None or not found_inf.item():
-                self._step_all_with_stock()
+                self._step_all_with_stock(measured)
+            else:
+                self._skip()
             return loss
         if backends.forced() == "triton" and not backends.interpreted():
             self._refuse_cpu_params()
@@ -166,7 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 launcher = launcher or backends.launcher(self._rule)
                 launcher.begin(grad_scale, found_inf)
             scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
-            self._last_step = plan.step(
+            outcome = plan.step(
                 self.param_groups,
                 self.state,
                 self._create_state,
@@ -178,7 +181,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 scale_on_device,
                 skip_on_device,
                 self._resolve_scaling,
+                measured,
+                one_pass is not None and one_pass.write_clipped_grads,
+                one_pass is not None and one_pass.zero_grads,
+                self._all_emas(),
+                ema.create,
             )
+            self._last_step = outcome
+            if outcome[3] is not None:
+                ema.average(outcome[3])
         except BaseException:
             # One that was interrupted trusts what it has not finished.
             plan = kernels.Plan(self._rule)
@@ -209,6 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The grad scale (0: none), or None if the step is skipped. Waits for the device."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item():
+            self._skip()
             return None
         return 0.0 if grad_scale is None else float(grad_scale.item())
 
@@ -231,15 +243,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
         return None
 
-    def _step_all_with_stock(self) -> None:
+    def _step_all_with_stock(self, measured: Callable[..., float | None] | None) -> None:
         fallbacks = [
             (g, i, "no kernels in use")
             for g, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
-        self._step_with_stock(fallbacks)
-        self._last_step = (0, 0, fallbacks)
+        emas, left = self._all_emas(), []
+        for group, param in ema.groups_with_ema(self.param_groups):
+            emas[param] = entry = emas.get(param) or ema.create(param, group)
+            left.append((param, entry, ema.weight(group, entry[1])))
+        self._last_step = (0, 0, fallbacks, left)
+        if measured is not None and measured(0.0, False, fallbacks, 0, 0) is None:
+            return
+        if fallbacks:
+            self._step_with_stock(fallbacks)
+        ema.average(left)
+        for _, entry, _ in left:
+            entry[1] += 1
 
     def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""
@@ -274,12 +296,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             {**whole[g], "params": params, "foreach": False, "fused": False}
             for g, params in chosen.items()
         ]
+        one_pass = self._one_pass
+        stepped = [param for params in chosen.values() for param in params]
         try:
             step = self._stock.step
             # Stock's step may be wrapped by the profiler hook, which would fire all hooks again.
             if getattr(step, "hooked", False):
                 step = step.__wrapped__  # type: ignore[attr-defined]
-            step(self)
+            if one_pass is None:
+                step(self)
+            else:
+                with clipped(stepped, one_pass.clip, one_pass.write_clipped_grads):
+                    step(self)
+                if one_pass.zero_grads:
+                    torch.optim.Optimizer.zero_grad(self, set_to_none=False)
         finally:
             self.param_groups = whole
             self.__dict__.update(scaling)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -32,9 +38,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         centered: (default: False).
         capturable, foreach, maximize, differentiable: as in torch.optim. foreach is accepted
             without effect; capturable and differentiable take the stock path.
+        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
 
     Raises:
-        ValueError: an argument outside its range, with torch.optim's text.
+        ValueError: an argument outside its range, with torch.optim's text where it has one.
 
     Reference:
         Tieleman, Hinton 2012, lecture 6e of "Neural networks for machine learning"; centered:
@@ -55,6 +62,36 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     _rule = "rmsprop"
     _stock = torch.optim.RMSprop
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **one_pass: Unpack[OnePassOptions],
+    ) -> None:
+        self._take_one_pass(one_pass)
+        super().__init__(
+            params,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         return "RMSprop does not support sparse gradients"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -34,9 +39,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize, foreach, differentiable, fused: as in torch.optim. foreach is accepted without
             effect; fused=True lets GradScaler leave unscaling to the step; differentiable takes the
             stock path.
+        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
 
     Raises:
-        ValueError: an argument outside its range, with torch.optim's text.
+        ValueError: an argument outside its range, with torch.optim's text where it has one.
 
     Reference:
         Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum in
@@ -56,6 +62,35 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     _rule = "sgd"
     _stock = torch.optim.SGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **one_pass: Unpack[OnePassOptions],
+    ) -> None:
+        self._take_one_pass(one_pass)
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """A momentum buffer as stock's clone of the weight-decayed grad lies in memory.

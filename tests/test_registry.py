@@ -45,7 +45,6 @@ def test_table_package_and_kernels_list_the_same_optimizers() -> None:
 def test_class_is_the_stock_class_with_another_step(name: str) -> None:
     ours, stock = fused_class(name), getattr(torch.optim, name)
     assert issubclass(ours, stock) and ours.__name__ == stock.__name__
-    assert inspect.signature(ours) == inspect.signature(stock)
     assert ours.step is not stock.step
     assert issubclass(stock, ours._stock)
 

@@ -1,7 +1,10 @@
 // x86-64 with AVX2 and F16C (Intel since 2013, AMD since 2015).
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,7 +1,10 @@
 // x86-64 with AVX-512 F, VL, BW and DQ (Intel servers since 2017, AMD since Zen 4).
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

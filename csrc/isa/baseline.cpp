@@ -1,7 +1,10 @@
 // The instruction set every machine of this architecture has (SSE2 on x86-64, NEON on aarch64).
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,0 +1,42 @@
+"""GradScaler whose look for Inf is the optimizer's own reading of the grads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_optim.one_pass import OnePassOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """:class:`torch.amp.GradScaler` that does not read the grads before step() reads them.
+
+    torch's own reads and writes all grads once more to look for Inf and NaN. This one leaves that to the
+    optimizers that can do it while they take the norm: those of this package that were built with
+    ``fused=True`` or an option of :class:`OnePassOptions`. With others it does what torch's does, and so
+    it does if ``unscale_()`` is called.
+
+    Args, Raises: as torch.amp.GradScaler's.
+
+    Example:
+        >>> param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = fused_optim.AdamW([param], lr=0.1, max_grad_norm=1.0)
+        >>> scaler = fused_optim.GradScaler("cpu", init_scale=1024.0)
+        >>> scaler.scale(param.square().sum()).backward()
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+        >>> round(optimizer.grad_norm.item(), 3)
+        4.472
+    """
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        leaves_it = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not (isinstance(optimizer, OnePassOptimizer) and leaves_it):
+            return super()._check_inf_per_device(optimizer)
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
+        found = {scale.device: found_inf}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        optimizer._found_inf_to_report = found_inf  # step() writes it, update() reads it
+        return found

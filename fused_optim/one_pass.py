@@ -1,0 +1,295 @@
+"""What a training loop does around step(), done within it: norm, clip, skip, EMA, zero."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from fused_optim import ema
+from fused_optim.grads import sum_of_squares
+
+
+class OnePassOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer of this package, beside torch.optim's; all off by default.
+
+    Attributes:
+        max_grad_norm: > 0. All grads together are clipped to this 2-norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would before the step; ``grad_norm`` is what it was.
+            An infinite one measures and never clips.
+        write_clipped_grads: whether the grads are clipped too, and not only what the step makes of them
+            (default: False).
+        skip_nonfinite: a step for which some grad holds NaN or Inf changes nothing but
+            ``skipped_steps`` (default: False).
+        zero_grads: the step leaves zeros in the grads, as ``zero_grad(set_to_none=False)`` after it would;
+            a skipped one too (default: False).
+        ema_decay: in [0, 1). Each step that is not skipped averages all params, those without a grad
+            too: ``ema = lerp(ema, param, 1 - ema_decay)``; the first one copies. None: no average.
+            An option of param groups.
+        ema_warmup: ``min(ema_decay, (1 + n) / (10 + n))`` after n averaged steps takes the place of
+            ema_decay (default: False). An option of param groups.
+        ema_dtype: torch.float32 keeps the averages of bfloat16 and float16 params in float32; None: like
+            the param. An option of param groups.
+    """
+
+    max_grad_norm: float | None
+    write_clipped_grads: bool
+    skip_nonfinite: bool
+    zero_grads: bool
+    ema_decay: float | None
+    ema_warmup: bool
+    ema_dtype: torch.dtype | None
+
+
+class OnePass:
+    """The options that concern all grads together, and what the latest step measured.
+
+    Attributes:
+        grad_norm: float64, the latest total norm; None before.
+        clip: what the step under way multiplies the grads by.
+        report: where GradScaler wants to read, after the step under way, whether grads were finite.
+    """
+
+    def __init__(self) -> None:
+        self._max_grad_norm: float | None = None
+        self.write_clipped_grads = False
+        self.skip_nonfinite = False
+        self.zero_grads = False
+        self.grad_norm: Tensor | None = None
+        self.clip = 1.0
+        self.report: Tensor | None = None
+        self.n_skipped = 0
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            value = float(value)
+            if not value > 0:
+                raise ValueError(f"Invalid max_grad_norm: {value}; it must be > 0 or None")
+        self._max_grad_norm = value
+
+    def coefficient(self, norm: float) -> float:
+        """As torch.nn.utils.clip_grad_norm_ has it: NaN for a NaN."""
+        if self._max_grad_norm is None:
+            return 1.0
+        coefficient = self._max_grad_norm / (norm + 1e-6)
+        return 1.0 if coefficient > 1.0 else coefficient
+
+
+_OFF = OnePass()
+
+
+class _Option:
+    """An attribute of the optimizer that is kept in its OnePass, which only those have who use one."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._one_pass or _OFF, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if optimizer._one_pass is None:
+            if value == getattr(_OFF, self._name):
+                return
+            optimizer._one_pass = OnePass()
+        setattr(optimizer._one_pass, self._name, value)
+
+
+class OnePassOptimizer(torch.optim.Optimizer):
+    """The options of :class:`OnePassOptions` and what they offer; FusedOptimizer's step heeds them.
+
+    ``max_grad_norm, write_clipped_grads, skip_nonfinite`` and ``zero_grads`` are attributes that may be
+    changed between two steps. They are the program's, not the checkpoint's: loading one leaves them alone.
+    """
+
+    _one_pass: OnePass | None = None
+    _ema_options: dict[str, Any] | None = None  # what a new param group gets
+    _emas: ema.Emas  # param -> entry; there once it is needed
+    _found_inf_to_report: Tensor  # there while a GradScaler waits for it
+    _is_swapped = False
+
+    max_grad_norm = _Option()
+    write_clipped_grads = _Option()
+    skip_nonfinite = _Option()
+    zero_grads = _Option()
+
+    def _take_one_pass(self, options: OnePassOptions) -> None:
+        """Check and keep these arguments of the constructor; before torch.optim's begins."""
+        for key in options:
+            if key not in OnePassOptions.__annotations__:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}"
+                )
+        ema.check(dict(options))
+        if options.get("ema_decay") is not None:
+            self._ema_options = {key: value for key, value in options.items() if key in ema.OPTIONS}
+        self.max_grad_norm = options.get("max_grad_norm")
+        self.write_clipped_grads = options.get("write_clipped_grads", False)
+        self.skip_nonfinite = options.get("skip_nonfinite", False)
+        self.zero_grads = options.get("zero_grads", False)
+        if self._one_pass is not None or self._ema_options is not None:
+            # GradScaler then leaves unscaling and skipping to step().
+            self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; ``ema_decay``, ``ema_warmup`` and ``ema_dtype`` may differ by group."""
+        if isinstance(param_group, dict):
+            ema.check(param_group)
+            for key, value in (self._ema_options or {}).items():
+                param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """2-norm of all grads (unscaled, not clipped) in the latest step that measured it.
+
+        A float64 tensor without dimensions; None before the first such step. Steps measure with
+        max_grad_norm, or with skip_nonfinite unless GradScaler has looked for Inf itself.
+        """
+        return None if self._one_pass is None else self._one_pass.grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped, by skip_nonfinite or GradScaler: int64, without dimensions."""
+        return torch.tensor(0 if self._one_pass is None else self._one_pass.n_skipped)
+
+    def ema_params(self) -> list[Tensor]:
+        """The averages of the params in groups with an ema_decay, in the params' order.
+
+        They are the optimizer's own, of the params' shapes; before the first step, copies of the params.
+
+        Raises:
+            RuntimeError: no param group has an ema_decay.
+        """
+        emas = self._all_emas()
+        averages = []
+        for group, param in ema.groups_with_ema(self.param_groups):
+            if param not in emas:
+                emas[param] = ema.create(param, group)
+            averages.append(emas[param][0])
+        if not averages:
+            raise RuntimeError("no param group has an ema_decay")
+        return averages
+
+    @contextlib.contextmanager
+    def swapped_ema(self) -> Iterator[None]:
+        """Within the context, params hold their averages: ``with opt.swapped_ema(): evaluate()``.
+
+        The params' own values are kept in copies meanwhile and come back at the end, whatever happens.
+
+        Raises:
+            RuntimeError: no param group has an ema_decay, or the params are swapped already; and, within
+                the context, from step().
+        """
+        averages = self.ema_params()
+        if self._is_swapped:
+            raise RuntimeError("swapped_ema() is in use already")
+        params = [param for _, param in ema.groups_with_ema(self.param_groups)]
+        self._is_swapped = True
+        try:
+            with ema.swapped(list(zip(params, averages))):
+                yield
+        finally:
+            self._is_swapped = False
+
+    def _all_emas(self) -> ema.Emas:
+        return self.__dict__.setdefault("_emas", {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, which can load it; averages, if there are any, under the key "ema"."""
+        saved = super().state_dict()
+        averages = ema.save(self.param_groups, self._all_emas())
+        if averages:
+            saved["ema"] = averages
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's. Without averages in the state_dict, averaging begins anew.
+
+        Options of averaging that the saved groups lack, as torch.optim's do, stay what they are.
+
+        Raises:
+            ValueError: as torch.optim's; or an average has another shape than its param, and nothing was
+                loaded.
+        """
+        matched = ema.match(state_dict, self.param_groups)
+        before = [{key: g[key] for key in ema.OPTIONS if key in g} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, before):
+            for key, value in options.items():
+                group.setdefault(key, value)
+        groups = {id(p): g for g, p in ema.groups_with_ema(self.param_groups)}
+        self._emas = {
+            param: ema.load(param, groups[id(param)], entry)
+            for param, entry in matched
+            if id(param) in groups
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {
+            key: self.__dict__[key]
+            for key in ("_one_pass", "_ema_options", "_emas")
+            if key in self.__dict__
+        }
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Stock loses this when pickled. The constructor's arguments decide, not a group's flag: that
+        # may have arrived with a checkpoint.
+        if "_step_supports_amp_scaling" not in self.__dict__ and (
+            self.defaults.get("fused") or self._one_pass or self._ema_options
+        ):
+            self._step_supports_amp_scaling = True
+
+    def _begin_one_pass(self, found_inf: Tensor | None) -> Callable[..., float | None] | None:
+        """What the step calls when the grads are summed up; None if they need not be."""
+        report = self.__dict__.pop("_found_inf_to_report", None)
+        if report is not None and self._one_pass is None:
+            self._one_pass = OnePass()
+        one_pass = self._one_pass
+        if one_pass is None:
+            return None
+        one_pass.clip = 1.0
+        one_pass.report = report
+        checks = one_pass.report is not None or (one_pass.skip_nonfinite and found_inf is None)
+        return self._measured if checks or one_pass.max_grad_norm is not None else None
+
+    def _measured(
+        self, squares: float, nonfinite: bool, fallbacks: list | None, n_cpu: int, n_device: int
+    ) -> float | None:
+        """What the grads that kernels read sum up to -> the clip coefficient, None to skip."""
+        one_pass = self._one_pass
+        assert one_pass is not None
+        grads = [self.param_groups[g]["params"][i].grad for g, i, _ in fallbacks or ()]
+        more, bad = sum_of_squares(grads)
+        norm = math.sqrt(squares + more)
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            norm /= grad_scale.item()
+        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64)
+        if (nonfinite or bad) and (one_pass.skip_nonfinite or one_pass.report is not None):
+            if one_pass.report is not None:
+                one_pass.report.fill_(1.0)
+            self._skip()
+            return None
+        one_pass.clip = one_pass.coefficient(norm)
+        return one_pass.clip
+
+    def _skip(self) -> None:
+        """A step that changes nothing."""
+        one_pass = self._one_pass
+        if one_pass is None:
+            return
+        one_pass.n_skipped += 1
+        if one_pass.zero_grads:
+            torch.optim.Optimizer.zero_grad(self, set_to_none=False)
