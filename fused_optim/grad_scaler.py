@@ -36,7 +36,7 @@ class GradScaler(torch.amp.GradScaler):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        found = {scale.device: found_inf}
+        found: dict[Any, Any] = {scale.device: found_inf}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         optimizer._found_inf_to_report = found_inf  # step() writes it, update() reads it
         return found
