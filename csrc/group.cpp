@@ -42,10 +42,6 @@ void Plan::read_group(Group& group, const StepContext& context) {
   const auto get = [&](PyObject* key) { return PyDict_GetItemWithError(group.dict, key); };
   read_ema(group);
   if (truth(get(names.differentiable))) {
-    if (context.measures() || context.zeroes || group.has_ema)
-      raise(PyExc_ValueError, "param group " + std::to_string(group.index) +
-                                  ": differentiable=True cannot be combined with max_grad_norm, "
-                                  "skip_nonfinite, zero_grads or ema_decay");
     group.stock_reason = "differentiable=True";
     return;
   }

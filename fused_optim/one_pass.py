@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fused_optim import ema
+from fused_optim import ema, sharding
 from fused_optim.grads import sum_of_squares
 
 
@@ -136,6 +136,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         self.write_clipped_grads = options.get("write_clipped_grads", False)
         self.skip_nonfinite = options.get("skip_nonfinite", False)
         self.zero_grads = options.get("zero_grads", False)
+        if (self.max_grad_norm is not None or self.skip_nonfinite) and sharding.is_distributed():
+            sharding.refuse_partial_optimizer()
         if self._one_pass is not None or self._ema_options is not None:
             # GradScaler then leaves unscaling and skipping to step().
             self._step_supports_amp_scaling = True
@@ -261,8 +263,14 @@ class OnePassOptimizer(torch.optim.Optimizer):
             return None
         one_pass.clip = 1.0
         one_pass.report = report
-        checks = one_pass.report is not None or (one_pass.skip_nonfinite and found_inf is None)
-        return self._measured if checks or one_pass.max_grad_norm is not None else None
+        if any(group.get("differentiable") for group in self.param_groups):
+            raise ValueError("differentiable=True cannot be combined with options of one pass")
+        checks = report is not None or (one_pass.skip_nonfinite and found_inf is None)
+        if not checks and one_pass.max_grad_norm is None:
+            return None
+        if sharding.is_distributed():
+            sharding.refuse_hidden_shards(p for g in self.param_groups for p in g["params"])
+        return self._measured
 
     def _measured(
         self, squares: float, nonfinite: bool, fallbacks: list | None, n_cpu: int, n_device: int
@@ -284,6 +292,13 @@ class OnePassOptimizer(torch.optim.Optimizer):
             return None
         one_pass.clip = one_pass.coefficient(norm)
         return one_pass.clip
+
+    def _forget_removed_params(self) -> None:
+        """Averages of params that are in no group any more would be kept for good."""
+        if len(self._emas) > sum(len(group["params"]) for group in self.param_groups):
+            there = {id(param) for group in self.param_groups for param in group["params"]}
+            for param in [param for param in self._emas if id(param) not in there]:
+                del self._emas[param]
 
     def _skip(self) -> None:
         """A step that changes nothing."""

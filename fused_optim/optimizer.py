@@ -190,6 +190,8 @@ class FusedOptimizer(OnePassOptimizer):
             self._last_step = outcome
             if outcome[3] is not None:
                 ema.average(outcome[3])
+            if self._emas:
+                self._forget_removed_params()
         except BaseException:
             # One that was interrupted trusts what it has not finished.
             plan = kernels.Plan(self._rule)
