@@ -23,6 +23,10 @@ except ImportError:
     _RecordFunctionFast = None
 
 
+# Tensors stepped on the CPU, tensors stepped on devices, and (group, index, reason) of each fallback.
+Outcome = tuple[int, int, list[tuple[int, int, str]] | None]
+
+
 @dataclass(frozen=True)
 class Fallback:
     """One tensor that torch.optim's own code stepped: ``param_groups[group]["params"][index]``."""
@@ -146,31 +150,50 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        outcome = self._step_groups(self.param_groups, self, self._step_with_stock)
+        if outcome is not None:
+            self._last_step = outcome
+        return loss
+
+    _left_to_the_interpreter(step)
+
+    def _step_groups(
+        self, groups: list[dict[str, Any]], keeper: Any, step_with_stock: Callable[..., None]
+    ) -> Outcome | None:
+        """Step these params; None if found_inf skips that.
+
+        Args:
+            groups: all of param_groups, or copies of some with some of their params.
+            keeper: its attribute ``_plan`` keeps the plan from one step with such groups to the next.
+            step_with_stock: (list of (position in groups, index in params, reason), launcher) -> None.
+        """
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         if found_inf is not None and not skip_on_device and found_inf.item():
-            return loss
+            return None
         kernels = backends.cpu_kernels()
         if kernels is None:
-            if found_inf is None or not found_inf.item():
-                self._step_all_with_stock()
-            return loss
+            if found_inf is not None and found_inf.item():
+                return None
+            return self._step_all_with_stock(groups, step_with_stock)
         if backends.forced() == "triton" and not backends.interpreted():
-            self._refuse_cpu_params()
+            self._refuse_cpu_params(groups)
         # Taken out for the time of the step: two threads never share a plan.
-        plan, launcher = self.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
+        plan, launcher = keeper.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
         try:
             device_types = backends.device_types()
             if device_types:
-                launcher = launcher or backends.launcher(self._rule)
+                if launcher is None:
+                    launcher = backends.launcher(self._rule)
+                    launcher.adopt(self.__dict__.get("_plan", (None, None))[1])
                 launcher.begin(grad_scale, found_inf)
             scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
-            self._last_step = plan.step(
-                self.param_groups,
+            outcome = plan.step(
+                groups,
                 self.state,
                 self._create_state,
-                lambda fallbacks: self._step_with_stock(fallbacks, launcher),
+                lambda fallbacks: step_with_stock(fallbacks, launcher),
                 launcher,
                 device_types,
                 torch.get_num_threads(),
@@ -184,20 +207,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = kernels.Plan(self._rule)
             raise
         finally:
-            if launcher is not None and "_plan" in self.__dict__:  # by a step in another thread
-                launcher.adopt(self._plan[1])
-            self._plan = plan, launcher
-        return loss
-
-    _left_to_the_interpreter(step)
+            if launcher is not None and "_plan" in keeper.__dict__:  # by a step in another thread
+                launcher.adopt(keeper._plan[1])
+            keeper._plan = plan, launcher
+        return outcome
 
     def _check_graph_capture(self) -> None:
         """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
         name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
         getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
 
-    def _refuse_cpu_params(self) -> None:
-        for g, group in enumerate(self.param_groups):
+    def _refuse_cpu_params(self, groups: list[dict[str, Any]]) -> None:
+        for g, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None and param.device.type == "cpu":
                     raise RuntimeError(
@@ -231,15 +252,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
         return None
 
-    def _step_all_with_stock(self) -> None:
+    def _step_all_with_stock(
+        self, groups: list[dict[str, Any]], step_with_stock: Callable[..., None]
+    ) -> Outcome:
         fallbacks = [
             (g, i, "no kernels in use")
-            for g, group in enumerate(self.param_groups)
+            for g, group in enumerate(groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
-        self._step_with_stock(fallbacks)
-        self._last_step = (0, 0, fallbacks)
+        step_with_stock(fallbacks, None)
+        return 0, 0, fallbacks
 
     def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""
