@@ -5,6 +5,7 @@ from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.release import release_gradients
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
 
@@ -20,5 +21,6 @@ __all__ = [
     "RMSprop",
     "StepReport",
     "config",
+    "release_gradients",
     "show_config",
 ]

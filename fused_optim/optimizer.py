@@ -146,11 +146,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             self._check_graph_capture()
+        released = self.__dict__.get("_released")  # by release_gradients
+        if released is not None:
+            released.refuse_scaling(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         outcome = self._step_groups(self.param_groups, self, self._step_with_stock)
+        if released is not None:
+            outcome = released.end_iteration(outcome)
         if outcome is not None:
             self._last_step = outcome
         return loss
@@ -211,6 +216,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 launcher.adopt(keeper._plan[1])
             keeper._plan = plan, launcher
         return outcome
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's."""
+        super().zero_grad(set_to_none)
+        released = self.__dict__.get("_released")
+        if released is not None:
+            released.accumulate_anew()
 
     def _check_graph_capture(self) -> None:
         """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
