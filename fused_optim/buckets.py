@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_optim.optimizer import FusedOptimizer, Outcome
+
+# New states lie behind the grads of their step, and in glibc (2.36) the hole that a freed grad leaves is a
+# few bytes too small for an aligned block of the same size: in the first iteration, which makes the states,
+# all holes would stay. Given back to the system, the peak of 12 x Linear(2048, 2048) with AdamW grows by 456
+# MiB, not 566 (600 in the ordinary loop). That takes 19 ms once; 41 ms in a transformer of 110 M params.
+# Smaller holes are not worth it.
+TRIM_NBYTES = 2**20
+
+
+@functools.cache
+def _trim() -> Callable[[int], object]:
+    """glibc's malloc_trim; nothing with other C libraries."""
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return found or (lambda _: None)
 
 
 class Bucket:
@@ -43,10 +61,16 @@ class Bucket:
         if not positions:
             return None
         params = [param for param, _ in positions]
+        n_states = len(optimizer.state)
         _wait_for(streams, params)
         outcome = _Chosen(optimizer, positions).step(self)
+        nbytes = 0
         for param in params:
+            if param.device.type == "cpu":
+                nbytes += param.nbytes
             param.grad = None
+        if len(optimizer.state) > n_states and nbytes >= TRIM_NBYTES:
+            _trim()(0)
         return outcome
 
 
