@@ -7,6 +7,7 @@ from fused_optim.backends import config, show_config
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.release import release_gradients
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
 
@@ -24,5 +25,6 @@ __all__ = [
     "RMSprop",
     "StepReport",
     "config",
+    "release_gradients",
     "show_config",
 ]

@@ -293,6 +293,17 @@ class OnePassOptimizer(torch.optim.Optimizer):
         one_pass.clip = one_pass.coefficient(norm)
         return one_pass.clip
 
+    def _average(self, groups: list[dict[str, Any]], but: set[int]) -> None:
+        """Average params without kernels, all of these groups but those with an id in `but`."""
+        emas, left = self._all_emas(), []
+        for group, param in ema.groups_with_ema(groups):
+            if id(param) not in but:
+                emas[param] = entry = emas.get(param) or ema.create(param, group)
+                left.append((param, entry, ema.weight(group, int(entry[1]))))
+        ema.average(left)
+        for _, entry, _ in left:
+            entry[1] += 1
+
     def _forget_removed_params(self) -> None:
         """Averages of params that are in no group any more would be kept for good."""
         if len(self._emas) > sum(len(group["params"]) for group in self.param_groups):

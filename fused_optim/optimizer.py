@@ -25,6 +25,10 @@ except ImportError:
     _RecordFunctionFast = None
 
 
+# Tensors stepped on the CPU, tensors stepped on devices, and (group, index, reason) of each fallback.
+Outcome = tuple[int, int, list[tuple[int, int, str]] | None]
+
+
 @dataclass(frozen=True)
 class Fallback:
     """One tensor that torch.optim's own code stepped: ``param_groups[group]["params"][index]``."""
@@ -136,44 +140,72 @@ class FusedOptimizer(OnePassOptimizer):
             ValueError: a param group's lr is negative or NaN, or its ema_decay not in [0, 1). Nothing
                 has been written then.
         """
-        if self._is_swapped:
-            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             self._check_graph_capture()
+        released = self.__dict__.get("_released")  # by release_gradients
+        if released is not None:
+            released.refuse_scaling(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if released is None:
+            outcome = self._step_groups(self.param_groups, self, self._step_with_stock)
+        else:
+            # The average of a param that was stepped in the backward is made already.
+            groups = [{**group, "ema_decay": None} for group in self.param_groups]
+            outcome = self._step_groups(groups, self, self._step_with_stock)
+            self._average(self.param_groups, released.stepped())
+            outcome = released.end_iteration(outcome)
+        if outcome is not None:
+            self._last_step = outcome
+        return loss
+
+    _left_to_the_interpreter(step)
+
+    def _step_groups(
+        self, groups: list[dict[str, Any]], keeper: Any, step_with_stock: Callable[..., None]
+    ) -> Outcome | None:
+        """Step these params; None if found_inf skips that.
+
+        Args:
+            groups: all of param_groups, or copies of some with some of their params.
+            keeper: its attribute ``_plan`` keeps the plan from one step with such groups to the next.
+            step_with_stock: (list of (position in groups, index in params, reason), launcher) -> None.
+        """
+        if self._is_swapped:
+            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         if found_inf is not None and not skip_on_device and found_inf.item():
             self._skip()
-            return loss
+            return None
         measured = self._begin_one_pass(found_inf)
         one_pass = self._one_pass
         kernels = backends.cpu_kernels()
         if kernels is None:
-            if found_inf is None or not found_inf.item():
-                self._step_all_with_stock(measured)
-            else:
+            if found_inf is not None and found_inf.item():
                 self._skip()
-            return loss
+                return None
+            return self._step_all_with_stock(groups, step_with_stock, measured)
         if backends.forced() == "triton" and not backends.interpreted():
-            self._refuse_cpu_params()
+            self._refuse_cpu_params(groups)
         # Taken out for the time of the step: two threads never share a plan.
-        plan, launcher = self.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
+        plan, launcher = keeper.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
         try:
             device_types = backends.device_types()
             if device_types:
-                launcher = launcher or backends.launcher(self._rule)
+                if launcher is None:
+                    launcher = backends.launcher(self._rule)
+                    launcher.adopt(self.__dict__.get("_plan", (None, None))[1])
                 launcher.begin(grad_scale, found_inf)
             scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
             outcome = plan.step(
-                self.param_groups,
+                groups,
                 self.state,
                 self._create_state,
-                lambda fallbacks: self._step_with_stock(fallbacks, launcher),
+                lambda fallbacks: step_with_stock(fallbacks, launcher),
                 launcher,
                 device_types,
                 torch.get_num_threads(),
@@ -187,7 +219,6 @@ class FusedOptimizer(OnePassOptimizer):
                 self._all_emas(),
                 ema.create,
             )
-            self._last_step = outcome
             if outcome[3] is not None:
                 ema.average(outcome[3])
             if self._emas:
@@ -197,20 +228,25 @@ class FusedOptimizer(OnePassOptimizer):
             plan = kernels.Plan(self._rule)
             raise
         finally:
-            if launcher is not None and "_plan" in self.__dict__:  # by a step in another thread
-                launcher.adopt(self._plan[1])
-            self._plan = plan, launcher
-        return loss
+            if launcher is not None and "_plan" in keeper.__dict__:  # by a step in another thread
+                launcher.adopt(keeper._plan[1])
+            keeper._plan = plan, launcher
+        return outcome[:3]
 
-    _left_to_the_interpreter(step)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's."""
+        super().zero_grad(set_to_none)
+        released = self.__dict__.get("_released")
+        if released is not None:
+            released.accumulate_anew()
 
     def _check_graph_capture(self) -> None:
         """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
         name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
         getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
 
-    def _refuse_cpu_params(self) -> None:
-        for g, group in enumerate(self.param_groups):
+    def _refuse_cpu_params(self, groups: list[dict[str, Any]]) -> None:
+        for g, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None and param.device.type == "cpu":
                     raise RuntimeError(
@@ -245,25 +281,24 @@ class FusedOptimizer(OnePassOptimizer):
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
         return None
 
-    def _step_all_with_stock(self, measured: Callable[..., float | None] | None) -> None:
+    def _step_all_with_stock(
+        self,
+        groups: list[dict[str, Any]],
+        step_with_stock: Callable[..., None],
+        measured: Callable[..., float | None] | None,
+    ) -> Outcome:
         fallbacks = [
             (g, i, "no kernels in use")
-            for g, group in enumerate(self.param_groups)
+            for g, group in enumerate(groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
-        emas, left = self._all_emas(), []
-        for group, param in ema.groups_with_ema(self.param_groups):
-            emas[param] = entry = emas.get(param) or ema.create(param, group)
-            left.append((param, entry, ema.weight(group, entry[1])))
-        self._last_step = (0, 0, fallbacks, left)
         if measured is not None and measured(0.0, False, fallbacks, 0, 0) is None:
-            return
+            return 0, 0, None
         if fallbacks:
-            self._step_with_stock(fallbacks)
-        ema.average(left)
-        for _, entry, _ in left:
-            entry[1] += 1
+            step_with_stock(fallbacks, None)
+        self._average(groups, set())
+        return 0, 0, fallbacks
 
     def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""

@@ -8,7 +8,9 @@ import torch
 import fused_optim
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "release_gradients"]
+)
 def test_docstring_example(name: str) -> None:
     names = {"torch": torch, "fused_optim": fused_optim}
     found = doctest.DocTestFinder(recurse=False).find(getattr(fused_optim, name), globs=names)

@@ -59,6 +59,53 @@ def test_the_measurement_sees_a_temporary() -> None:
     assert growth_mib(case, "stock") >= 60
 
 
+TRAIN = """
+import torch
+from pathlib import Path
+import fused_optim
+
+def kib(name):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
+    return int(line.split()[1])
+
+def train(width, layers):
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers)))
+    x, opt = torch.randn(4, width), fused_optim.AdamW(model.parameters())
+    if {released}:
+        fused_optim.release_gradients(model, opt)
+    before = kib("VmHWM")
+    for _ in range({n_iterations}):
+        model(x).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    return kib("VmHWM") - before
+
+torch.set_num_threads(1)  # each thread of a matmul keeps memory to work in
+train(256, 2)  # loads code
+print(train(1024, 16) // 1024)
+"""
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("n_iterations", "environment"),
+    # As it is, glibc scatters what later iterations allocate over what earlier ones have freed.
+    [(1, {}), (4, {"MALLOC_MMAP_THRESHOLD_": "65536"})],
+    ids=["first iteration", "exact"],
+)
+def test_released_grads_never_exist_at_once(n_iterations: int, environment: dict) -> None:
+    growths = []
+    for released in (False, True):
+        program = TRAIN.format(released=released, n_iterations=n_iterations)
+        done = python(program, **environment)
+        assert done.returncode == 0, done.stderr
+        growths.append(int(done.stdout))
+    ordinary, released = growths
+    # 16 params of 4 MiB, with two states each.
+    assert ordinary >= (32 + 14) * 4
+    assert released < (32 + 6) * 4
+
+
 def without_state() -> Case:
     """A case whose param is all the memory it needs."""
     for case in CASES:
