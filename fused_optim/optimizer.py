@@ -167,7 +167,9 @@ class FusedOptimizer(OnePassOptimizer):
             device_types = backends.device_types()
             if device_types:
                 launcher = launcher or backends.launcher(self._rule)
-                launcher.begin(grad_scale, found_inf)
+                launcher.begin(grad_scale, found_inf, one_pass)
+                if measured is not None and one_pass is not None and one_pass.skips:
+                    skip_on_device = True
             scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
             outcome = plan.step(
                 self.param_groups,
@@ -189,7 +191,7 @@ class FusedOptimizer(OnePassOptimizer):
             )
             self._last_step = outcome
             if outcome[3] is not None:
-                ema.average(outcome[3])
+                ema.average(outcome[3], launcher and launcher.found_inf)
             if self._emas:
                 self._forget_removed_params()
         except BaseException:
@@ -255,9 +257,9 @@ class FusedOptimizer(OnePassOptimizer):
         emas, left = self._all_emas(), []
         for group, param in ema.groups_with_ema(self.param_groups):
             emas[param] = entry = emas.get(param) or ema.create(param, group)
-            left.append((param, entry, ema.weight(group, entry[1])))
+            left.append((param, entry, ema.weight(group, int(entry[1]))))
         self._last_step = (0, 0, fallbacks, left)
-        if measured is not None and measured(0.0, False, fallbacks, 0, 0) is None:
+        if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
             return
         if fallbacks:
             self._step_with_stock(fallbacks)
