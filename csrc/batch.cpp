@@ -7,7 +7,8 @@ namespace fused_optim {
 bool Row::operator==(const Row& other) const {
   return std::equal(values, values + MAX_HYPERS, other.values) &&
          std::equal(addresses, addresses + MAX_HYPERS, other.addresses) &&
-         variant == other.variant && grad_sign == other.grad_sign && step == other.step;
+         variant == other.variant && grad_sign == other.grad_sign && step == other.step &&
+         ema == other.ema && ema_warmup == other.ema_warmup;
 }
 
 void Batch::begin() {
@@ -19,12 +20,15 @@ void Batch::begin() {
   numbers.begin();
 }
 
-void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waiting) {
+void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waiting,
+                int64_t n_averaged) {
   if (n_rows_ == 0 || !(row == last_)) {
     for (double value : row.values) numbers.add(value);
     numbers.add(row.variant);
     numbers.add(row.grad_sign);
+    numbers.add(row.ema);
     if (key.prepared_on_device) {
+      numbers.add(row.ema_warmup);
       numbers.add(row.step);
       for (int64_t address : row.addresses) addresses.add(address);
     }
@@ -32,16 +36,17 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
     n_rows_++;
   }
   bool aligned = true;  // wide accesses need 16 bytes
-  for (int s = 0; s < n_streams_; s++)
+  for (int s : streams)
     aligned = aligned && (reinterpret_cast<uintptr_t>(slice.streams[s]) & 15) == 0;
   numels.add(slice.numel);
   tensors.add(aligned ? slice.numel : -slice.numel);
   tensors.add(key.prepared_on_device ? n_tensors_ : n_rows_ - 1);  // prepare writes a row per tensor
-  for (int s = 0; s < n_streams_; s++)
+  for (int s : streams)
     tensors.add(static_cast<int64_t>(reinterpret_cast<intptr_t>(slice.streams[s])));
   if (key.prepared_on_device) {
     steps.add(step);
     steps.add(waiting);
+    steps.add(n_averaged);
     steps.add(n_rows_ - 1);
   }
   n_tensors_++;
@@ -53,6 +58,24 @@ void Batch::end() {
   steps.end();
   addresses.end();
   numbers.end();
+}
+
+void GradBatch::begin() {
+  numels.begin();
+  grads.begin();
+}
+
+void GradBatch::add(const void* grad, int64_t numel, int64_t first_chunk) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(grad) & 15) == 0;
+  numels.add(numel);
+  grads.add(aligned ? numel : -numel);
+  grads.add(static_cast<int64_t>(reinterpret_cast<intptr_t>(grad)));
+  grads.add(first_chunk);
+}
+
+void GradBatch::end() {
+  numels.end();
+  grads.end();
 }
 
 }  // namespace fused_optim

@@ -54,28 +54,47 @@ struct Row {
   int64_t addresses[MAX_HYPERS];  // of options that are tensors on the device; 0: the value holds
   unsigned variant;
   double grad_sign, step;
+  double ema;         // the EMA's weight, or its decay where a device makes that of it
+  double ema_warmup;  // whether that decay is warmed up
   bool operator==(const Row& other) const;
 };
 
 class Batch {
  public:
-  Batch(const BatchKey& key, int n_states) : key(key), n_streams_(STATES + n_states) {}
+  Batch(const BatchKey& key, int n_states) : key(key) {
+    for (int s = 0; s < STATES + n_states; s++) streams.push_back(s);
+    streams.push_back(EMA);
+  }
 
   void begin();
-  // One more tensor. step, waiting: addresses for prepare, lowest bit set for a float64, or 0.
-  void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting);
+  // One more tensor. step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
+  void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting, int64_t n_averaged);
   void end();
-  int n_streams() const { return n_streams_; }
   int64_t n_tensors() const { return n_tensors_; }
 
   const BatchKey key;
+  std::vector<int> streams;  // that have a column in `tensors`
   Table<int64_t> numels, tensors, steps, addresses;
   Table<double> numbers;
 
  private:
-  int n_streams_;
   int64_t n_tensors_ = 0, n_rows_ = 0;
   Row last_;
+};
+
+// The grads of one device and dtype, for its norm kernel (triton_kernels/norm.py).
+class GradBatch {
+ public:
+  GradBatch(Device device, Dtype dtype) : device(device), dtype(dtype) {}
+
+  void begin();
+  // first_chunk: the number of its first chunk among those of all grads of the device.
+  void add(const void* grad, int64_t numel, int64_t first_chunk);
+  void end();
+
+  const Device device;
+  const Dtype dtype;
+  Table<int64_t> numels, grads;
 };
 
 }  // namespace fused_optim

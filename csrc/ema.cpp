@@ -43,26 +43,66 @@ Plan::EmaTask* Plan::gather_ema(Group& group, PyObject* param, const StepContext
   if (!PyList_Check(entry) || PyList_GET_SIZE(entry) != 2)
     raise(PyExc_TypeError, "an EMA entry is a list [ema, n_averaged]");
   PyObject* tensor = PyList_GET_ITEM(entry, 0);
-  const double n_averaged = number(PyList_GET_ITEM(entry, 1));
+  PyObject* counted = PyList_GET_ITEM(entry, 1);
+  Py_INCREF(param);
+  Py_INCREF(tensor);
+  Py_INCREF(counted);
+  ema_tasks_.push_back({param, entry, tensor, is_new, 0, counted, 0, group.ema_decay,
+                        group.ema_warmup, -1});
+  EmaTask& ema = ema_tasks_.back();
+  View p, n;
+  const bool on_device = context.device_types != 0 && is_plain(param) && p.read(param) &&
+                         (context.device_types >> p.device.type & 1);
+  if (on_device && is_plain(counted) && n.read(counted) && n.device == p.device &&
+      n.numel() == 1 && (n.dtype == F32 || n.dtype == F64)) {
+    ema.on_device = tagged(n.data, n.dtype);
+    return &ema;
+  }
+  const double n_averaged = number(counted);
   // The first average is the param; the warm-up is that of Abadi et al.'s TensorFlow,
   // tf.train.ExponentialMovingAverage with num_updates.
   double decay = group.ema_decay;
   if (group.ema_warmup) decay = std::min(decay, (1 + n_averaged) / (10 + n_averaged));
-  const double weight = n_averaged == 0 ? 1 : 1 - decay;
+  ema.weight = n_averaged == 0 ? 1 : 1 - decay;
   PyObject* count = check(PyLong_FromDouble(n_averaged + 1));
-  Py_INCREF(param);
-  Py_INCREF(tensor);
-  ema_tasks_.push_back({param, entry, tensor, is_new, weight, count, -1});
-  return &ema_tasks_.back();
+  Py_DECREF(counted);
+  ema.count = count;
+  if (on_device && (group.capturable || context.skip_on_device)) count_on_device(ema, context);
+  return &ema;
 }
 
-// A new reference: a list of (param, entry, weight), or None.
+// From now on the device counts, unless it does already.
+void Plan::count_on_device(EmaTask& ema, const StepContext& context) {
+  if (ema.on_device != 0) return;
+  PyObject* counted = check(PyObject_CallMethodObjArgs(
+      context.launcher, names.counted, PyList_GET_ITEM(ema.entry, 1), ema.param, nullptr));
+  Py_DECREF(ema.count);
+  ema.count = counted;
+  View n;
+  if (!is_plain(counted) || !n.read(counted) || n.data == nullptr)
+    raise(PyExc_TypeError, "counted must return a tensor");
+  ema.on_device = tagged(n.data, n.dtype);
+}
+
+void Plan::average_on_device(DeviceTask& task, const EmaTask& ema) {
+  const bool prepared = task.key.prepared_on_device;
+  task.row.ema = prepared ? ema.decay : ema.weight;
+  task.row.ema_warmup = prepared && ema.warmup ? 1 : 0;
+  task.n_averaged = prepared ? ema.on_device : 0;
+  task.tensors[EMA] = ema.tensor;
+}
+
+// A new reference: a list of (param, entry, weight), or None. (decay, warmup) stands for the weight where the
+// device counts.
 PyObject* Plan::not_averaged() {
   PyObject* left = nullptr;
   for (const EmaTask& ema : ema_tasks_) {
     if (ema.task >= 0) continue;
     if (left == nullptr) left = check(PyList_New(0));
-    PyObject* item = Py_BuildValue("(OOd)", ema.param, ema.entry, ema.weight);
+    PyObject* item = ema.on_device != 0
+                         ? Py_BuildValue("(OO(dO))", ema.param, ema.entry, ema.decay,
+                                         ema.warmup ? Py_True : Py_False)
+                         : Py_BuildValue("(OOd)", ema.param, ema.entry, ema.weight);
     const bool failed = item == nullptr || PyList_Append(left, item) != 0;
     Py_XDECREF(item);
     if (failed) {

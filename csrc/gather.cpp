@@ -115,8 +115,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   };
   Py_INCREF(param);
   hold(param);
-  const EmaTask* ema =
-      group.has_ema ? gather_ema(group, param, context, hint) : nullptr;
+  EmaTask* ema = group.has_ema ? gather_ema(group, param, context, hint) : nullptr;
 
   if (!is_plain(param)) {
     if (!PyObject_TypeCheck(param, torch.tensor)) raise(PyExc_TypeError, where() + "not a tensor");
@@ -187,7 +186,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       pending_task_.pop_back();
     }
     if (!moved_steps_.empty() && moved_steps_.back().task == tasks_.size()) moved_steps_.pop_back();
-    if (ema != nullptr) ema_tasks_.back().task = -1;
+    if (ema != nullptr) ema->task = -1;
     stock(reason);
   };
 
@@ -272,13 +271,13 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   Task task = {};
   task.streams = 0b11 | used << STATES;
   if (ema != nullptr) {
-    if (!device && is_plain(ema->tensor) && views[EMA].read(ema->tensor) &&
+    if (is_plain(ema->tensor) && views[EMA].read(ema->tensor) &&
         views[EMA].dtype != N_DTYPES && views[EMA].same_shape(p) && views[EMA].device == p.device &&
         (views[EMA].dtype == F64) == (p.dtype == F64)) {
       task.streams |= 1u << EMA;
       task.slice.ema_weight = ema->weight;
       now.objects[EMA] = ema->tensor;
-      ema_tasks_.back().task = static_cast<int64_t>(tasks_.size());
+      ema->task = static_cast<int64_t>(tasks_.size());
     }
   }
   task.written = task.streams & ~(context.grad_write() == KEPT ? 1u << GRAD : 0u);
@@ -327,7 +326,10 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
 
   const bool by_address = device && group.has_addresses && p.device == group.option_device;
   if (!by_address) know_options(group);
-  const bool prepared_on_device = by_address || write.on_device || waiting != 0;
+  const bool averages = task.streams >> EMA & 1;
+  const bool prepared_on_device = by_address || write.on_device || waiting != 0 ||
+                                  (averages && ema->on_device != 0);
+  if (averages && device && prepared_on_device) count_on_device(*ema, context);
   if (!prepared_on_device && group.prepared_step != write.value) {
     group.hypers = static_cast<int64_t>(hypers_.size());
     hypers_.resize(hypers_.size() + MAX_HYPERS);
@@ -347,6 +349,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, on.row.addresses);
     on.row.variant = variant;
     on.row.grad_sign = group.grad_sign;
+    if (averages) average_on_device(on, *ema);
     on.row.step = prepared_on_device && !write.on_device ? write.value : 0;
     on.step = write.on_device ? tagged(write.data, write.dtype) : 0;
     on.waiting = waiting;
@@ -373,9 +376,13 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   if (context.measures()) {
     NormTask norm = {g.data, g.dtype, numel, -1};
     Layout layout;
-    if (task.layout >= 0 && !device && !layout.build(p.ndim, p.shape, strides, 1u << GRAD)) {
-      norm.layout = static_cast<int>(layouts_.size());
-      layouts_.push_back(std::move(layout));
+    if (task.layout >= 0 && !layout.build(p.ndim, p.shape, strides, 1u << GRAD)) {
+      if (device) {
+        norm.grad = nullptr;
+      } else {
+        norm.layout = static_cast<int>(layouts_.size());
+        layouts_.push_back(std::move(layout));
+      }
     }
     norm_tasks_.push_back(norm);
   }

@@ -32,8 +32,8 @@ struct StepContext {
   bool skip_on_device;   // whether the step is skipped is not known to the host
   PyObject* resolve;     // () -> the grad scale (0: none), or None if the step is skipped
   // (sum of the squares of the CPU tasks' grads, whether one of them is not finite, fallbacks or None,
-  // number of CPU tasks, of device tasks) -> the coefficient that clips, or None if the step is skipped. None:
-  // nothing is measured.
+  // launcher if it has tasks, else None, whether the host has to know the outcome) -> the coefficient that
+  // clips the CPU tasks' grads, or None if the host knows that the step is skipped. None: nothing is measured.
   PyObject* measured;
   bool writes_clipped, zeroes;  // what is left in the grads
   PyObject* emas;        // dict: param -> [ema, n_averaged]
@@ -103,10 +103,13 @@ class Plan {
   };
   struct EmaTask {  // one for each param of a group with an EMA; all references held
     PyObject *param, *entry, *tensor;
-    bool is_new;      // not yet in `emas`
-    double weight;
-    PyObject* count;  // after the step, for the entry
-    int64_t task;     // of the param; -1: no kernel averages it
+    bool is_new;        // not yet in `emas`
+    double weight;      // if the host knows it
+    PyObject* count;    // for the entry: the number after the step, or a tensor that the device advances
+    int64_t on_device;  // address of that tensor's element, as prepare takes it; 0: the host counts
+    double decay;
+    bool warmup;
+    int64_t task;       // of the param; -1: no kernel averages it
   };
   struct Origin {
     int64_t group, index;
@@ -114,7 +117,7 @@ class Plan {
   struct DeviceTask {
     BatchKey key;
     Row row;
-    int64_t step, waiting;  // addresses, see Batch::add
+    int64_t step, waiting, n_averaged;  // addresses, see Batch::add
     PyObject* tensors[MAX_STREAMS];  // held
   };
   struct Group {
@@ -145,6 +148,8 @@ class Plan {
   void gather_param(Group& group, int64_t index, PyObject* param, PyObject* state,
                     const StepContext& context, Hint& hint);
   EmaTask* gather_ema(Group& group, PyObject* param, const StepContext& context, Hint& hint);
+  void count_on_device(EmaTask& ema, const StepContext& context);
+  void average_on_device(DeviceTask& task, const EmaTask& ema);
   bool read_step(PyObject* step, const View& param, const char*& reason, Hint& hint,
                  StepWrite& write);
   void move_overlapping_to_stock(bool anew);
@@ -152,6 +157,8 @@ class Plan {
   void fall_back(int64_t group, int64_t index, const char* reason);
   void stage(const StepContext& context);
   PyObject* batch_tasks();
+  PyObject* batch_grads(const StepContext& context);
+  bool host_counts() const;
   bool resolve(const StepContext& context);
   bool measure(const StepContext& context);
   PyObject* not_averaged();
@@ -177,12 +184,14 @@ class Plan {
   std::vector<Origin> origins_;  // of each task
   std::vector<PyObject*> params_, grads_;  // of each task; held
   std::vector<Layout> layouts_;
-  std::vector<NormTask> norm_tasks_;  // of each task, if grads are measured
+  // Of each task, if grads are measured. A null grad: the device's copy of it, to be staged.
+  std::vector<NormTask> norm_tasks_;
   std::vector<EmaTask> ema_tasks_;
   std::vector<double> hypers_;
   std::vector<StepWrite> steps_;  // of each task if the rule has a step
   std::vector<DeviceTask> device_tasks_;
   std::vector<std::shared_ptr<Batch>> batches_;  // of all steps so far
+  std::vector<std::shared_ptr<GradBatch>> grad_batches_;
   std::vector<Pending> pending_;
   std::vector<int64_t> pending_task_;
   std::vector<MovedStep> moved_steps_;
@@ -192,5 +201,6 @@ class Plan {
 
 // A Python object that stands for the batch (module.cpp knows how). A new reference.
 PyObject* to_python(const std::shared_ptr<Batch>& batch);
+PyObject* to_python(const std::shared_ptr<GradBatch>& batch);
 
 }  // namespace fused_optim

@@ -92,6 +92,9 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
 
 namespace fused_optim {
 PyObject* to_python(const std::shared_ptr<Batch>& batch) { return py::cast(batch).release().ptr(); }
+PyObject* to_python(const std::shared_ptr<GradBatch>& batch) {
+  return py::cast(batch).release().ptr();
+}
 }  // namespace fused_optim
 
 PYBIND11_MODULE(_C, m) {
@@ -129,11 +132,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("key",
                              [](const Batch& batch) {
                                const BatchKey& key = batch.key;
-                               py::tuple dtypes(batch.n_streams());
-                               for (int s = 0; s < batch.n_streams(); s++)
-                                 dtypes[s] = key.dtypes[s] == N_DTYPES
-                                                 ? py::object(py::none())
-                                                 : py::str(name_of(key.dtypes[s]));
+                               py::tuple dtypes(batch.streams.size());
+                               for (size_t i = 0; i < batch.streams.size(); i++) {
+                                 const Dtype dtype = key.dtypes[batch.streams[i]];
+                                 dtypes[i] = dtype == N_DTYPES ? py::object(py::none())
+                                                               : py::str(name_of(dtype));
+                               }
                                return py::make_tuple(key.device.type, key.device.index, dtypes,
                                                      key.options, key.prepared_on_device);
                              })
@@ -143,6 +147,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("steps", &Batch::steps)
       .def_readonly("addresses", &Batch::addresses)
       .def_readonly("numbers", &Batch::numbers);
+  py::class_<GradBatch, std::shared_ptr<GradBatch>>(m, "GradBatch")
+      .def_property_readonly("key",
+                             [](const GradBatch& batch) {
+                               return py::make_tuple(batch.device.type, batch.device.index,
+                                                     name_of(batch.dtype));
+                             })
+      .def_readonly("numels", &GradBatch::numels)
+      .def_readonly("grads", &GradBatch::grads);
   m.def("rules", &describe_rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("step"));
   m.def("isas", &available_isas);

@@ -82,8 +82,11 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
   gather(groups, state, context);
   if (!device_tasks_.empty()) {
     stage(context);
-    PyObject* ready = hold(check(
-        PyObject_CallMethodOneArg(context.launcher, names.ready, hold(batch_tasks()))));
+    PyObject* grad_write = hold(check(PyLong_FromLong(context.grad_write())));
+    PyObject* batches = hold(batch_tasks());
+    PyObject* grads = hold(batch_grads(context));
+    PyObject* ready = hold(check(PyObject_CallMethodObjArgs(
+        context.launcher, names.ready, batches, grads, grad_write, nullptr)));
     if (ready != Py_None) {  // why the kernels cannot run
       std::vector<bool> moved;
       for (const Task& task : tasks_) moved.push_back(task.device >= 0);
@@ -203,7 +206,8 @@ void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
 // A device's kernels want all streams of a tensor in one order. Those of another order go through
 // copies, which the launcher makes and, behind the kernels, writes back.
 void Plan::stage(const StepContext& context) {
-  for (Task& task : tasks_) {
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    Task& task = tasks_[t];
     if (task.device < 0 || task.layout < 0) continue;
     PyObject* originals = hold(check(PyList_New(0)));
     PyObject* written = hold(check(PyList_New(0)));
@@ -225,6 +229,8 @@ void Plan::stage(const StepContext& context) {
       task.slice.streams[s] = view.data;
     }
     task.layout = -1;
+    if (!norm_tasks_.empty() && norm_tasks_[t].grad == nullptr)
+      norm_tasks_[t].grad = task.slice.streams[GRAD];
   }
 }
 
@@ -246,7 +252,7 @@ PyObject* Plan::batch_tasks() {
         batch->begin();
       }
     }
-    batch->add(task.slice, on_device.row, on_device.step, on_device.waiting);
+    batch->add(task.slice, on_device.row, on_device.step, on_device.waiting, on_device.n_averaged);
   }
   PyObject* used = check(PyList_New(0));
   for (const auto& known : batches_) {
@@ -259,10 +265,52 @@ PyObject* Plan::batch_tasks() {
   return used;
 }
 
+// What the norm of a device's grads is made of, as a list of Python objects: empty if nothing is measured. A
+// new reference.
+PyObject* Plan::batch_grads(const StepContext& context) {
+  for (const auto& batch : grad_batches_) batch->begin();
+  std::vector<std::pair<Device, int64_t>> n_chunks;
+  for (size_t t = 0; t < tasks_.size() && context.measures(); t++) {
+    if (tasks_[t].device < 0) continue;
+    const Device device = device_tasks_[tasks_[t].device].key.device;
+    const NormTask& task = norm_tasks_[t];
+    const auto of_task = [&](const auto& batch) {
+      return batch->device == device && batch->dtype == task.dtype;
+    };
+    auto batch = std::find_if(grad_batches_.begin(), grad_batches_.end(), of_task);
+    if (batch == grad_batches_.end()) {
+      grad_batches_.push_back(std::make_shared<GradBatch>(device, task.dtype));
+      batch = grad_batches_.end() - 1;
+      (*batch)->begin();
+    }
+    auto on_device = std::find_if(n_chunks.begin(), n_chunks.end(),
+                                  [&](const auto& count) { return count.first == device; });
+    if (on_device == n_chunks.end()) on_device = n_chunks.insert(on_device, {device, 0});
+    (*batch)->add(task.grad, task.numel, on_device->second);
+    on_device->second += (task.numel + NORM_CHUNK - 1) / NORM_CHUNK;
+  }
+  PyObject* used = check(PyList_New(0));
+  for (const auto& known : grad_batches_) {
+    known->end();
+    if (!known->numels.current().empty() && PyList_Append(used, hold(to_python(known))) != 0) {
+      Py_DECREF(used);
+      throw PythonError();
+    }
+  }
+  return used;
+}
+
+// Whether the host has to know if the step is skipped because it counts what some EMA is made of.
+bool Plan::host_counts() const {
+  for (const EmaTask& ema : ema_tasks_)
+    if (ema.on_device == 0) return true;
+  return false;
+}
+
 // Lets the host wait for the grad scale and for whether to skip, if something it runs needs them. False:
 // the step is skipped.
 bool Plan::resolve(const StepContext& context) {
-  bool needed = fallbacks_ != nullptr;
+  bool needed = fallbacks_ != nullptr || (context.skip_on_device && host_counts());
   for (const Task& task : tasks_) needed |= task.device < 0;
   if (!needed) return true;
   PyObject* grad_scale = hold(check(PyObject_CallNoArgs(context.resolve)));
@@ -285,10 +333,12 @@ bool Plan::measure(const StepContext& context) {
   Py_BEGIN_ALLOW_THREADS
   sum = sum_of_squares(on_cpu, layouts_, context.num_threads);
   Py_END_ALLOW_THREADS
+  const bool waits = !on_cpu.empty() ||
+                     (context.skip_on_device && (fallbacks_ != nullptr || host_counts()));
   PyObject* clip = hold(check(PyObject_CallFunction(
-      context.measured, "dOOnn", sum.squares, sum.nonfinite ? Py_True : Py_False,
-      fallbacks_ == nullptr ? Py_None : fallbacks_, static_cast<Py_ssize_t>(on_cpu.size()),
-      static_cast<Py_ssize_t>(tasks_.size() - on_cpu.size()))));
+      context.measured, "dOOOO", sum.squares, sum.nonfinite ? Py_True : Py_False,
+      fallbacks_ == nullptr ? Py_None : fallbacks_,
+      on_cpu.size() == tasks_.size() ? Py_None : context.launcher, waits ? Py_True : Py_False)));
   if (clip == Py_None) return false;
   const double value = number(clip);
   for (Task& task : tasks_) task.slice.clip = value;

@@ -86,7 +86,8 @@ void bind_torch() {
            interned("item"),       interned("untyped_storage"), interned("nbytes"),
            interned("storage_offset"), interned("stage"), interned("ready"),
            interned("launch"),     interned("moved"),   interned("waiting"),
-           interned("any_waiting"), interned("ema_decay"), interned("ema_warmup")};
+           interned("any_waiting"), interned("ema_decay"), interned("ema_warmup"),
+           interned("counted")};
   PyObject* module = check(PyImport_ImportModule("torch"));
   const auto get = [](PyObject* from, const char* name) {
     return check(PyObject_GetAttrString(from, name));

@@ -30,7 +30,7 @@ extern Torch torch;
 struct Names {
   PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
       *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
-      *ema_warmup;
+      *ema_warmup, *counted;
 };
 extern Names names;
 

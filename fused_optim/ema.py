@@ -1,6 +1,7 @@
 """Exponential moving averages (EMA) of the params: their entries, and those that no kernel averages.
 
-An entry is a list ``[ema, n_averaged]``: the average, of the param's shape, and how many steps went into it.
+An entry is a list ``[ema, n_averaged]``: the average, of the param's shape, and how many steps went into it,
+a float32 tensor on the param's device where the host cannot know.
 The kernels average in the step's own pass (csrc/ema.cpp); the arithmetic is the same here.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 # Keys of a param group; in it only if the user gave some.
 OPTIONS = ("ema_decay", "ema_warmup", "ema_dtype")
 
-Entry = list  # [Tensor, int]
+Entry = list  # [Tensor, int | Tensor]
 Emas = dict[Tensor, Entry]
 
 
@@ -35,7 +36,10 @@ def check(options: dict[str, Any]) -> None:
 def create(param: Tensor, group: dict[str, Any], entry: Entry | None = None) -> Entry:
     """A new entry, or one that no longer fits its param made to fit."""
     if entry is not None and entry[0].shape == param.shape:
-        return [entry[0].to(param.device), entry[1]]
+        n_averaged = entry[1]
+        if isinstance(n_averaged, Tensor):
+            n_averaged = n_averaged.to(param.device)
+        return [entry[0].to(param.device), n_averaged]
     return [
         torch.empty_like(param, dtype=_dtype(param, group), requires_grad=False).copy_(param),
         0,
@@ -58,12 +62,20 @@ def weight(group: dict[str, Any], n_averaged: int) -> float:
 
 
 @torch.no_grad()
-def average(left: list[tuple[Tensor, Entry, float]]) -> None:
-    """Move these averages towards their params by their weights."""
+def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None) -> None:
+    """Move these averages towards their params by their weights.
+
+    Args:
+        left: a pair (decay, warmup) stands for the weight where n_averaged is a tensor.
+        found_inf: not 0 if the step is skipped, where the device alone knows that.
+    """
     together: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for param, entry, towards in left:
         ema = entry[0]
-        if towards == 1:
+        if isinstance(towards, tuple):
+            decay, warmup = towards
+            _average_on_device(param, entry, decay, warmup, found_inf)
+        elif towards == 1:
             ema.copy_(param)
         elif not ema.dtype.is_floating_point and not ema.is_complex():
             ema.copy_(ema * (1 - towards) + param * towards)
@@ -75,6 +87,32 @@ def average(left: list[tuple[Tensor, Entry, float]]) -> None:
             params.append(param.detach().to(ema.dtype))
     for (_, _, towards), (emas, params) in together.items():
         torch._foreach_lerp_(emas, params, towards)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _average_on_device(
+    param: Tensor, entry: Entry, decay: float, warmup: bool, found_inf: Tensor | None
+) -> None:
+    """`weight` and `average` without waiting for the device."""
+    ema, n_averaged = entry
+    n = n_averaged.double()
+    decayed = torch.full_like(n, decay)
+    if warmup:
+        decayed = torch.minimum(decayed, (1 + n) / (10 + n))
+    towards = torch.where(n == 0, 1.0, 1 - decayed)
+    if ema.dtype.is_floating_point or ema.is_complex():
+        # As torch.lerp by a number: 16-bit types have a weight in float32.
+        wide = torch.promote_types(ema.dtype, torch.float32)
+        moved = torch.lerp(ema.to(wide), param.detach().to(ema.dtype).to(wide), towards.to(wide))
+    else:
+        moved = ema * (1 - towards) + param * towards
+    moved = torch.where(towards == 1, param.detach().to(ema.dtype), moved.to(ema.dtype))
+    if found_inf is not None:
+        goes_on = found_inf.to(ema.device, non_blocking=True) == 0
+        moved = torch.where(goes_on, moved, ema)
+        n_averaged.add_(goes_on)
+    else:
+        n_averaged.add_(1)
+    ema.copy_(moved)
 
 
 def groups_with_ema(param_groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Tensor]]:

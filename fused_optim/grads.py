@@ -47,9 +47,12 @@ def _overlaps(grad: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def clipped(params: Sequence[Tensor], coefficient: float, write: bool) -> Iterator[None]:
-    """Grads times the coefficient: for good if `write`, else for the time of the context."""
-    if coefficient == 1.0:
+def clipped(params: Sequence[Tensor], coefficient: float | Tensor, write: bool) -> Iterator[None]:
+    """Grads times the coefficient: for good if `write`, else for the time of the context.
+
+    A coefficient that is a tensor lies on the grads' device, and nothing waits for it.
+    """
+    if not isinstance(coefficient, Tensor) and coefficient == 1.0:
         yield
         return
     originals = [(param, param.grad) for param in params]
@@ -57,7 +60,7 @@ def clipped(params: Sequence[Tensor], coefficient: float, write: bool) -> Iterat
         with torch.no_grad():
             for param, grad in originals:
                 assert grad is not None
-                clip = grad * coefficient
+                clip = _times(grad, coefficient)
                 # Elements that share memory, of an expanded grad, cannot be written one by one.
                 if write and not _overlaps(grad):
                     grad.copy_(clip)
@@ -68,3 +71,11 @@ def clipped(params: Sequence[Tensor], coefficient: float, write: bool) -> Iterat
         for param, grad in originals:
             if not write:
                 param.grad = grad
+
+
+def _times(grad: Tensor, coefficient: float | Tensor) -> Tensor:
+    if not isinstance(coefficient, Tensor):
+        return grad * coefficient
+    # As by a number, which torch does not round to 16 bits before it multiplies.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad.to(wide) * coefficient.to(wide)).to(grad.dtype)

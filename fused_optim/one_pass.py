@@ -50,8 +50,10 @@ class OnePass:
 
     Attributes:
         grad_norm: float64, the latest total norm; None before.
-        clip: what the step under way multiplies the grads by.
+        clip: what the step under way multiplies the grads by; a tensor where the device alone knows.
         report: where GradScaler wants to read, after the step under way, whether grads were finite.
+        n_skipped: how many steps the host has skipped.
+        n_skipped_on_device: int64, how many a device has; None: it has skipped none.
     """
 
     def __init__(self) -> None:
@@ -60,9 +62,10 @@ class OnePass:
         self.skip_nonfinite = False
         self.zero_grads = False
         self.grad_norm: Tensor | None = None
-        self.clip = 1.0
+        self.clip: float | Tensor = 1.0
         self.report: Tensor | None = None
         self.n_skipped = 0
+        self.n_skipped_on_device: Tensor | None = None
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -75,6 +78,11 @@ class OnePass:
             if not value > 0:
                 raise ValueError(f"Invalid max_grad_norm: {value}; it must be > 0 or None")
         self._max_grad_norm = value
+
+    @property
+    def skips(self) -> bool:
+        """Whether the step under way is skipped if a grad is not finite."""
+        return self.skip_nonfinite or self.report is not None
 
     def coefficient(self, norm: float) -> float:
         """As torch.nn.utils.clip_grad_norm_ has it: NaN for a NaN."""
@@ -154,15 +162,22 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """2-norm of all grads (unscaled, not clipped) in the latest step that measured it.
 
-        A float64 tensor without dimensions; None before the first such step. Steps measure with
-        max_grad_norm, or with skip_nonfinite unless GradScaler has looked for Inf itself.
+        A float64 tensor without dimensions, on the device that all grads lie on, else on the CPU; None
+        before the first such step. Steps measure with max_grad_norm, or with skip_nonfinite unless
+        GradScaler has looked for Inf itself.
+
+        Nothing waits for a device that all grads lie on. If they lie on several, or torch.optim's own
+        code steps some of them and the step may be skipped, step() waits.
         """
         return None if self._one_pass is None else self._one_pass.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped, by skip_nonfinite or GradScaler: int64, without dimensions."""
-        return torch.tensor(0 if self._one_pass is None else self._one_pass.n_skipped)
+        one_pass = self._one_pass
+        if one_pass is None or one_pass.n_skipped_on_device is None:
+            return torch.tensor(0 if one_pass is None else one_pass.n_skipped)
+        return one_pass.n_skipped_on_device + one_pass.n_skipped
 
     def ema_params(self) -> list[Tensor]:
         """The averages of the params in groups with an ema_decay, in the params' order.
@@ -273,25 +288,38 @@ class OnePassOptimizer(torch.optim.Optimizer):
         return self._measured
 
     def _measured(
-        self, squares: float, nonfinite: bool, fallbacks: list | None, n_cpu: int, n_device: int
+        self, squares: float, nonfinite: bool, fallbacks: list | None, launcher: Any, waits: bool
     ) -> float | None:
-        """What the grads that kernels read sum up to -> the clip coefficient, None to skip."""
+        """What the grads that CPU kernels read sum up to -> the clip coefficient, None to skip.
+
+        A launcher that steps some tensors measures their grads; the host waits for that if `waits`, or
+        if it has to.
+        """
         one_pass = self._one_pass
         assert one_pass is not None
         grads = [self.param_groups[g]["params"][i].grad for g, i, _ in fallbacks or ()]
+        if launcher is not None:
+            on_device = launcher.measure(grads, waits)
+            if on_device is not None:
+                one_pass.grad_norm, one_pass.clip = on_device
+                return 1.0
+            on_devices, bad = launcher.read()
+            squares, nonfinite = squares + on_devices, nonfinite or bad
         more, bad = sum_of_squares(grads)
         norm = math.sqrt(squares + more)
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             norm /= grad_scale.item()
         one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64)
-        if (nonfinite or bad) and (one_pass.skip_nonfinite or one_pass.report is not None):
+        if (nonfinite or bad) and one_pass.skips:
             if one_pass.report is not None:
                 one_pass.report.fill_(1.0)
             self._skip()
             return None
-        one_pass.clip = one_pass.coefficient(norm)
-        return one_pass.clip
+        clip = one_pass.clip = one_pass.coefficient(norm)
+        if launcher is not None:
+            launcher.decide(clip)
+        return clip
 
     def _average(self, groups: list[dict[str, Any]], but: set[int]) -> None:
         """Average params without kernels, all of these groups but those with an id in `but`."""

@@ -199,7 +199,9 @@ class FusedOptimizer(OnePassOptimizer):
                 if launcher is None:
                     launcher = backends.launcher(self._rule)
                     launcher.adopt(self.__dict__.get("_plan", (None, None))[1])
-                launcher.begin(grad_scale, found_inf)
+                launcher.begin(grad_scale, found_inf, one_pass)
+                if measured is not None and one_pass is not None and one_pass.skips:
+                    skip_on_device = True
             scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
             outcome = plan.step(
                 groups,
@@ -220,7 +222,7 @@ class FusedOptimizer(OnePassOptimizer):
                 ema.create,
             )
             if outcome[3] is not None:
-                ema.average(outcome[3])
+                ema.average(outcome[3], launcher and launcher.found_inf)
             if self._emas:
                 self._forget_removed_params()
         except BaseException:
@@ -293,7 +295,7 @@ class FusedOptimizer(OnePassOptimizer):
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
-        if measured is not None and measured(0.0, False, fallbacks, 0, 0) is None:
+        if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
             return 0, 0, None
         if fallbacks:
             step_with_stock(fallbacks, None)

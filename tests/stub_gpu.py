@@ -13,9 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fused_optim import backends
-from fused_optim.triton_kernels import launch, tables
+from fused_optim.triton_kernels import launch, measure, tables
 
 CPU_BIT = 1 << 1  # DLPack
+KERNELS = (launch.multi_tensor, launch.prepare, measure.norm, measure.finish)
 
 
 class StubGpu:
@@ -68,7 +69,7 @@ def stub_gpu() -> Iterator[StubGpu]:
     gpu = StubGpu()
     before = triton.runtime.driver._active or gpu  # kernels are unloaded when they are collected
     triton.runtime.driver.set_active(gpu)
-    for function in (launch.multi_tensor, launch.prepare):
+    for function in KERNELS:
         function.device_caches.clear()
 
     def new_launcher(rule: str) -> launch.Launcher:
@@ -88,6 +89,6 @@ def stub_gpu() -> Iterator[StubGpu]:
         try:
             yield gpu
         finally:
-            for function in (launch.multi_tensor, launch.prepare):
+            for function in KERNELS:
                 function.device_caches.clear()
             triton.runtime.driver._active = before

@@ -68,6 +68,75 @@ def test_scaled_steps_wait_for_nothing(case: Case, no_waiting: Callable[[], None
     on_triton(run)
 
 
+ALL = {
+    "max_grad_norm": 1.0,
+    "skip_nonfinite": True,
+    "zero_grads": True,
+    "ema_decay": 0.9,
+    "ema_warmup": True,
+}
+
+
+@each_optimizer
+def test_all_in_one_pass_waits_for_nothing(case: Case, no_waiting: Callable[[], None]) -> None:
+    run = Run(case, case.fused, extra=ALL)
+    unused = torch.nn.Parameter(torch.ones(3, device=DEVICE))  # averaged beside the kernels
+    run.opt.add_param_group({"params": [unused]})
+    grads = [[run.randn(param) for param in run.params] for _ in range(4)]
+    grads[2][1][3, 2] = float("inf")
+    torch.cuda.synchronize()
+    no_waiting()
+    norms = []
+    for now in grads:
+        for param, grad in zip(run.params, now):
+            param.grad = grad
+        run.opt.step()
+        norms.append(run.opt.grad_norm)
+    skipped = run.opt.skipped_steps
+    torch.cuda.set_sync_debug_mode("default")
+    assert run.opt.last_step.tensors == {"triton": len(run.params)}
+    assert [norm.isfinite().item() for norm in norms] == [True, True, False, True]
+    assert norms[0].device == skipped.device == run.params[0].device and skipped.item() == 1
+    assert not any(param.grad.any() for param in run.params)
+    assert {entry["n_averaged"] for entry in run.opt.state_dict()["ema"].values()} == {3}
+
+
+@each_capturable
+def test_captured_steps_with_all_in_one_pass(case: Case) -> None:
+    captured = Run(case, case.fused, extra={"capturable": True, **ALL})
+    eager = Run(case, case.fused, extra=ALL)
+    inputs = [torch.zeros_like(param) for param in captured.params]
+    grads = [[eager.randn(param) * 3 for param in inputs] for _ in range(5)]
+    grads[3][0][0] = float("nan")
+
+    def step() -> None:
+        for param, value in zip(captured.params, inputs):
+            param.grad = value * 1.0
+        captured.opt.step()
+
+    graph = torch.cuda.CUDAGraph()
+    for i, now in enumerate(grads):
+        for param, value, grad in zip(eager.params, inputs, now):
+            value.copy_(grad)
+            param.grad = grad.clone()
+        eager.opt.step()
+        if i == 0:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                step()
+        else:
+            graph.replay()
+        assert torch.equal(captured.opt.grad_norm, eager.opt.grad_norm) or i in (0, 3)
+    assert captured.opt.skipped_steps.item() == eager.opt.skipped_steps.item() == 1
+    averages = zip(captured.opt.ema_params(), eager.opt.ema_params())
+    for left, right in [*zip(captured.params, eager.params), *averages]:
+        assert torch.equal(left, right)
+
+
 @each_capturable
 @pytest.mark.parametrize("new_grads", [False, True])
 def test_captured_steps_with_a_scheduled_lr(case: Case, new_grads: bool) -> None:
@@ -276,6 +345,19 @@ def test_cpu_and_gpu_params_in_one_optimizer(case: Case) -> None:
             run.step_as_is()
     assert ours.opt.last_step.tensors == {"cpu": 5, "triton": 5}
     assert_same_run(ours, stock)
+
+
+def test_one_norm_over_cpu_and_gpu_params() -> None:
+    params = [torch.zeros(3, device=device) for device in ("cpu", DEVICE)]
+    opt = fused_optim.SGD(params, lr=1.0, max_grad_norm=1.0, skip_nonfinite=True, ema_decay=0.5)
+    for value, skipped in ((1.0, 0), (float("inf"), 1)):
+        params[0].grad = torch.full((3,), 1.0)
+        params[1].grad = torch.full((3,), value, device=DEVICE)
+        opt.step()
+        assert opt.skipped_steps.item() == skipped
+        for param in params:
+            torch.testing.assert_close(param.cpu(), torch.full((3,), -(6**-0.5)))
+    assert opt.last_step.tensors in ({}, {"cpu": 1, "triton": 1})
 
 
 @pytest.mark.skipif(

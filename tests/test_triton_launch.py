@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from stub_gpu import StubGpu, stub_gpu
 
-from fused_optim.triton_kernels import launch, tables
+from fused_optim.triton_kernels import launch, multi_tensor, tables
 
 each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 
@@ -83,6 +83,54 @@ def test_capturable_adds_one_launch_that_prepares(gpu: StubGpu, case: Case) -> N
     assert sorted(gpu.compiled) == ["multi_tensor", "prepare"]
 
 
+@each_optimizer
+def test_all_in_one_pass_is_three_launches(gpu: StubGpu, case: Case) -> None:
+    """Those of norm, finish and step; a fourth one prepares where the device alone knows the step."""
+    run = Run(case, case.fused, extra={"max_grad_norm": 1.0, "zero_grads": True, "ema_decay": 0.9})
+    steps_with(run, 2)
+    assert gpu.names() == ["norm", "finish", "multi_tensor"] * 2
+    gpu.launches.clear()
+    run.opt.skip_nonfinite = True
+    steps_with(run, 2)
+    assert gpu.names() == ["norm", "finish", "prepare", "multi_tensor"] * 2
+    gpu.launches.clear()
+    run.opt.max_grad_norm, run.opt.skip_nonfinite = None, False
+    steps_with(run)
+    assert gpu.names() == ["prepare", "multi_tensor"], "nothing is measured"
+    assert run.opt.grad_norm.dtype == torch.float64
+
+
+def test_norm_takes_a_launch_for_each_dtype_of_grads(gpu: StubGpu) -> None:
+    case = next(case for case in CASES if case.id == "Adam")
+    run = Run(case, case.fused, extra={"max_grad_norm": 1.0}, shapes=((7,), (0,), (65537,)))
+    half = [torch.nn.Parameter(run.randn((3,), torch.bfloat16))]
+    run.opt.add_param_group({"params": half})
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((5,)))], "amsgrad": True})
+    steps_with(run)
+    assert gpu.names() == ["norm"] * 2 + ["finish"] + ["multi_tensor"] * 3
+    (grads, chunks, _, n_partials, *_), (half_grads, *_) = (args for _, _, args in gpu.launches[:2])
+    assert n_partials == 1 + 2 + 1 + 1
+    assert [n_programs for _, n_programs, _ in gpu.launches[:3]] == [4, 1, 1]
+    # Numbers of elements, and of the first chunk among those of all grads.
+    assert grads.view(-1, 3)[:, ::2].tolist() == [[7, 0], [0, 1], [65537, 1], [5, 4]]
+    assert half_grads.view(-1, 3)[:, ::2].tolist() == [[3, 3]]
+    assert chunks.view(-1, 2).tolist() == [[0, 0], [2, 0], [2, 1], [3, 0]]
+
+
+def test_one_pass_uploads_only_what_changed(gpu: StubGpu) -> None:
+    case = next(case for case in CASES if case.id == "RMSprop")
+    run = Run(case, case.fused, extra={"max_grad_norm": 1.0, "ema_decay": 0.9})
+    run.set_grads()
+    for _ in range(2):  # the first average copies
+        run.opt.step()
+    gpu.uploaded.clear()
+    run.opt.step()
+    assert gpu.uploaded == []
+    run.opt.max_grad_norm = 2.0
+    run.opt.step()
+    assert gpu.uploaded == [(torch.float64, 1)]
+
+
 def test_each_set_of_dtypes_and_states_is_a_launch(gpu: StubGpu) -> None:
     case = next(case for case in CASES if case.id == "Adam-amsgrad=True")
     run = Run(case, case.fused)
@@ -128,14 +176,14 @@ def test_tables_hold_what_the_kernel_reads(gpu: StubGpu, case: Case) -> None:
     sign = -1 if run.opt.param_groups[0]["maximize"] else 1
     run.opt.add_param_group({"params": run.params[-1:], "maximize": sign == 1})
     steps_with(run)
-    _, n_programs, (tensors, chunks, hypers, grad_scale, found_inf, *_constants) = gpu.launches[0]
-    assert grad_scale is None and found_inf is None
+    _, n_programs, (tensors, chunks, hypers, *scaling) = gpu.launches[0]
+    assert scaling[:3] == [None] * 3
     assert n_programs == 1 + 3 + 1
     assert chunks.view(-1, 2).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0]]
-    tensors, hypers = tensors.view(3, -1), hypers.view(-1, launch.ROW.value)
+    tensors, hypers = tensors.view(3, -1), hypers.view(-1, multi_tensor.ROW.value)
     assert tensors[:, 0].tolist() == [7, 4100, -9], "the last is not aligned to 16 bytes"
     assert tensors[:, 1].tolist() == [0, 0, 1]
-    assert hypers[:, -1].tolist() == [sign, -sign]
+    assert hypers[:, multi_tensor.GRAD_SIGN.value].tolist() == [sign, -sign]
     for row, param in zip(tensors.tolist(), run.params):
         assert row[2:4] == [param.data_ptr(), param.grad.data_ptr()]
         there = {state.data_ptr() for key, state in run.opt.state[param].items() if key != "step"}

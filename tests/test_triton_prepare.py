@@ -4,13 +4,19 @@ import pytest
 import torch
 from cases import BACKEND, DEVICE
 
-from fused_optim import _C
+from fused_optim import _C, ema
 
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
 
-from fused_optim.triton_kernels.multi_tensor import GRAD_SIGN, ROW, VARIANT
-from fused_optim.triton_kernels.prepare import OPTIONS_ROW, STEP, prepare
+from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, VARIANT
+from fused_optim.triton_kernels.prepare import (
+    EMA_DECAY,
+    EMA_WARMUP,
+    OPTIONS_ROW,
+    STEP,
+    prepare,
+)
 from fused_optim.triton_kernels.rules import FIRST_STEP
 from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK, prepare_constants
 
@@ -48,19 +54,25 @@ def run(
     rows: list[int],
     known_step: float = 0.0,
     found_inf: torch.Tensor | None = None,
+    n_averaged: list[int] | None = None,
+    decay: float = 0.0,
+    warmup: bool = False,
 ) -> torch.Tensor:
     """Rows of hypers, on the CPU."""
     n_options = len(RULES[rule]["options"])
     table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
     table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
     table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, STEP.value] = 1.0, -1.0, known_step
+    table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
     tagged = torch.zeros(len(options), 8, dtype=torch.int64)
     tagged[:, :n_options] = torch.tensor(addresses)
     hypers = torch.full((len(rows), ROW.value), 7.0, dtype=torch.float64, device=DEVICE)
-    table_of_steps = torch.tensor([steps, waiting, rows]).t().contiguous()
+    counts = n_averaged or [0] * len(rows)
+    table_of_steps = torch.tensor([steps, waiting, counts, rows]).t().contiguous()
     prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
         table_of_steps.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
-        **prepare_constants(rule), **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
+        **prepare_constants(rule, averages=n_averaged is not None),
+        **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
     )  # fmt: skip
     return hypers.cpu()
 
@@ -117,3 +129,21 @@ def test_skipped_step_advances_nothing(rule: str) -> None:
         expected = 1 + FIRST_STEP.value * waiting
         assert torch.equal(hypers[:, VARIANT.value], expected.double())
     assert started.cpu().tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("warmup", [False, True], ids=["constant", "warmed up"])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
+    count = torch.tensor([0.0, 1.0, 2.0, 7.0, 8889.0, 2.0**24 - 1], device=DEVICE)
+    before, n = count.tolist(), len(count)
+    options, nothing = random_options("sgd", torch.Generator().manual_seed(3)), [0] * n
+    for skip in (1.0, 0.0):
+        hypers = run(
+            "sgd", [options], [[0] * len(options)], nothing, nothing, nothing, known_step=1.0,
+            found_inf=torch.tensor(skip, device=DEVICE), n_averaged=numbers(count), decay=decay,
+            warmup=warmup,
+        )  # fmt: skip
+        group = {"ema_decay": decay, "ema_warmup": warmup}
+        expected = [ema.weight(group, int(averaged)) for averaged in before]
+        assert hypers[:, EMA_WEIGHT.value].tolist() == expected
+        assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

@@ -6,9 +6,9 @@ the optimizer's life.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,133 +16,104 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .multi_tensor import ROW, multi_tensor
+from .measure import GradBatch, OnePass, Totals, squares_of
+from .multi_tensor import ROW, UNSCALED, multi_tensor
+from .on_device import NO_PINNED_MEMORY, OnDevice, capturing, device_of, on, warp_size
 from .prepare import prepare
-from .specialize import COMPILE_OPTIONS, PREPARE_BLOCK, Specialization, prepare_constants
+from .specialize import PREPARE_BLOCK, Specialization, prepare_constants
 from .tables import Batch, DeviceCopy, chunks_of
 
-CPU = 1  # DLPack's number; every other device here is torch's "cuda", which ROCm answers to as well
-NO_PINNED_MEMORY = "no pinned memory was at hand while a CUDA graph was captured"
 
-
-class _Launch:
+class _Launch(OnDevice):
     """One batch on its device."""
 
     def __init__(self, rule: str, batch: Batch, interpreted: bool) -> None:
         device_type, index, dtypes, options, self.prepares = batch.key
-        self.device = torch.device("cpu") if device_type == CPU else torch.device("cuda", index)
-        self.specialization = Specialization(
-            rule, options, dtypes, _warp_size(interpreted), interpreted
+        super().__init__(device_of(device_type, index), interpreted)
+        self._specialization = Specialization(
+            rule, options, dtypes, warp_size=warp_size(interpreted), interpreted=interpreted
         )
-        self._constants = self.specialization.constants()
-        self._prepare_constants = prepare_constants(rule)
-        self.tensors = DeviceCopy(torch.int64, self.device)
-        self.steps = DeviceCopy(torch.int64, self.device)
-        self.addresses = DeviceCopy(torch.int64, self.device)
-        self.numbers = DeviceCopy(torch.float64, self.device)
-        self.chunks = DeviceCopy(torch.int32, self.device)
-        self.hypers: Tensor | None = None  # written by prepare
-        self.n_tensors = 0
-        self.stream: int | None = None
-        self._kernels: dict[tuple, Callable[..., object]] = {}
+        self._prepare_constants = prepare_constants(rule, averages=dtypes[-1] is not None)
+        self._tensors = DeviceCopy(torch.int64, self.device)
+        self._steps = DeviceCopy(torch.int64, self.device)
+        self._addresses = DeviceCopy(torch.int64, self.device)
+        self._numbers = DeviceCopy(torch.float64, self.device)
+        self._chunks = DeviceCopy(torch.int32, self.device)
+        self._hypers: Tensor | None = None  # written by prepare
+        self._n_tensors = 0
 
-    def guard(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
-            return contextlib.nullcontext()
-        return torch.cuda.device(self.device)
+    def copies(self) -> tuple[DeviceCopy, ...]:
+        return self._tensors, self._steps, self._addresses, self._numbers, self._chunks
+
+    def forget(self) -> None:
+        self._hypers = None
 
     def ready(
-        self, batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        batch: Batch,
+        grad_write: int,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None,
     ) -> str | None:
         """Everything that may fail; why it does, or None. Call it under the guard."""
-        capturing = _capturing()
-        if self.device.type != "cpu":
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            if stream != self.stream and not capturing:
-                # What another stream uploads may come too late for this one.
-                for copy in self._copies():
-                    copy.version = None
-                self.hypers = None
-                self.stream = stream
-        self.n_tensors = batch.n_tensors
-        there = self.tensors.bring_table(batch.tensors, capturing)
-        there = there and self.numbers.bring_table(batch.numbers, capturing)
+        is_capturing = capturing()
+        self.notice_stream(is_capturing)
+        self._n_tensors = batch.n_tensors
+        there = self._tensors.bring_table(batch.tensors, is_capturing)
+        there = there and self._numbers.bring_table(batch.numbers, is_capturing)
         if self.prepares:
-            there = there and self.steps.bring_table(batch.steps, capturing)
-            there = there and self.addresses.bring_table(batch.addresses, capturing)
-            if self.hypers is None or len(self.hypers) < self.n_tensors:
-                self.hypers = torch.empty(
-                    self.n_tensors, ROW.value, dtype=torch.float64, device=self.device
+            there = there and self._steps.bring_table(batch.steps, is_capturing)
+            there = there and self._addresses.bring_table(batch.addresses, is_capturing)
+            if self._hypers is None or len(self._hypers) < self._n_tensors:
+                self._hypers = torch.empty(
+                    self._n_tensors, ROW.value, dtype=torch.float64, device=self.device
                 )
-        if self.chunks.version != batch.numels.version:
-            chunks = chunks_of(batch.numels.tolist(), self.specialization.chunk)
-            there = there and self.chunks.bring(
-                batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), capturing
+        if self._chunks.version != batch.numels.version:
+            chunks = chunks_of(batch.numels.tolist(), self._specialization.chunk)
+            there = there and self._chunks.bring(
+                batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), is_capturing
             )
         if not there:
             return NO_PINNED_MEMORY
-        self.grad_scale = _on(self.device, grad_scale)
-        self.found_inf = _on(self.device, found_inf)
-        self._update = self._kernel(multi_tensor, self._update_args(), self._constants)
+        self._scaling = grad_scale, found_inf, clip
+        specialization = replace(self._specialization, grad_write=grad_write)
+        self._update = self.kernel(
+            multi_tensor,
+            self._update_args(),
+            specialization.constants(),
+            specialization.num_warps,
+            grad_write,
+        )
         if self.prepares:
-            self._prepare = self._kernel(prepare, self._prepare_args(), self._prepare_constants)
+            self._prepare = self.kernel(
+                prepare,
+                self._prepare_args(),
+                self._prepare_constants,
+                specialization.num_warps,
+                None,
+            )
         return None
 
     def launch(self) -> None:
         if self.prepares:
-            self._prepare(triton.cdiv(self.n_tensors, PREPARE_BLOCK), self._prepare_args())
-        assert self.chunks.tensor is not None
-        n_chunks = self.chunks.tensor.numel() // 2
+            self._prepare(triton.cdiv(self._n_tensors, PREPARE_BLOCK), self._prepare_args())
+        assert self._chunks.tensor is not None
+        n_chunks = self._chunks.tensor.numel() // 2
         if n_chunks > 0:
             self._update(n_chunks, self._update_args())
 
     def held(self) -> list:
         """What a captured graph needs as long as it is replayed."""
-        return [self.hypers, *(copy.tensor for copy in self._copies())]
-
-    def _copies(self) -> tuple[DeviceCopy, ...]:
-        return self.tensors, self.steps, self.addresses, self.numbers, self.chunks
+        return [self._hypers, self._scaling, *(copy.tensor for copy in self.copies())]
 
     def _update_args(self) -> tuple:
-        hypers = self.hypers if self.prepares else self.numbers.tensor
-        return self.tensors.tensor, self.chunks.tensor, hypers, self.grad_scale, self.found_inf
+        hypers = self._hypers if self.prepares else self._numbers.tensor
+        return self._tensors.tensor, self._chunks.tensor, hypers, *self._scaling
 
     def _prepare_args(self) -> tuple:
-        tables = (self.steps.tensor, self.numbers.tensor, self.addresses.tensor, self.hypers)
-        return *tables, self.found_inf, self.n_tensors
-
-    def _kernel(
-        self, function: Any, args: tuple, constants: dict[str, Any]
-    ) -> Callable[..., object]:
-        """(number of programs, args) -> launch, loaded onto the device.
-
-        A launch through the function itself costs 16 to 54 us on the host, since it looks at every
-        argument again; one through the compiled kernel 3 to 5 us (measured with a stub driver). What
-        it would look at is the same each time: dtypes, and which arguments are None.
-        """
-        dtypes = tuple(arg.dtype if isinstance(arg, Tensor) else arg is None for arg in args)
-        kernel = self._kernels.get((function, dtypes))
-        if kernel is None:
-            if self.specialization.interpreted:
-
-                def kernel(n_programs: int, args: tuple) -> object:
-                    return function[(n_programs,)](*args, **constants)
-            else:
-                compiled = function.warmup(
-                    *args,
-                    grid=(1,),
-                    num_warps=self.specialization.num_warps,
-                    **COMPILE_OPTIONS,
-                    **constants,
-                )
-                compiled[(1, 1, 1)]  # loads it; the launch itself must not fail
-                values = tuple(constants.values())
-
-                def kernel(n_programs: int, args: tuple) -> object:
-                    return compiled[(n_programs, 1, 1)](*args, *values)
-
-            self._kernels[function, dtypes] = kernel
-        return kernel
+        tables = (self._steps.tensor, self._numbers.tensor, self._addresses.tensor, self._hypers)
+        return *tables, self._scaling[1], self._n_tensors
 
 
 class Launcher:
@@ -158,22 +129,32 @@ class Launcher:
         self._interpreted = interpreted
         self._launches: dict[Any, _Launch] = {}
         self._ready: list[_Launch] = []
+        self._all_totals: dict[torch.device, Totals] = {}
+        self._totals: dict[torch.device, Totals] = {}  # of the step under way
         self._staged: list[tuple[Tensor, Tensor]] = []
         # momentum buffer -> a float32 on its device, 0 until the first step that was not skipped
         self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._reading: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
         self._captured: list = []
         self._failure: str | None = None
+        self._one_pass: OnePass | None = None
         self._grad_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
 
-    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def begin(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        one_pass: OnePass | None = None,
+    ) -> None:
         """A new step: grads are divided by grad_scale, and nothing is changed if found_inf is not 0."""
+        self._one_pass = one_pass
         self._grad_scale = grad_scale
         self._found_inf = found_inf
         self._staged.clear()
         self._ready.clear()
-        if self._started and not _capturing():
+        self._totals.clear()
+        if self._started and not capturing():
             self._learn_what_has_started()
 
     def adopt(self, other: Launcher | None) -> None:
@@ -229,6 +210,10 @@ class Launcher:
         """The step of a param as a tensor on the param's device."""
         return torch.full((), step.item(), dtype=step.dtype, device=param.device)
 
+    def counted(self, n_averaged: Any, param: Tensor) -> Tensor:
+        """The number of steps that went into an EMA as a tensor on the param's device."""
+        return torch.full((), float(n_averaged), dtype=torch.float32, device=param.device)
+
     @torch.no_grad()
     def stage(self, originals: Sequence[Tensor], written: Sequence[bool]) -> list[Tensor]:
         """Copies where needed, so that all streams of one tensor (param first) lie in one order.
@@ -252,43 +237,125 @@ class Launcher:
                 self._staged.append((original.detach(), copy))
         return staged
 
-    def ready(self, batches: Sequence[Batch]) -> str | None:
-        """Compile and upload; why that cannot be, or None. Nothing has been written then."""
-        if self._failure is not None:
-            return self._failure
-        for batch in batches:
-            try:
-                launch = self._launches.get(batch.key)
-                if launch is None:
-                    launch = _Launch(self._rule, batch, self._interpreted)
-                    self._launches[batch.key] = launch
-                with launch.guard():
-                    failure = launch.ready(batch, self._grad_scale, self._found_inf)
-            except torch.OutOfMemoryError:
-                raise
-            # Triton may fail in any way: no C compiler, an old device, a full disk.
-            except Exception as error:
-                failure = f"Triton failed: {type(error).__name__}: {error}"
-                if not _capturing():  # where little is allowed; later steps may do better
-                    self._failure = failure
-            if failure is not None:
-                warnings.warn(
-                    f"fused_optim runs torch.optim's own code for these tensors. {failure}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return failure
-            self._ready.append(launch)
-        return None
+    def ready(
+        self, batches: Sequence[Batch], grads: Sequence[GradBatch], grad_write: int
+    ) -> str | None:
+        """Compile and upload; why that cannot be, or None. Nothing has been written then.
+
+        Args:
+            grads: what is measured, if anything is.
+            grad_write: what is left in the grads, see multi_tensor.py.
+        """
+        failure = self._failure
+        if failure is not None:
+            return failure
+        try:
+            for device in dict.fromkeys(device_of(*batch.key[:2]) for batch in batches):
+                failure = failure or self._ready_totals(device, grads)
+            for batch in batches:
+                failure = failure or self._ready_batch(batch, grad_write)
+        except torch.OutOfMemoryError:
+            raise
+        # Triton may fail in any way: no C compiler, an old device, a full disk.
+        except Exception as error:
+            failure = f"Triton failed: {type(error).__name__}: {error}"
+            if not capturing():  # where little is allowed; later steps may do better
+                self._failure = failure
+        if failure is not None:
+            self._totals.clear()
+            warnings.warn(
+                f"fused_optim runs torch.optim's own code for these tensors. {failure}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return failure
+
+    def _ready_totals(self, device: torch.device, grads: Sequence[GradBatch]) -> str | None:
+        if self._one_pass is None or not (
+            grads or self._grad_scale is not None or self._found_inf is not None
+        ):
+            return None
+        totals = self._all_totals.get(device)
+        if totals is None:
+            totals = self._all_totals[device] = Totals(device, self._interpreted)
+        there = [batch for batch in grads if device_of(*batch.key[:2]) == device]
+        self._totals[device] = totals
+        with totals.guard():
+            return totals.ready(there, self._one_pass, self._grad_scale, self._found_inf)
+
+    def _ready_batch(self, batch: Batch, grad_write: int) -> str | None:
+        launch = self._launches.get(batch.key)
+        if launch is None:
+            launch = self._launches[batch.key] = _Launch(self._rule, batch, self._interpreted)
+        totals = self._totals.get(launch.device)
+        divides = grad_write == UNSCALED.value
+        with launch.guard():
+            grad_scale = on(launch.device, self._grad_scale) if divides else None
+            if totals is None:
+                found_inf, clip = on(launch.device, self._found_inf), None
+            else:
+                found_inf = totals.found_inf
+                clip = totals.clip if divides and totals.factor is not None else totals.factor
+            failure = launch.ready(batch, grad_write, grad_scale, found_inf, clip)
+        self._ready.append(launch)
+        return failure
+
+    def measure(self, others: Sequence[Tensor], waits: bool) -> tuple[Tensor, Tensor] | None:
+        """Read the grads; their norm and the coefficient that clips them, without waiting.
+
+        Args:
+            others: grads that no kernel reads.
+            waits: whether the host has to know.
+
+        Returns:
+            None if the host has to decide, since it has to know, or not all grads lie on one device:
+            read() and decide() then come next.
+        """
+        for totals in self._totals.values():
+            with totals.guard():
+                totals.sum_up()
+        if waits or len(self._totals) != 1:
+            return None
+        (totals,) = self._totals.values()
+        extra = squares_of(others, totals.device) if others else None
+        if others and extra is None:
+            return None
+        with totals.guard():
+            totals.finish(extra)
+        return totals.norm, totals.clip
+
+    def read(self) -> tuple[float, bool]:
+        """The sum of the squares, and whether some grad is not finite. Waits for the devices."""
+        found = [totals.read() for totals in self._totals.values()]
+        return sum(squares for squares, _ in found), any(nonfinite for _, nonfinite in found)
+
+    def decide(self, clip: float) -> None:
+        """The step is not skipped, and the grads are multiplied by `clip`."""
+        for totals in self._totals.values():
+            totals.decide(clip)
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Not 0 if the step under way is skipped; None: it is not."""
+        for totals in self._totals.values():
+            if totals.found_inf is not None:
+                return totals.found_inf
+        return self._found_inf
 
     def launch(self) -> None:
         """Launch what is ready, on the current stream of each device; all of it, if one raises."""
         failure = None
+        for totals in self._totals.values():
+            if not totals.is_finished:  # nothing was measured
+                with totals.guard():
+                    totals.finish()
+            if capturing():
+                self._captured.append(totals.held())
         for launch in self._ready:
             try:
                 with launch.guard():
                     launch.launch()
-                    if _capturing():
+                    if capturing():
                         self._captured.append((launch.held(), list(self._started.values())))
             except BaseException as error:
                 failure = error
@@ -300,22 +367,3 @@ class Launcher:
         self._ready.clear()
         if failure is not None:
             raise failure
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _warp_size(interpreted: bool) -> int:
-    return 32 if interpreted else triton.runtime.driver.active.get_current_target().warp_size
-
-
-def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
-    """A number on the device, without waiting for any."""
-    if number is None:
-        return None
-    if number.device.type == "cpu" and device.type != "cpu":
-        return torch.full((), number.item(), dtype=torch.float32, device=device)
-    if number.dtype not in (torch.float32, torch.float64):
-        number = number.float()
-    return number.to(device, non_blocking=True)

@@ -6,7 +6,8 @@ states. What differs between them comes from tables in device memory:
 tensors  int64 [n_tensors, 2 + n_streams]: numel, negative if some stream is not aligned to 16 bytes
          or not; the row of `hypers`; the address of each stream
 chunks   int32 [n_chunks, 2]: which tensor, and which CHUNK elements of it, one program takes
-hypers   float64 [n_rows, ROW]: the rule's hypers, the variant's bits and the sign of the grad
+hypers   float64 [n_rows, ROW]: the rule's hypers, the variant's bits, the sign of the grad, and the
+         weight of the EMA
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rules import divide
+from .rules import divide, lerp
 
-# The columns of `hypers`: at most so many hypers, then the variant, then the sign of the grad.
+# The columns of `hypers`: at most so many hypers, then what every rule has.
 MAX_HYPERS = tl.constexpr(8)
 VARIANT = tl.constexpr(8)
 GRAD_SIGN = tl.constexpr(9)
-ROW = tl.constexpr(10)
+EMA_WEIGHT = tl.constexpr(10)
+ROW = tl.constexpr(11)
 # The columns of `tensors`.
 NUMEL = tl.constexpr(0)
 HYPERS_ROW = tl.constexpr(1)
 STREAMS = tl.constexpr(2)
+# What a step leaves in the grad, as csrc/kernel.h has it.
+KEPT = tl.constexpr(0)
+UNSCALED = tl.constexpr(1)
+CLIPPED = tl.constexpr(2)
+ZEROED = tl.constexpr(3)
 
 
 @triton.jit
-def load(address, mask, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    value = tl.load(address, mask=mask)
+def decode(value, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED and value.dtype == tl.bfloat16:
         # The interpreter's own cast is wrong for subnormals (Triton 3.6 and 3.9).
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -38,15 +44,29 @@ def load(address, mask, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def store(address, value, mask, INTERPRETED: tl.constexpr):
-    dtype: tl.constexpr = address.dtype.element_ty
-    if INTERPRETED and dtype == tl.bfloat16:
+def encode(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED and DTYPE == tl.bfloat16:
         # To nearest even with NaN kept: the interpreter's own cast truncates.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(value != value, bits | 0x400000, rounded) >> 16
         value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(address, value.to(dtype), mask=mask)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def load(address, mask, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
+    return decode(tl.load(address, mask=mask), COMPUTE, INTERPRETED)
+
+
+@triton.jit
+def store(address, value, mask, INTERPRETED: tl.constexpr):
+    tl.store(address, encode(value, address.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def zero(address, mask, BLOCK: tl.constexpr):
+    tl.store(address, tl.zeros([BLOCK], address.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -58,37 +78,68 @@ def update_block(
     variant,
     grad_sign,
     grad_scale,
+    clip,
+    ema_weight,
     RULE: tl.constexpr,
     OPTIONS: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
+    GRAD_WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
+    EMA: tl.constexpr = len(DTYPES) - 1
     param = load(streams[0] + index, mask, COMPUTE, INTERPRETED)
     grad = load(streams[1] + index, mask, COMPUTE, INTERPRETED)
     states = ()
-    for s in tl.static_range(2, len(DTYPES)):
+    for s in tl.static_range(2, EMA):
         if DTYPES[s] is not None:
             states = states + (load(streams[s] + index, mask, COMPUTE, INTERPRETED),)
         else:
             states = states + (grad,)
-    if grad_scale is not None:
+    if DTYPES[EMA] is not None:
+        ema = load(streams[EMA] + index, mask, COMPUTE, INTERPRETED)
+    if GRAD_WRITE == UNSCALED:
         grad = divide(grad, grad_scale)
         store(streams[1] + index, grad, mask, INTERPRETED)
-    param, states = RULE(param, grad_sign * grad, states, hypers, variant, OPTIONS)
-    store(streams[0] + index, param, mask, INTERPRETED)
-    for s in tl.static_range(2, len(DTYPES)):
+    if clip is not None:
+        if GRAD_WRITE == CLIPPED:
+            store(streams[1] + index, clip * grad, mask, INTERPRETED)
+        grad = grad_sign * clip * grad
+    else:
+        grad = grad_sign * grad
+    if GRAD_WRITE == ZEROED:
+        zero(streams[1] + index, mask, BLOCK)
+    param, states = RULE(param, grad, states, hypers, variant, OPTIONS)
+    stored = encode(param, DTYPES[0], INTERPRETED)
+    tl.store(streams[0] + index, stored, mask=mask)
+    for s in tl.static_range(2, EMA):
         if DTYPES[s] is not None:
             store(streams[s] + index, states[s - 2], mask, INTERPRETED)
+    if DTYPES[EMA] is not None:
+        param = decode(stored, COMPUTE, INTERPRETED)
+        # An average of what is not finite would keep that: the first one copies.
+        ema = tl.where(ema_weight == 1, param, lerp(ema, param, ema_weight))
+        store(streams[EMA] + index, ema, mask, INTERPRETED)
 
 
-@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
+@triton.jit
+def zero_chunk(tensor, begin, DTYPES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    numel = tl.abs(tl.load(tensor + NUMEL))
+    grad = tl.load(tensor + STREAMS + 1).to(tl.pointer_type(DTYPES[1]))
+    for start in range(0, CHUNK, BLOCK):
+        index = begin + start + tl.arange(0, BLOCK)
+        zero(grad + index, index < numel, BLOCK)
+
+
+@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf", "clip"])
 def multi_tensor(
     tensors,
     chunks,
     hypers,
     grad_scale,
     found_inf,
+    clip,
     RULE: tl.constexpr,
     OPTIONS: tl.constexpr,
     N_HYPERS: tl.constexpr,
@@ -96,14 +147,24 @@ def multi_tensor(
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    GRAD_WRITE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    if found_inf is not None:
+    """Step the tensors, unless found_inf.
+
+    Grads are divided by grad_scale, and multiplied by clip, which is to unscale too unless GRAD_WRITE
+    is UNSCALED.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if found_inf is not None and GRAD_WRITE != ZEROED:
         if tl.load(found_inf) != 0:
             return
-    program = tl.program_id(0).to(tl.int64)
     tensor = tensors + tl.load(chunks + 2 * program).to(tl.int64) * (STREAMS + len(DTYPES))
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    if found_inf is not None and GRAD_WRITE == ZEROED:
+        if tl.load(found_inf) != 0:
+            zero_chunk(tensor, begin, DTYPES, CHUNK, BLOCK)
+            return
     numel = tl.load(tensor + NUMEL)
     row = hypers + tl.load(tensor + HYPERS_ROW) * ROW
     rule_hypers = ()
@@ -111,10 +172,15 @@ def multi_tensor(
         rule_hypers = rule_hypers + (tl.load(row + i).to(COMPUTE),)
     variant = tl.load(row + VARIANT).to(tl.int32)
     grad_sign = tl.load(row + GRAD_SIGN).to(COMPUTE)
-    if grad_scale is not None:
+    ema_weight = tl.load(row + EMA_WEIGHT).to(COMPUTE)
+    if GRAD_WRITE == UNSCALED:
         scale = tl.load(grad_scale).to(COMPUTE)
     else:
         scale = None
+    if clip is not None:
+        factor = tl.load(clip).to(COMPUTE)
+    else:
+        factor = None
     streams = ()
     aligned = ()
     for s in tl.static_range(len(DTYPES)):
@@ -138,10 +204,14 @@ def multi_tensor(
                 variant,
                 grad_sign,
                 scale,
+                factor,
+                ema_weight,
                 RULE,
                 OPTIONS,
                 DTYPES,
                 COMPUTE,
+                GRAD_WRITE,
+                BLOCK,
                 INTERPRETED,
             )
         elif first < tl.abs(numel):
@@ -153,9 +223,13 @@ def multi_tensor(
                 variant,
                 grad_sign,
                 scale,
+                factor,
+                ema_weight,
                 RULE,
                 OPTIONS,
                 DTYPES,
                 COMPUTE,
+                GRAD_WRITE,
+                BLOCK,
                 INTERPRETED,
             )

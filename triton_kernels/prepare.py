@@ -6,10 +6,12 @@ on the device (capturable, GradScaler's found_inf); elsewhere the host does the 
 
 Tables in device memory, beside those of `multi_tensor`:
 
-steps          int64 [n_tensors, 3]: address of the step, or 0; address of a float32 that says
-               whether SGD's momentum has started, or 0 if it has; the row of the next two
-option_values  float64 [n_rows, MAX_HYPERS + 3]: the rule's options, the variant's bits, the sign of
-               the grad, and the step for tensors without an address of one
+steps          int64 [n_tensors, 4]: address of the step, or 0; address of a float32 that says
+               whether SGD's momentum has started, or 0 if it has; address of the number of steps that
+               went into the EMA, or 0; the row of the next two
+option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the variant's bits, the sign of the
+               grad, the EMA's decay, whether that is warmed up, and the step for tensors without an
+               address of one
 addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
 
 An address is of a float32, or of a float64 where its lowest bit is set.
@@ -20,11 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .multi_tensor import GRAD_SIGN, MAX_HYPERS, ROW, VARIANT
+from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, VARIANT
 from .rules import FIRST_STEP
 
-STEP = tl.constexpr(10)
-OPTIONS_ROW = tl.constexpr(11)
+EMA_DECAY = tl.constexpr(10)
+EMA_WARMUP = tl.constexpr(11)
+STEP = tl.constexpr(12)
+OPTIONS_ROW = tl.constexpr(13)
+STEPS_ROW = tl.constexpr(4)
 
 
 @triton.jit
@@ -97,7 +102,8 @@ def store_number(address, value, mask):
 @triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
     steps, option_values, addresses, hypers, found_inf, n_tensors,
-    PREPARE: tl.constexpr, N_OPTIONS: tl.constexpr, N_HYPERS: tl.constexpr, BLOCK: tl.constexpr,
+    PREPARE: tl.constexpr, N_OPTIONS: tl.constexpr, N_HYPERS: tl.constexpr, AVERAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advance the steps, unless found_inf, and write one row of `hypers` per tensor."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -107,9 +113,10 @@ def prepare(
         goes_on = tl.load(found_inf) == 0
     else:
         goes_on = True
-    step_address = tl.load(steps + 3 * tensor, mask=mask, other=0)
-    started_address = tl.load(steps + 3 * tensor + 1, mask=mask, other=0)
-    row = tl.load(steps + 3 * tensor + 2, mask=mask, other=0)
+    steps += STEPS_ROW * tensor
+    step_address = tl.load(steps, mask=mask, other=0)
+    started_address = tl.load(steps + 1, mask=mask, other=0)
+    row = tl.load(steps + 3, mask=mask, other=0)
 
     values = ()
     for o in tl.static_range(N_OPTIONS):
@@ -136,3 +143,14 @@ def prepare(
         tl.store(hypers + tensor * ROW + i, prepared[i], mask=mask)
     tl.store(hypers + tensor * ROW + VARIANT, variant, mask=mask)
     tl.store(hypers + tensor * ROW + GRAD_SIGN, grad_sign, mask=mask)
+    if AVERAGES:  # as csrc/ema.cpp
+        n_address = tl.load(steps + 2, mask=mask, other=0)
+        decay = tl.load(option_values + row * OPTIONS_ROW + EMA_DECAY, mask=mask, other=0.0)
+        warmup = tl.load(option_values + row * OPTIONS_ROW + EMA_WARMUP, mask=mask, other=0.0)
+        n_averaged = load_number(n_address, mask)
+        warm = (1 + n_averaged) / (10 + n_averaged)
+        decay = tl.where((warmup != 0) & (warm < decay), warm, decay)
+        weight = tl.where(n_averaged == 0, 1.0, 1 - decay)
+        tl.store(hypers + tensor * ROW + EMA_WEIGHT, weight, mask=mask)
+        if goes_on:
+            store_number(n_address, n_averaged + 1, mask)

@@ -8,6 +8,7 @@ from typing import Any
 import triton.language as tl
 
 from . import prepare
+from .multi_tensor import KEPT
 from .rules import RULES
 
 # Storage types that a kernel reads, by the name that torch gives them.
@@ -31,8 +32,9 @@ class Specialization:
     Attributes:
         rule: key of RULES.
         options: the deciding options, see rules.py.
-        dtypes: names of the storage types of param, grad and all states of the rule; None: there is no
-            such state.
+        dtypes: names of the storage types of param, grad, all states of the rule, and the EMA; None:
+            there is no such state, or no EMA.
+        grad_write: what is left in the grads, see multi_tensor.py.
         warp_size: threads of a warp: 32, or 64 on AMD's gfx9.
         interpreted: for Triton's interpreter.
     """
@@ -40,12 +42,13 @@ class Specialization:
     rule: str
     options: int
     dtypes: tuple[str | None, ...]
+    grad_write: int = KEPT.value
     warp_size: int = 32
     interpreted: bool = False
 
     def __post_init__(self) -> None:
         there = RULES[self.rule].states_with(self.options)
-        assert [dtype is not None for dtype in self.dtypes] == [True, True, *there], self
+        assert [dtype is not None for dtype in self.dtypes[:-1]] == [True, True, *there], self
 
     @property
     def compute(self) -> tl.dtype:
@@ -85,15 +88,31 @@ class Specialization:
             "COMPUTE": self.compute,
             "CHUNK": self.chunk,
             "BLOCK": self.block,
+            "GRAD_WRITE": self.grad_write,
             "INTERPRETED": self.interpreted,
         }
 
 
-def prepare_constants(rule: str) -> dict[str, Any]:
+def prepare_constants(rule: str, averages: bool) -> dict[str, Any]:
     """The constexpr arguments of `prepare.prepare`, in the order of its signature."""
     return {
         "PREPARE": getattr(prepare, rule),
         "N_OPTIONS": len(RULES[rule].options),
         "N_HYPERS": len(RULES[rule].hypers),
+        "AVERAGES": averages,
         "BLOCK": PREPARE_BLOCK,
     }
+
+
+# Warps of `finish`, whose one program is short.
+FINISH_WARPS = 4
+
+
+def norm_warps(dtype: str, warp_size: int) -> int:
+    """Of `norm`, whose blocks have 512 elements: 128 bits a thread, or twice that in float64."""
+    return (64 if dtype in ("bfloat16", "float16") else 128) // warp_size
+
+
+def norm_constants(dtype: str, interpreted: bool) -> dict[str, Any]:
+    """The constexpr arguments of `norm.norm`, in the order of its signature."""
+    return {"DTYPE": DTYPES[dtype], "INTERPRETED": interpreted}

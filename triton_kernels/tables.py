@@ -54,7 +54,7 @@ class DeviceCopy:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
-        self.version: int | None = None
+        self.version: float | None = None
         self.tensor: Tensor | None = None
         self._spares: list[Tensor] = []  # pinned memory may not be had during a capture
         self._captured: list[
@@ -62,7 +62,7 @@ class DeviceCopy:
         ] = []  # copies that graphs make again, and their sources
 
     def bring(
-        self, version: int, numel: int, fill: Callable[[Tensor], object], capturing: bool
+        self, version: float, numel: int, fill: Callable[[Tensor], object], capturing: bool
     ) -> bool:
         """Upload what `fill` writes, unless the copy is of this version. False: no pinned memory."""
         if self.version == version:

@@ -35,7 +35,16 @@ from fused_optim.cli.machine_code import (
 # Setuptools maps the folder into the package; pyright cannot know.
 from fused_optim.triton_kernels import specialize  # pyright: ignore[reportMissingImports]
 from fused_optim.triton_kernels.multi_tensor import (  # pyright: ignore[reportMissingImports]
+    KEPT,
+    UNSCALED,
+    ZEROED,
     multi_tensor,
+)
+from fused_optim.triton_kernels.norm import (  # pyright: ignore[reportMissingImports]
+    AHEAD,
+    LANES,
+    finish,
+    norm,
 )
 from fused_optim.triton_kernels.prepare import prepare  # pyright: ignore[reportMissingImports]
 from fused_optim.triton_kernels.rules import RULES  # pyright: ignore[reportMissingImports]
@@ -67,19 +76,23 @@ class Kernel:
     """One kernel to compile.
 
     Attributes:
-        rule: key of RULES.
+        rule: key of RULES; or "norm" or "finish", the kernels that measure the grads.
         options: the deciding options, see triton_kernels/rules.py.
-        dtypes: key of DTYPES; None: this is the rule's `prepare`.
-        scaled: with grad_scale and found_inf (`prepare`: with found_inf).
+        dtypes: key of DTYPES; None: this is the rule's `prepare`, or `finish`.
+        scaled: with grad_scale and found_inf (`prepare`: with found_inf, and an EMA).
+        one_pass: clips, averages and leaves zeros in the grads; grad_scale is part of clipping then.
     """
 
     rule: str
     options: int
     dtypes: str | None
     scaled: bool
+    one_pass: bool = False
 
     @property
     def name(self) -> str:
+        if self.rule not in RULES:
+            return " ".join(filter(None, (self.rule, self.dtypes)))
         if self.dtypes is None:
             return f"{self.rule} prepare{', found_inf' if self.scaled else ''}"
         rule = RULES[self.rule]
@@ -87,20 +100,33 @@ class Kernel:
         there = rule.states_with(self.options)
         extra = [s for s, o, t in zip(rule.states, optional, there) if o and t]
         words = [self.rule, *(f"+{state}" for state in extra), self.dtypes]
-        return " ".join(words) + (", scaled" if self.scaled else "")
+        name = " ".join(words) + (", scaled" if self.scaled else "")
+        return name + (", one pass" if self.one_pass else "")
 
     def specialization(self, target: str) -> specialize.Specialization:
-        """Raises KeyError for `prepare`, which has none."""
+        """Raises KeyError for `prepare` and `finish`, which have none."""
         param, grad, state = DTYPES[self.dtypes or ""]
         there = RULES[self.rule].states_with(self.options)
         states = tuple(state if is_there else None for is_there in there)
+        grad_write = ZEROED if self.one_pass else UNSCALED if self.scaled else KEPT
         return specialize.Specialization(
-            self.rule, self.options, (param, grad, *states), gpu_target(target).warp_size
+            self.rule,
+            self.options,
+            (param, grad, *states, param if self.one_pass else None),
+            grad_write.value,
+            gpu_target(target).warp_size,
         )
 
     def needs(self, target: str) -> Needs:
+        # The tree over the lanes, in float64; Triton 3.6 pads a little.
+        tree = 2 * LANES.value * 8
         if self.dtypes is None:
-            return Needs()
+            return Needs(max_shared_nbytes=tree if self.rule == "finish" else 0)
+        bounded = target.startswith("sm_")
+        if self.rule == "norm":
+            at_once = AHEAD.value * (2 if self.dtypes == "float64" else 1)
+            bound = MAX_REGISTERS["float32"] if bounded else None
+            return Needs({WIDEST: at_once}, {}, bound, tree)
         loads, stores = Counter[int](), Counter[int]()
         dtypes = self.specialization(target).dtypes
         compute = "float64" if "float64" in dtypes else "float32"
@@ -112,7 +138,8 @@ class Kernel:
                 # The grad is only written where it is unscaled.
                 if stream != 1 or self.scaled:
                     stores[access] += nbits // access
-        bound = MAX_REGISTERS[compute] if target.startswith("sm_") else None
+        # With an EMA there are as many streams as in float64, so the same number will do.
+        bound = MAX_REGISTERS["float64" if self.one_pass else compute] if bounded else None
         return Needs(dict(loads), dict(stores), bound)
 
 
@@ -155,6 +182,10 @@ def select(
                 options = sum(option for option, is_chosen in zip(deciding, chosen) if is_chosen)
                 kernels.append(Kernel(name, options, dtypes, scaled))
         kernels += [Kernel(name, 0, None, scaled) for scaled in (False, True)]
+        kernels.append(Kernel(name, 0, "float32", True, one_pass=True))
+    if rules is None:
+        kernels += [Kernel("norm", 0, dtype, False) for dtype in specialize.DTYPES]
+        kernels.append(Kernel("finish", 0, None, True))
     return kernels, list(targets)
 
 
@@ -178,25 +209,40 @@ def gpu_target(name: str) -> GPUTarget:
 def source(kernel: Kernel, target: str) -> tuple[ASTSource, dict[str, Any]]:
     """What triton.compile wants: the source with its arguments' types as the launcher has them, options.
 
-    The tables are aligned to 16 bytes; grad_scale and found_inf are tensors of one element anywhere.
+    The tables are aligned to 16 bytes; grad_scale, found_inf and the like are tensors of one element
+    anywhere.
     """
-    if kernel.dtypes is None:
+    scalars = {"grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp64"}
+    absent = set[str]()
+    if kernel.rule == "norm":
+        assert kernel.dtypes is not None
+        function = norm
+        num_warps = specialize.norm_warps(kernel.dtypes, gpu_target(target).warp_size)
+        constants = specialize.norm_constants(kernel.dtypes, False)
+        tables = {"grads": "*i64", "chunks": "*i32", "partials": "*fp64"}
+        others = {"n_partials": "i32"}
+    elif kernel.rule == "finish":
+        function, num_warps = finish, specialize.FINISH_WARPS
+        constants = {"SKIPS_NONFINITE": True}
+        tables = {"partials": "*fp64", "max_norm": "*fp64"}
+        others = {"n_partials": "i32", "extra": "*fp64", "report": "*fp32", "result": "*fp64"}
+        others["n_skipped"] = "*i64"
+    elif kernel.dtypes is None:
         function, num_warps = prepare, specialize.PREPARE_BLOCK // 32
-        constants = specialize.prepare_constants(kernel.rule)
+        constants = specialize.prepare_constants(kernel.rule, averages=kernel.scaled)
         tables = {"steps": "*i64", "option_values": "*fp64", "addresses": "*i64", "hypers": "*fp64"}
         others = {"n_tensors": "i32"}
-        scalars = ["found_inf"]
     else:
         specialization = kernel.specialization(target)
         function, num_warps = multi_tensor, specialization.num_warps
         constants = specialization.constants()
         tables = {"tensors": "*i64", "chunks": "*i32", "hypers": "*fp64"}
         others = {}
-        scalars = ["grad_scale", "found_inf"]
-    if kernel.scaled:
-        others |= dict.fromkeys(scalars, "*fp32")
-    else:
-        constants |= dict.fromkeys(scalars)
+        absent = {"grad_scale"} if kernel.one_pass else {"clip"}
+    if not kernel.scaled:
+        absent = set(scalars)
+    others |= scalars
+    constants |= dict.fromkeys(absent.intersection(function.arg_names))
     signature = {
         name: "constexpr" if name in constants else (tables | others)[name]
         for name in function.arg_names

@@ -20,11 +20,13 @@ class Needs:
         loads: bits of one access -> how many of them a thread takes at least per whole block.
         stores: likewise.
         max_registers: per thread; None: any number.
+        max_shared_nbytes: per program.
     """
 
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     max_registers: int | None = None
+    max_shared_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def complaints(needs: Needs, measured: Measured) -> list[str]:
     for number, what in (
         (measured.stack_nbytes, "bytes of stack"),
         (measured.local_nbytes, "bytes of local memory"),
-        (measured.shared_nbytes, "bytes of shared memory"),
+        (max(0, measured.shared_nbytes - needs.max_shared_nbytes), "bytes of shared memory"),
         (measured.spills, "spills"),
         (measured.fused, "multiplications fused into an addition"),
         (measured.flushing, "operations that flush subnormals"),
