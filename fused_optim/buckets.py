@@ -16,8 +16,8 @@ from fused_optim.optimizer import FusedOptimizer, Outcome
 
 # New states lie behind the grads of their step, and in glibc (2.36) the hole that a freed grad leaves is a
 # few bytes too small for an aligned block of the same size: in the first iteration, which makes the states,
-# all holes would stay. Given back to the system, the peak of 12 x Linear(2048, 2048) with AdamW grows by 456
-# MiB, not 566 (600 in the ordinary loop). That takes 19 ms once; 41 ms in a transformer of 110 M params.
+# all holes would stay. Given back to the system, the peak of benchmarks/release_memory.py grows by 422 to 470
+# MiB, not 611 (599 in the ordinary loop). That takes 19 ms once; 41 ms in a transformer of 110 M params.
 # Smaller holes are not worth it.
 TRIM_NBYTES = 2**20
 
