@@ -34,8 +34,6 @@ Plan::EmaTask* Plan::gather_ema(Group& group, PyObject* param, const StepContext
   if (is_new) {
     entry = check(PyObject_CallFunctionObjArgs(context.create_ema, param, group.dict,
                                                entry == nullptr ? Py_None : entry, nullptr));
-    states_.forget();  // Python code has run
-    emas_.forget();
     hints_hold_ = false;
   } else {
     Py_INCREF(entry);

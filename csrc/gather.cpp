@@ -59,25 +59,27 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
 
 PyObject* Finder::find(PyObject* dict, PyObject* param, Py_ssize_t& position) {
   PyObject *key, *value;
-  for (Py_ssize_t start : {position, cursor_}) {
+  const auto is_at = [&](Py_ssize_t start) {
     Py_ssize_t next = start;
-    if (PyDict_Next(dict, &next, &key, &value) && key == param) {
-      position = start;
-      cursor_ = next;
-      return value;
-    }
+    if (!PyDict_Next(dict, &next, &key, &value) || key != param) return false;
+    position = start;
+    cursor_ = next;
+    return true;
+  };
+  if (is_at(position) || is_at(cursor_)) return value;
+  // Python code may have run since the index was made: what it finds is looked at.
+  auto found = index_.find(param);
+  if (found != index_.end() ? is_at(found->second) : PyDict_GET_SIZE(dict) == indexed_)
+    return found != index_.end() ? value : nullptr;
+  index_.clear();
+  indexed_ = PyDict_GET_SIZE(dict);
+  Py_ssize_t next = 0, start = 0;
+  while (PyDict_Next(dict, &next, &key, &value)) {
+    index_[key] = start;
+    start = next;
   }
-  if (index_.empty()) {
-    Py_ssize_t next = 0, start = 0;
-    while (PyDict_Next(dict, &next, &key, &value)) {
-      index_[key] = {start, value};
-      start = next;
-    }
-  }
-  const auto found = index_.find(param);
-  if (found == index_.end()) return nullptr;
-  position = found->second.first;
-  return found->second.second;
+  found = index_.find(param);
+  return found != index_.end() && is_at(found->second) ? value : nullptr;
 }
 
 // False if stock must handle this step tensor.
@@ -169,8 +171,6 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
       pending_.push_back({param, states});
       pending_task_.push_back(static_cast<int64_t>(tasks_.size()));
       if (!PyDict_Check(states)) raise(PyExc_TypeError, "create_state must return a dict");
-      states_.forget();
-      emas_.forget();
       if (!device || !context.skip_on_device) variant |= rule_.first_step_variant;
       hints_hold_ = false;
     } else {

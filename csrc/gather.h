@@ -51,13 +51,17 @@ struct StepContext {
 class Finder {
  public:
   void begin() { cursor_ = 0; }
-  void forget() { index_.clear(); }  // Python code has run
+  void end() {
+    index_.clear();
+    indexed_ = 0;
+  }
   // Borrowed; null if there is none. position: of the entry, as PyDict_Next takes it.
   PyObject* find(PyObject* dict, PyObject* param, Py_ssize_t& position);
 
  private:
   Py_ssize_t cursor_ = 0;
-  std::unordered_map<PyObject*, std::pair<Py_ssize_t, PyObject*>> index_;
+  std::unordered_map<PyObject*, Py_ssize_t> index_;  // compared, never dereferenced
+  Py_ssize_t indexed_ = 0;  // the dict's size then
 };
 
 // One optimizer's step. Between two steps it keeps memory to work in and hints where to look first;

@@ -68,8 +68,8 @@ void Plan::release() {
   device_tasks_.clear();
   pending_task_.clear();
   moved_steps_.clear();
-  states_.forget();
-  emas_.forget();
+  states_.end();
+  emas_.end();
 }
 
 PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& context) {
