@@ -124,7 +124,8 @@ def alternate(
 
     Args:
         steps: name -> one step; called once unmeasured first.
-        before: run unmeasured before each single step, for example to flush caches.
+        before: run unmeasured before each single step, for example to flush caches; before those that
+            are not measured themselves too.
         drop: given each median in seconds after the screening rounds, names those to leave out from
             then on; their samples so far are kept.
         clock: seconds, monotonic; the schedule goes by it.
@@ -139,8 +140,10 @@ def alternate(
     gc.disable()
     try:
         for step in steps.values():
+            if before is not None:
+                before()
             step()
-        n_steps = {name: _burst_length(step, schedule, timer) for name, step in steps.items()}
+        n_steps = {n: _burst_length(step, schedule, timer, before) for n, step in steps.items()}
         samples: Samples = {name: [] for name in steps}
         names = list(steps)
         begin = clock()
@@ -170,11 +173,11 @@ def alternate(
             gc.enable()
 
 
-def _burst_length(step: Step, schedule: Schedule, timer: Timer) -> int:
+def _burst_length(step: Step, schedule: Schedule, timer: Timer, before: Step | None) -> int:
     """Number of steps that take burst_s; doubles until the clock's resolution is no matter."""
     n_steps = 1
     while True:
-        seconds = timer.burst(step, n_steps, None)
+        seconds = timer.burst(step, n_steps, before)
         if n_steps * seconds >= schedule.burst_s / 4:
             return max(1, math.ceil(schedule.burst_s / seconds))
         n_steps *= 2
