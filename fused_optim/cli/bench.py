@@ -31,8 +31,6 @@ QUICK = timing.Schedule(
 GPU = dataclasses.replace(FULL, budget_s=4, limit_s=12)
 GPU_BURST_S = 2e-4
 
-# A variant this much slower than the best one after the screening will not become the best.
-CLEARLY_SLOWER = 1.5
 # Several times the last-level cache of one core complex (32 MB is common).
 FLUSH_NBYTES = 64 * 2**20
 
@@ -150,12 +148,8 @@ def _measure(
     def drop(medians: dict[str, float]) -> set[str]:
         if not entrants.baselines:
             return set()
-        limit = CLEARLY_SLOWER * min(medians[name] for name in entrants.baselines)
-        return {
-            name
-            for name, median in medians.items()
-            if name not in (OURS, PROBE, COPY) and median > limit
-        }
+        best = min(medians[name] for name in entrants.baselines)
+        return timing.clearly_slower(medians, best) - {OURS, PROBE, COPY}
 
     samples = timing.alternate(
         steps, schedule, before=before, drop=drop, timer=timer, on_round=on_round

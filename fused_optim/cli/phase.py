@@ -217,8 +217,11 @@ def _choose(
     phase = workload.phase
     assert phase is not None
 
+    def drop(medians: dict[str, float]) -> set[str]:
+        return timing.clearly_slower(medians, min(medians.values()))
+
     def fastest(steps: dict[str, Step]) -> Choice:
-        samples = timing.alternate(steps, CHOICE, before=before, timer=timer)
+        samples = timing.alternate(steps, CHOICE, before=before, drop=drop, timer=timer)
         seconds = {
             name: timing.quartiles(timing.round_times(rounds)).median
             for name, rounds in samples.items()
@@ -226,6 +229,8 @@ def _choose(
         return Choice(min(seconds, key=lambda name: seconds[name]), seconds)
 
     names = contestants.stock_variants(workload, quick=quick)
+    if "fused" in names:
+        names = [name for name in names if name != "for-loop"]  # never the fastest then
     optimizers = {name: contestants.stock(workload, name, params) for name in names}
     choices = {"step": fastest({name: opt.step for name, opt in optimizers.items()})}
     del optimizers  # and their states

@@ -11,6 +11,8 @@ from typing import Protocol
 Step = Callable[[], object]
 # Per contestant, per round: seconds per step of each pass.
 Samples = dict[str, list[list[float]]]
+# A variant this much slower than the best one after the screening will not become the best.
+CLEARLY_SLOWER = 1.5
 
 
 class Timer(Protocol):
@@ -108,6 +110,11 @@ def paired_ratios(
     """
     pairs = zip(round_times(numerator), round_times(denominator), strict=False)
     return [above / below for above, below in pairs]
+
+
+def clearly_slower(medians: dict[str, float], best: float) -> set[str]:
+    """Those not worth more rounds beside the best one."""
+    return {name for name, median in medians.items() if median > CLEARLY_SLOWER * best}
 
 
 def alternate(
