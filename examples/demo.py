@@ -1,14 +1,15 @@
 """Train two small models with torch.optim and with fused_optim, and compare curves and times.
 
 Exits with 1 if a loss curve leaves the bound derived in demo_bound.py, if a tensor was not stepped
-by a fused_optim kernel, or if a model learned nothing.
+by a fused_optim kernel, or if a model learned nothing. demo_phase.py then times all that a training loop
+does around the step too.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from demo_bound import add_rounding_noise, tolerance
-from demo_tasks import Task, accuracy_of, blind_loss, characters, digits, loss_of
+from demo_phase import compare_phases
+from demo_tasks import Task, blind_loss, characters, digits
+from demo_train import Phase, Run, train
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fused_optim
@@ -39,18 +43,10 @@ CHARACTERS_OPTIMIZERS = {"AdamW": {"lr": 2e-3, "betas": (0.9, 0.99), "weight_dec
 # 80, with 6 it would be 16, and every twin costs one more training run.
 N_TWINS = 4
 
+# With the twins seven runs of so many steps, in which all grads are clipped.
+N_PHASE_STEPS = 40
+
 PLOT = Path(__file__).resolve().parents[1] / "build" / "demo" / "curves.png"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: a loss per step, what it learned, and where its time went."""
-
-    losses: np.ndarray
-    accuracy: float
-    seconds: float
-    step_seconds: float
-    not_fused: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -87,55 +83,29 @@ class Comparison:
         return [f"{self.task.name}, {self.optimizer}: {failure}" for failure in found]
 
 
-def train(task: Task, make_optimizer: MakeOptimizer, noise_seed: int | None = None) -> Run:
-    """Train on all batches of `task`; with a `noise_seed`, as a twin (see demo_bound)."""
-    torch.manual_seed(0)
-    model = task.build()
-    optimizer = make_optimizer(model.parameters())
-    if noise_seed is not None:
-        add_rounding_noise(optimizer, noise_seed)
-    losses: list[float] = []
-    not_fused: dict[str, int] = {}
-    step_seconds = 0.0
-    start = time.perf_counter()
-    for batch in task.batches:
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        step_start = time.perf_counter()
-        optimizer.step()
-        step_seconds += time.perf_counter() - step_start
-        losses.append(loss.item())
-        for why, n_tensors in _not_fused(optimizer).items():
-            not_fused[why] = not_fused.get(why, 0) + n_tensors
-    seconds = time.perf_counter() - start
-    accuracy = accuracy_of(model, task.held_out)
-    return Run(np.array(losses), accuracy, seconds, step_seconds, not_fused)
+def step_alone(
+    make_optimizer: MakeOptimizer, noise_seed: int | None = None
+) -> Callable[..., Phase]:
+    """What makes the phase that is step() and nothing else; with a `noise_seed`, a twin's."""
 
+    def build(params: Iterable[Parameter]) -> Phase:
+        optimizer = make_optimizer(params)
+        if noise_seed is not None:
+            add_rounding_noise(optimizer, noise_seed)
+        return Phase(optimizer, optimizer.step, before_backward=optimizer.zero_grad)
 
-def _not_fused(optimizer: Optimizer) -> dict[str, int]:
-    """Tensors of the latest step that no kernel served, by reason; stock optimizers have none."""
-    report = getattr(optimizer, "last_step", None)
-    if report is None:
-        return {}
-    reasons: dict[str, int] = {}
-    for fallback in report.fallbacks:
-        reasons[fallback.reason] = reasons.get(fallback.reason, 0) + 1
-    with_grad = sum(p.grad is not None for g in optimizer.param_groups for p in g["params"])
-    stepped = sum(n for backend, n in report.tensors.items() if backend != "stock")
-    missing = with_grad - stepped - len(report.fallbacks)
-    if missing:
-        reasons["not counted by last_step"] = missing
-    return reasons
+    return build
 
 
 def compare(task: Task, optimizer: str, stock: MakeOptimizer, fused: MakeOptimizer) -> Comparison:
     """Train `task` with both, and with the twins that tell how far they may differ."""
     for make_optimizer in (stock, fused):
-        train(task.first(3), make_optimizer)  # First calls load code, which is not a step's time.
-    stock_run = train(task, stock)
-    fused_run = train(task, fused)
-    twins = [train(task, stock, noise_seed=seed).losses for seed in range(N_TWINS)]
+        train(
+            task.first(3), step_alone(make_optimizer)
+        )  # First calls load code, which is not a step's time.
+    stock_run = train(task, step_alone(stock))
+    fused_run = train(task, step_alone(fused))
+    twins = [train(task, step_alone(stock, seed)).losses for seed in range(N_TWINS)]
     bound = tolerance(stock_run.losses, np.array(twins))
     return Comparison(task, optimizer, stock_run, fused_run, bound)
 
@@ -211,9 +181,12 @@ def main() -> int:
             )
             report(comparison)
             comparisons.append(comparison)
+    [(name, options)] = CHARACTERS_OPTIMIZERS.items()
+    phases = compare_phases(characters(N_PHASE_STEPS), name, options, N_TWINS)
+    phases.report()
     plot(comparisons, PLOT)
     print(f"\nplot: {PLOT}\n{time.perf_counter() - start:.0f} s in all")
-    failures = [failure for comparison in comparisons for failure in comparison.failures()]
+    failures = [f for comparison in (*comparisons, phases) for f in comparison.failures()]
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if not failures:

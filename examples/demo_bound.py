@@ -29,6 +29,8 @@ beta2 of 0.998 in place of 0.999 exceeds the bound within the first epoch of dig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy import stats
@@ -54,14 +56,21 @@ def tolerance(stock: np.ndarray, twins: np.ndarray) -> np.ndarray:
     return stats.t.ppf(1 - FALSE_ALARM / (2 * n_steps), df=n_twins) * spread
 
 
-def add_rounding_noise(optimizer: Optimizer, seed: int) -> None:
-    """Make `optimizer` a twin: every later step ends with the noise described above."""
+def coin_tosser(seed: int) -> Callable[[Tensor], Tensor]:
+    """What gives tensors of -1 and 1, of the shape and dtype of another tensor."""
     random = torch.Generator().manual_seed(seed)
-    before: dict[tuple[int, str], Tensor] = {}
-    exact_lrs: list[float] = []
 
     def coins(like: Tensor) -> Tensor:
         return torch.randint(2, like.shape, generator=random).to(like.dtype) * 2 - 1
+
+    return coins
+
+
+def add_rounding_noise(optimizer: Optimizer, seed: int) -> None:
+    """Make `optimizer` a twin: every later step ends with the noise described above."""
+    coins = coin_tosser(seed)
+    before: dict[tuple[int, str], Tensor] = {}
+    exact_lrs: list[float] = []
 
     def remember(optimizer: Optimizer, args: object, kwargs: object) -> None:
         before.update({key: stream.clone() for key, stream in _streams(optimizer).items()})

@@ -11,7 +11,16 @@ import pytest
 import torch
 from marks import needs_cpu_kernels
 
-from fused_optim.cli import bench, contestants, device, report, results, timing, workloads
+from fused_optim.cli import (
+    bench,
+    contestants,
+    device,
+    phase,
+    report,
+    results,
+    timing,
+    workloads,
+)
 from fused_optim.cli.device import EventTimer
 from fused_optim.cli.timing import HostTimer, Quartiles
 from fused_optim.cli.workloads import Target, Workload
@@ -275,6 +284,20 @@ def test_a_row_of_host_time_drains_the_queue_before_every_step(played, monkeypat
     assert (row.clock, row.n_sets, row.copy_part) == ("host", 1, None)
     assert len(drained) >= len(row.samples_s) * SCHEDULE.min_rounds
     assert contestants.COPY not in row.samples_s
+
+
+def test_a_phase_by_events_counts_its_bytes(played, monkeypatch):
+    monkeypatch.setattr(phase, "CHOICE", SCHEDULE)
+    work = dataclasses.replace(WORK, phase=workloads.WHOLE)
+    row = bench.measure(work, quick=True, device=played)
+    assert (row.clock, row.baseline, row.n_sets) == ("device", contestants.STOCK_CALLS, 1)
+    assert set(row.samples_s) == {contestants.OURS, contestants.STOCK_CALLS, contestants.COPY}
+    assert row.nbytes == work.numel * 44
+    assert row.copy_part is not None
+    assert row.faster_peers == []
+    poor = dataclasses.replace(played, free_nbytes=lambda: work.nbytes)
+    with pytest.raises(bench.NotMeasured, match="GiB"):
+        bench.measure(work, quick=True, device=poor)
 
 
 def test_states_get_the_dtypes_asked_for_and_who_cannot_says_so(played):

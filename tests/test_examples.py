@@ -184,6 +184,67 @@ def test_the_demo_rejects_a_fallback(demo, short_digits):
     assert "5 tensor steps: not counted by last_step" in failures
 
 
+@pytest.fixture
+def phases(demo, short_digits):
+    """Compare the phases of AdamW on a short task."""
+    import demo_phase
+
+    def compare():
+        return demo_phase.compare_phases(short_digits, "AdamW", {"lr": 2e-3}, demo.N_TWINS)
+
+    compare.module = demo_phase
+    return compare
+
+
+def test_the_demo_accepts_a_swap_and_one_pass(phases, capsys):
+    comparison = phases()
+    assert comparison.failures() == []
+    assert list(comparison.runs) == ["stock calls", "plain swap", "one pass"]
+    for run in comparison.runs.values():
+        assert run.step_seconds > 0
+    assert comparison.runs["one pass"].averages_loss != comparison.runs["one pass"].losses[-1]
+    comparison.report()
+    out = capsys.readouterr().out
+    assert all(name in out for name in comparison.runs)
+
+
+def test_the_demo_s_phase_clips_and_zeroes(phases):
+    module = phases.module
+    param = torch.nn.Parameter(torch.ones(3))
+    makes = (
+        module.stock_calls(torch.optim.AdamW, {}),
+        module.stock_calls(fused_optim.AdamW, {}, noise_seed=0),
+        module.one_pass(fused_optim.AdamW, {}),
+    )
+    for make_phase in makes:
+        phase = make_phase([param])
+        param.grad = torch.full((3,), 100.0)
+        phase.run()
+        assert param.grad.tolist() == [0.0] * 3
+        exp_avg = phase.optimizer.state[param]["exp_avg"]
+        assert exp_avg.norm().item() == pytest.approx(0.1 * module.MAX_GRAD_NORM, rel=1e-5)
+        torch.testing.assert_close(phase.averages(), [param.detach()])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ema_decay": 0.91}, "one pass: losses of the averages differ"),
+        ({"max_grad_norm": 1e9}, "one pass: loss curves differ"),
+        ({"zero_grads": False}, "one pass: loss curves differ"),
+        ({"lr": 2.001e-3}, "one pass: loss curves differ"),
+    ],
+)
+def test_the_demo_rejects_a_wrong_one_pass(phases, monkeypatch, wrong, message):
+    right = fused_optim.AdamW
+
+    def build(params, **options):
+        return right(params, **{**options, **(wrong if "ema_decay" in options else {})})
+
+    monkeypatch.setattr(fused_optim, "AdamW", build)
+    assert any(message in failure for failure in phases().failures())
+
+
 def test_the_demo_trains_with_every_optimizer(demo):
     trained = [*demo.DIGITS_OPTIMIZERS, *demo.CHARACTERS_OPTIMIZERS]
     assert sorted(trained) == ["Adagrad", "Adam", "AdamW", "RMSprop", "SGD"]

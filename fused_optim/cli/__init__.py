@@ -10,6 +10,7 @@ import fused_optim
 
 # Exit statuses: argparse itself ends with 2 on a bad command line, a shell with 130 after Ctrl-C.
 EXIT_FELL_BACK = 1
+EXIT_DISAGREES = 1
 EXIT_UNHEALTHY = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         help="time the optimizers against torch.optim and peers",
         description="Times every optimizer against the best of torch.optim's own variants, in one "
         "process and in alternation. Exit status 0 also when a target is missed, 1 when a tensor "
-        "fell back to torch.optim.",
+        "fell back to torch.optim, or when a phase and stock's calls do not compute the same.",
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="save everything, raw samples too")
     bench.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG charts into DIR")
@@ -50,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--device", default="cpu", metavar="NAME", help="cpu (the default), cuda or cuda:N"
     )
-    bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's own choice")
+    bench.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="default: torch's own choice; rows that name a number of threads are there for N instead",
+    )
     bench.add_argument(
         "--only", nargs="+", metavar="NAME", help="rows to measure, such as: tiny gpt2-* linear-*"
     )
@@ -92,7 +98,9 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     try:
         device = find(args.device)
-        workloads = select(args.only, quick=args.quick, device_type=device.type)
+        workloads = select(
+            args.only, quick=args.quick, device_type=device.type, threads=args.threads
+        )
         for folder in filter(None, (args.json and args.json.parent, args.plot)):
             folder.mkdir(parents=True, exist_ok=True)
         if args.json:
@@ -109,6 +117,8 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
         for path in plot.draw(results, args.plot):
             print(f"wrote {path}")
+    if results.disagreements:
+        return EXIT_DISAGREES
     if results.fallbacks:
         return EXIT_FELL_BACK
     return EXIT_INTERRUPTED if results.interrupted else 0

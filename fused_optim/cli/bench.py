@@ -1,9 +1,10 @@
 """python -m fused_optim bench: measures the table of workloads."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fused_optim import FusedOptimizer
-from fused_optim.cli import contestants, results, timing
-from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, OURS, PROBE
+from fused_optim.cli import contestants, phase, results, timing
+from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
 from fused_optim.cli.device import CPU, Device, EventTimer, rotate
 from fused_optim.cli.workloads import MEMORY, Workload
 
@@ -30,8 +31,6 @@ QUICK = timing.Schedule(
 GPU = dataclasses.replace(FULL, budget_s=4, limit_s=12)
 GPU_BURST_S = 2e-4
 
-# A variant this much slower than the best one after the screening will not become the best.
-CLEARLY_SLOWER = 1.5
 # Several times the last-level cache of one core complex (32 MB is common).
 FLUSH_NBYTES = 64 * 2**20
 
@@ -72,6 +71,8 @@ def run(
                         found.rows.append(row)
                     except NotMeasured as reason:
                         found.skipped[workload.name] = str(reason)
+                    except phase.Disagreement as difference:
+                        found.disagreements[workload.name] = str(difference)
                 # Several GB belong to the last row; free them before the next one allocates.
                 device.release()
         except KeyboardInterrupt:
@@ -93,24 +94,52 @@ def measure(
 
     Raises:
         NotMeasured: the device has too little memory.
+        Disagreement: stock's phase and ours do not compute the same.
     """
+    with _torch_threads(workload.threads):
+        return _measure(workload, quick=quick, device=device, on_round=on_round)
+
+
+@contextlib.contextmanager
+def _torch_threads(n_threads: int | None) -> Iterator[None]:
+    """So many threads meanwhile; None: as many as there are."""
+    others = torch.get_num_threads()
+    torch.set_num_threads(n_threads or others)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(others)
+
+
+def _measure(
+    workload: Workload, *, quick: bool, device: Device, on_round: Callable[[float], object]
+) -> results.Row:
     by_device = device.new_event is not None and workload.timed == "step"
-    entrants = _enter(workload, quick=quick, device=device, rotates=by_device)
-    steps = entrants.steps
-    nbytes, n_streams = contestants.bytes_per_step(entrants.ours)
+    copy: timing.Step | None = None
+    timer: timing.Timer | None = None
+    if workload.phase is None:
+        entrants = _enter(workload, quick=quick, device=device, rotates=by_device)
+        if by_device:
+            copy, timer = _copy_and_timer(device)
+    else:
+        _check_memory(workload, phase.N_SETS_OF_STREAMS, device)
+        if by_device:
+            copy, timer = _copy_and_timer(device)
+        params = contestants.make_params(
+            workload.shapes, workload.dtype, workload.layout, device.torch_device
+        )
+        entrants = phase.enter(workload, params, quick=quick, timer=timer)
+    steps, nbytes, n_streams = entrants.steps, entrants.nbytes, entrants.n_streams
 
     schedule = QUICK if quick else FULL
-    before: timing.Step | None = None
-    timer: timing.Timer | None = None
+    before = entrants.before
     if device.new_event is None:
-        if workload.is_large and workload.layout == "matching":
+        if workload.is_large and workload.layout == "matching" and workload.phase is None:
             steps |= contestants.bandwidth_steps(nbytes, n_streams)
         if workload.cold:
             before = functools.partial(torch.zeros(FLUSH_NBYTES // 4).add_, 1)
-    elif by_device:
-        copy = contestants.device_copy(device.torch_device, COPY_NBYTES)
+    elif copy is not None:
         steps |= {COPY: copy}
-        timer = EventTimer(device.new_event, hold=copy)
         schedule = dataclasses.replace(schedule if quick else GPU, burst_s=GPU_BURST_S)
     else:
         before = device.synchronize
@@ -119,17 +148,13 @@ def measure(
     def drop(medians: dict[str, float]) -> set[str]:
         if not entrants.baselines:
             return set()
-        limit = CLEARLY_SLOWER * min(medians[name] for name in entrants.baselines)
-        return {
-            name
-            for name, median in medians.items()
-            if name not in (OURS, PROBE, COPY) and median > limit
-        }
+        best = min(medians[name] for name in entrants.baselines)
+        return timing.clearly_slower(medians, best) - {OURS, PROBE, COPY}
 
     samples = timing.alternate(
         steps, schedule, before=before, drop=drop, timer=timer, on_round=on_round
     )
-    row = _row(workload, samples, entrants, nbytes, n_streams)
+    row = _row(workload, samples, entrants)
     if by_device:
         row.clock = "device"
         row.n_sets = entrants.n_sets
@@ -142,25 +167,16 @@ def measure(
     return row
 
 
-@dataclasses.dataclass
-class Entrants:
-    """All who are timed on one workload, past their first step.
-
-    ours: the optimizer under test; of several, the first.
-    steps: contestant -> its step.
-    baselines: those that the ratio may compare with; none where torch.optim takes no such workload.
-    not_measured: who could not enter -> why.
-    n_sets: sets of inputs, each with an optimizer of its own, that every step takes in turn.
-    """
-
-    ours: FusedOptimizer
-    steps: dict[str, timing.Step]
-    baselines: list[str]
-    not_measured: dict[str, str]
-    n_sets: int
+def _copy_and_timer(device: Device) -> tuple[timing.Step, timing.Timer]:
+    """A large copy, and the device's own clock, which holds its queue with it."""
+    assert device.new_event is not None
+    copy = contestants.device_copy(device.torch_device, COPY_NBYTES)
+    return copy, EventTimer(device.new_event, hold=copy)
 
 
-def _enter(workload: Workload, *, quick: bool, device: Device, rotates: bool) -> Entrants:
+def _enter(
+    workload: Workload, *, quick: bool, device: Device, rotates: bool
+) -> contestants.Entrants:
     """Give every contestant tensors of its own, equal to ours.
 
     Args:
@@ -168,7 +184,8 @@ def _enter(workload: Workload, *, quick: bool, device: Device, rotates: bool) ->
     """
     n_sets = device.n_sets(workload.nbytes) if rotates else 1
     variants = contestants.stock_variants(workload, quick=quick)
-    peers = contestants.peers(device.type) if workload.layout == "matching" else ()
+    against_stock = workload.layout == "matching" and not workload.switched
+    peers = contestants.peers(device.type) if against_stock else ()
     refusals = {peer.name: peer.why_not(workload, quick=quick) for peer in peers}
     not_measured = {name: reason for name, reason in refusals.items() if reason is not None}
     n_entrants = 1 + len(variants) + len(peers) - len(not_measured)
@@ -189,14 +206,15 @@ def _enter(workload: Workload, *, quick: bool, device: Device, rotates: bool) ->
         except Exception as error:
             not_measured[name] = f"failed: {type(error).__name__}: {error}"
 
-    if workload.layout == "matching":
+    if against_stock:
         # Quick runs leave out variants; where none of the others takes the workload, they are back.
         for chosen in (variants, contestants.stock_variants(workload, quick=False)):
             for variant in chosen if not steps else ():
                 stock = functools.partial(contestants.stock, workload, variant)
                 enter(variant, stock, workload.layout)
     else:
-        enter(MATCHING, functools.partial(contestants.ours, workload), "matching")
+        name = NEVER_ON if workload.switched else MATCHING
+        enter(name, functools.partial(contestants.ours, workload), "matching")
     baselines = list(steps)
     for peer in peers:
         if peer.name not in not_measured:
@@ -207,14 +225,18 @@ def _enter(workload: Workload, *, quick: bool, device: Device, rotates: bool) ->
         params,
         *(contestants.copy_params(params, workload.layout) for _ in range(n_sets - 1)),
     ]:
-        ours.append(contestants.ours(workload, copy))
+        build = contestants.switched if workload.switched else contestants.ours
+        ours.append(build(workload, copy))
         contestants.start(ours[-1], workload)
-    return Entrants(
-        ours[0],
-        {OURS: rotate([optimizer.step for optimizer in ours]), **steps},
-        baselines,
-        not_measured,
-        n_sets,
+    nbytes, n_streams = contestants.bytes_per_step(ours[0])
+    return contestants.Entrants(
+        ours=ours[0],
+        steps={OURS: rotate([optimizer.step for optimizer in ours]), **steps},
+        baselines=baselines,
+        nbytes=nbytes,
+        n_streams=n_streams,
+        not_measured=not_measured,
+        n_sets=n_sets,
     )
 
 
@@ -229,11 +251,7 @@ def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:
 
 
 def _row(
-    workload: Workload,
-    samples: timing.Samples,
-    entrants: Entrants,
-    nbytes: int,
-    n_streams: int,
+    workload: Workload, samples: timing.Samples, entrants: contestants.Entrants
 ) -> results.Row:
     """Compare the samples and ask our optimizer which backend did the work."""
 
@@ -244,7 +262,8 @@ def _row(
     probe_part = probe_over_copy = None
     if PROBE in samples:
         probe_part = timing.quartiles(timing.paired_ratios(samples[PROBE], samples[OURS]))
-        to_bandwidths = nbytes / contestants.copied_bytes(nbytes, n_streams)
+        nbytes = entrants.nbytes
+        to_bandwidths = nbytes / contestants.copied_bytes(nbytes, entrants.n_streams)
         probe_over_copy = timing.quartiles(
             [ratio * to_bandwidths for ratio in timing.paired_ratios(samples[COPY], samples[PROBE])]
         )
@@ -255,12 +274,14 @@ def _row(
         baseline=baseline,
         samples_s=samples,
         ratio_samples=timing.paired_ratios(samples[baseline], samples[OURS]) if baseline else [],
-        nbytes=nbytes,
+        nbytes=entrants.nbytes,
         probe_part=probe_part,
         probe_over_copy=probe_over_copy,
         not_measured=entrants.not_measured,
         backends=dict(last_step.tensors),
         fallbacks=_fallbacks(entrants.ours),
+        threads=torch.get_num_threads(),
+        stock_calls=entrants.stock_calls,
     )
 
 

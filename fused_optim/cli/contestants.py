@@ -4,19 +4,21 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import fused_optim
-from fused_optim import FusedOptimizer, backends
+from fused_optim import FusedOptimizer, OnePassOptions, backends
 from fused_optim.cli.timing import Step
 from fused_optim.cli.workloads import Shapes, Workload
 
 OURS = "fused_optim"
 MATCHING = "matching layout"
+NEVER_ON = "never switched on"
+STOCK_CALLS = "stock calls"
 PROBE = "probe"
 COPY = "copy_"
 CPU = torch.device("cpu")
@@ -31,6 +33,44 @@ STOCK_FLAGS = {
     "foreach": {"foreach": True, "fused": False},
     "fused": {"foreach": False, "fused": True},
 }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of several calls of torch does one part of a phase.
+
+    variant: the fastest.
+    seconds: of every variant by itself, the median.
+    """
+
+    variant: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Entrants:
+    """All who are timed on one workload, past their first step.
+
+    ours: the optimizer under test; of several, the first.
+    steps: contestant -> its step.
+    baselines: those that the ratio may compare with; none where torch.optim takes no such workload.
+    nbytes: that our step reads and writes.
+    n_streams: of a step alone, without what a phase adds.
+    not_measured: who could not enter -> why.
+    n_sets: sets of inputs, each with an optimizer of its own, that every step takes in turn.
+    before: has to run before each step.
+    stock_calls: part of a phase -> what does it in STOCK_CALLS; none but for phases.
+    """
+
+    ours: FusedOptimizer
+    steps: dict[str, Step]
+    baselines: list[str]
+    nbytes: int
+    n_streams: int
+    not_measured: dict[str, str] = field(default_factory=dict)
+    n_sets: int = 1
+    before: Step | None = None
+    stock_calls: dict[str, Choice] = field(default_factory=dict)
 
 
 def make_params(
@@ -74,9 +114,34 @@ def _with_layout(grad: torch.Tensor, layout: str) -> torch.Tensor:
     return grad
 
 
-def ours(workload: Workload, params: Sequence[nn.Parameter]) -> FusedOptimizer:
+def ours(
+    workload: Workload, params: Sequence[nn.Parameter], one_pass: OnePassOptions | None = None
+) -> FusedOptimizer:
     """The optimizer under test."""
-    return getattr(fused_optim, workload.optimizer)(params, **workload.options)
+    options = {**workload.options, **(one_pass or {})}
+    return getattr(fused_optim, workload.optimizer)(params, **options)
+
+
+def switched(workload: Workload, params: Sequence[nn.Parameter]) -> FusedOptimizer:
+    """Ours after a step with the options of one pass, all of them off again.
+
+    Memory lies as it does for an optimizer that never had them: states come before the averages, grads
+    stay where they are.
+    """
+    optimizer = ours(workload, params)
+    optimizer.step()
+    grads = [param.grad for param in params if param.grad is not None]
+    values = [grad.clone() for grad in grads]
+    optimizer.max_grad_norm, optimizer.skip_nonfinite, optimizer.zero_grads = 1.0, True, True
+    for group in optimizer.param_groups:
+        group["ema_decay"] = 0.99
+    optimizer.step()
+    optimizer.max_grad_norm, optimizer.skip_nonfinite, optimizer.zero_grads = None, False, False
+    for group in optimizer.param_groups:
+        group["ema_decay"] = None
+    for grad, value in zip(grads, values, strict=True):
+        grad.copy_(value)
+    return optimizer
 
 
 def stock_variants(workload: Workload, *, quick: bool) -> list[str]:

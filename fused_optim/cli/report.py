@@ -4,7 +4,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fused_optim.cli.contestants import MATCHING, OURS, STOCK_FLAGS, peers
+from fused_optim.cli.contestants import (
+    MATCHING,
+    NEVER_ON,
+    OURS,
+    STOCK_CALLS,
+    STOCK_FLAGS,
+    peers,
+)
 from fused_optim.cli.results import MEMORY_TARGET_NBYTES, Memory, Results, Row
 from fused_optim.cli.timing import Quartiles
 from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY, Target
@@ -16,6 +23,11 @@ GPU_LEGEND = (
     "Times are the device's own, without waiting for the host, except in rows of host time: the call "
     "of step() alone, from an empty queue. of the copy = our bytes read and written per second / those "
     "of a large torch.Tensor.copy_ in the same rounds."
+)
+
+PHASE_LEGEND = (
+    "Whole phase: unscale, clip, step, EMA, zero. Stock calls, each the fastest of its variants, and "
+    "what each takes by itself:"
 )
 
 
@@ -40,7 +52,12 @@ def print_results(found: Results) -> None:
         )
         if on_gpu:
             console.print(GPU_LEGEND, markup=False)
-    against_others = [row for row in found.rows if row.baseline != MATCHING]
+    if any(row.stock_calls for row in rows):
+        console.print(PHASE_LEGEND, markup=False)
+        for line in _stock_calls(rows):
+            console.print(line, markup=False)
+    no_others = (MATCHING, NEVER_ON, STOCK_CALLS)
+    against_others = [row for row in found.rows if row.baseline not in no_others]
     if against_others:
         console.print(_contestants_table(against_others, found.about["device"]["type"]))
     if linear_rows:
@@ -93,6 +110,19 @@ def _main_table(rows: list[Row], on_gpu: bool) -> Table:
             f"{roof_part.median:.0%}" if roof_part else "",
         )
     return table
+
+
+def _stock_calls(rows: list[Row]) -> list[str]:
+    """What the baselines of phases are made of, a line each."""
+    lines = []
+    for row in rows:
+        calls = [
+            f"{part}: {choice.variant} {_number(choice.seconds[choice.variant] * 1e3)} ms"
+            for part, choice in row.stock_calls.items()
+        ]
+        if calls:
+            lines.append(f"  {row.workload.name}: {', '.join(calls)}")
+    return lines
 
 
 def _wanted(target: Target) -> str:
@@ -167,6 +197,10 @@ def _footer(found: Results) -> list[str]:
         ]
         lines.append(f"peers faster than ours (target: none): {', '.join(faster) or 'none'}")
     lines += [f"{name}: not measured: {reason}" for name, reason in found.skipped.items()]
+    lines += [
+        f"{name}: NOT MEASURED, ours and the baseline disagree: {difference}"
+        for name, difference in found.disagreements.items()
+    ]
     if found.memory:
         lines.append(_memory_line(found.memory))
     if found.fallbacks:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fused_optim
-from fused_optim.cli.contestants import COPY, OURS, PROBE, STOCK_FLAGS
+from fused_optim.cli.contestants import COPY, OURS, PROBE, STOCK_FLAGS, Choice
 from fused_optim.cli.device import CPU, Device
 from fused_optim.cli.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
 from fused_optim.cli.workloads import PARITY, Target, Workload
@@ -48,6 +48,8 @@ class Row:
     copy_part: our bandwidth / that of torch.Tensor.copy_ in the device's memory, None on the CPU.
     clock: whose time the samples are, the "host"'s or the "device"'s.
     n_sets: sets of inputs that each contestant took in turn.
+    threads: torch's, of the CPU.
+    stock_calls: part of a phase -> which of torch's calls do it in the baseline, and their times.
     """
 
     workload: Workload
@@ -64,6 +66,8 @@ class Row:
     copy_part: Quartiles | None = None
     clock: str = "host"
     n_sets: int = 1
+    threads: int | None = None
+    stock_calls: dict[str, Choice] = field(default_factory=dict)
 
     def seconds(self, contestant: str) -> Quartiles:
         return quartiles(round_times(self.samples_s[contestant]))
@@ -134,6 +138,11 @@ class Row:
             "clock": self.clock,
             "timed": work.timed,
             "n_sets": self.n_sets,
+            "threads": self.threads,
+            "phase": work.phase and dataclasses.asdict(work.phase),
+            "stock_calls": {
+                part: dataclasses.asdict(choice) for part, choice in self.stock_calls.items()
+            },
             "state_dtypes": {
                 name: str(dtype).removeprefix("torch.") for name, dtype in work.state_dtypes.items()
             },
@@ -187,6 +196,7 @@ class Results:
 
     about: machine, versions and settings.
     skipped: name of a row that was not measured -> why.
+    disagreements: name of a row in which ours and the baseline computed something else -> what.
     interrupted: whether Ctrl-C ended it; rows are those finished by then.
     """
 
@@ -194,6 +204,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     memory: Memory | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    disagreements: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -213,6 +224,7 @@ class Results:
             "rows": [row.as_dict() for row in self.rows],
             "memory": self.memory and self.memory.as_dict(),
             "skipped": self.skipped,
+            "disagreements": self.disagreements,
         }
         path.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -11,6 +11,8 @@ from typing import Protocol
 Step = Callable[[], object]
 # Per contestant, per round: seconds per step of each pass.
 Samples = dict[str, list[list[float]]]
+# A variant this much slower than the best one after the screening will not become the best.
+CLEARLY_SLOWER = 1.5
 
 
 class Timer(Protocol):
@@ -110,6 +112,11 @@ def paired_ratios(
     return [above / below for above, below in pairs]
 
 
+def clearly_slower(medians: dict[str, float], best: float) -> set[str]:
+    """Those not worth more rounds beside the best one."""
+    return {name for name, median in medians.items() if median > CLEARLY_SLOWER * best}
+
+
 def alternate(
     steps: Mapping[str, Step],
     schedule: Schedule,
@@ -124,7 +131,8 @@ def alternate(
 
     Args:
         steps: name -> one step; called once unmeasured first.
-        before: run unmeasured before each single step, for example to flush caches.
+        before: run unmeasured before each single step, for example to flush caches; before those that
+            are not measured themselves too.
         drop: given each median in seconds after the screening rounds, names those to leave out from
             then on; their samples so far are kept.
         clock: seconds, monotonic; the schedule goes by it.
@@ -139,8 +147,10 @@ def alternate(
     gc.disable()
     try:
         for step in steps.values():
+            if before is not None:
+                before()
             step()
-        n_steps = {name: _burst_length(step, schedule, timer) for name, step in steps.items()}
+        n_steps = {n: _burst_length(step, schedule, timer, before) for n, step in steps.items()}
         samples: Samples = {name: [] for name in steps}
         names = list(steps)
         begin = clock()
@@ -170,11 +180,11 @@ def alternate(
             gc.enable()
 
 
-def _burst_length(step: Step, schedule: Schedule, timer: Timer) -> int:
+def _burst_length(step: Step, schedule: Schedule, timer: Timer, before: Step | None) -> int:
     """Number of steps that take burst_s; doubles until the clock's resolution is no matter."""
     n_steps = 1
     while True:
-        seconds = timer.burst(step, n_steps, None)
+        seconds = timer.burst(step, n_steps, before)
         if n_steps * seconds >= schedule.burst_s / 4:
             return max(1, math.ceil(schedule.burst_s / seconds))
         n_steps *= 2

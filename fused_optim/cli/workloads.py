@@ -85,6 +85,21 @@ class Target:
         }
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What a training loop does to the params and grads between backward() and the next forward.
+
+    parts: of PARTS, in their order.
+    scaler: "torch.amp" or "fused_optim": whose GradScaler calls our step; torch's then calls stock's.
+        None: no GradScaler; ours unscales as its step does when one has set ``grad_scale``.
+    """
+
+    parts: tuple[str, ...]
+    scaler: str | None = None
+
+
+PARTS = ("unscale", "clip", "step", "EMA", "zero")
+
 # "No slower": two runs of the very same code differ by about this much on a quiet machine.
 PARITY = 0.97
 
@@ -99,6 +114,11 @@ class Workload:
     state_dtypes: states kept in another dtype than the optimizer gives them.
     timed: "step": until the work is done, on a GPU by the device's own time; "call": by the host's,
         until step() returns, with nothing in the device's queue before.
+    phase: what is timed instead of the step alone; stock's calls are then the baseline.
+    switched: whether the step is one whose options of one pass were on before and are off again. The
+        baseline is then our own optimizer that never had one.
+    threads: of the CPU, for this row; None: as many as for all.
+    quick: whether a quick run measures it without being asked for it by name.
     """
 
     name: str
@@ -112,6 +132,10 @@ class Workload:
     cold: bool = False
     state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     timed: str = "step"
+    phase: Phase | None = None
+    switched: bool = False
+    threads: int | None = None
+    quick: bool = True
 
     @property
     def n_tensors(self) -> int:
@@ -142,17 +166,62 @@ class Workload:
         return self.nbytes * n_contestants + self.nbytes // 2
 
 
+# How many threads the rows of phases take, each in a row of its own.
+PHASE_THREADS = (1, 2)
+SCALERS = ("torch.amp", "fused_optim")
+WHOLE, CLIP = Phase(PARTS), Phase(("clip", "step"))
+
+
+def _phase_rows(
+    models: dict[str, tuple[str, Shapes]],
+    targets: dict[Phase, float],
+    threads: Sequence[int | None],
+) -> list[Workload]:
+    """AdamW's phases on each model: the whole one, clip and step, and the whole one by GradScaler.
+
+    Args:
+        models: name -> title and shapes; GradScaler's rows are those of the first model alone.
+        threads: a row for each; None: one that does not say how many.
+    """
+    kinds = {WHOLE: ("phase", "whole phase"), CLIP: ("clip", "clip and step")}
+    rows = []
+    for phase, (name, title) in kinds.items():
+        for model, (model_title, shapes) in models.items():
+            for n in threads:
+                rows.append(
+                    Workload(
+                        f"{model}-{name}" + (f"-{n}t" if n else ""),
+                        f"{title}, AdamW, {model_title}"
+                        + (f", {n} thread{'s' * (n > 1)}" if n else ""),
+                        "AdamW", shapes, Target(targets[phase]), phase=phase, threads=n,
+                        quick=phase is WHOLE and not rows,
+                    )
+                )  # fmt: skip
+    model, (model_title, shapes) = next(iter(models.items()))
+    rows += [
+        Workload(
+            f"{model}-{scaler}-scaler",
+            f"whole phase by {scaler}.GradScaler, AdamW, {model_title}",
+            "AdamW", shapes, phase=Phase(PARTS, scaler), quick=False,
+        )
+        for scaler in SCALERS
+    ]  # fmt: skip
+    return rows
+
+
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
 SMALL_NUMEL = 256
 # The name of the pseudo row that measures memory instead of time.
 MEMORY = "memory"
 
 
-def table(quick: bool) -> list[Workload]:
+def table(quick: bool, threads: int | None = None) -> list[Workload]:
     """All rows in the order in which they are measured and printed.
 
     Args:
         quick: take GPT-2 with fewer blocks, and say so in the titles.
+        threads: for all rows; None: rows that choose for themselves are there for each of
+            PHASE_THREADS that is no more than torch's own choice.
     """
     n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
     gpt2 = gpt2_small(n_blocks)
@@ -189,6 +258,19 @@ def table(quick: bool) -> list[Workload]:
             resnet50(), misfit, layout="channels_last",
         ),
     ]  # fmt: skip
+    rows += _phase_rows(
+        {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
+        {WHOLE: 1.8, CLIP: 1.4},
+        [n for n in PHASE_THREADS if n <= torch.get_num_threads()]
+        if threads is None
+        else [threads],
+    )
+    rows.append(
+        Workload(
+            "small-switched", "AdamW, 2,000 x 256, options on and off again", "AdamW", small,
+            Target(1.0), switched=True,
+        )
+    )  # fmt: skip
     rows += [
         Workload(f"linear-{n}", f"AdamW, {n:,} x {SMALL_NUMEL}", "AdamW", [(SMALL_NUMEL,)] * n)
         for n in LINEAR_N_TENSORS
@@ -231,6 +313,15 @@ def gpu_table(quick: bool) -> list[Workload]:
             state_dtypes={"exp_avg_sq": torch.float32},
         ),
         gpt2_row("all-bf16", "AdamW bf16", "AdamW", Target(), dtype=bf16),
+        *_phase_rows(
+            {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
+            {WHOLE: 1.5, CLIP: 1.25},
+            [None],
+        ),
+        Workload(
+            "small-switched", "host time of step(), AdamW, 2,000 x 4,096, options on and off again",
+            "AdamW", small, Target(1.0), timed="call", switched=True,
+        ),
         gpt2_row("adamw", "AdamW", "AdamW", fast),
         gpt2_row("rmsprop", "RMSprop", "RMSprop", Target(3.0)),
         gpt2_row("sgd", "SGD momentum", "SGD", fast, options={"momentum": 0.9}),
@@ -239,16 +330,22 @@ def gpu_table(quick: bool) -> list[Workload]:
 
 
 def select(
-    patterns: Sequence[str] | None, *, quick: bool, device_type: str = "cpu"
+    patterns: Sequence[str] | None,
+    *,
+    quick: bool,
+    device_type: str = "cpu",
+    threads: int | None = None,
 ) -> list[Workload]:
-    """The rows whose name matches one of the shell patterns; all rows without patterns.
+    """The rows whose name matches one of the shell patterns.
+
+    Without patterns all rows, or those of a quick run.
 
     Raises:
         ValueError: a pattern matches no row.
     """
-    rows = table(quick) if device_type == "cpu" else gpu_table(quick)
+    rows = table(quick, threads) if device_type == "cpu" else gpu_table(quick)
     if patterns is None:
-        return rows
+        return [row for row in rows if row.quick or not quick]
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
             names = ", ".join(row.name for row in rows)
