@@ -22,7 +22,7 @@ from test_fuzz import (
     steps,
 )
 
-N_PROGRAMS = 150
+N_PROGRAMS = 120
 N_OPERATIONS = 10
 DTYPES = (torch.float32, torch.float64)
 

@@ -58,7 +58,7 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @every_phase
-@few_cases
+@each_optimizer
 @pytest.mark.usefixtures("either_way")
 def test_same_as_stocks_calls(case: Case, phase: Phase) -> None:
     def program(run: PhaseRun) -> None:
@@ -158,7 +158,9 @@ def test_bits_do_not_depend_on_threads_or_isa(dtype: torch.dtype) -> None:
     assert all(one == seen[0] for one in seen)
 
 
-@every_phase
+@pytest.mark.parametrize(
+    "phase", [PHASES[2], PHASES[5], PHASES[6], ALL_ON], ids=lambda phase: phase.id
+)
 @pytest.mark.parametrize("shape", LAYOUTS[12:], ids=lambda shape: shape.id)
 def test_layouts(shape: Shape, phase: Phase) -> None:
     """A grad that lies otherwise than its param is measured, clipped and written where it lies."""
@@ -224,7 +226,7 @@ def test_tensors_that_fall_back_are_measured_and_clipped(
         assert torch.allclose(param, other, rtol=1e-6, atol=1e-7)
 
 
-@few_cases
+@each_optimizer
 @pytest.mark.parametrize("unscales", [False, True], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fused_optim.GradScaler])
 @pytest.mark.parametrize(
