@@ -51,7 +51,9 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
     hints_.resize(ordinal);
     hints_hold_ = false;
   }
-  move_overlapping_to_stock(!hints_hold_ || context.grad_write() != KEPT);
+  const bool writes_grads = context.grad_write() != KEPT;
+  move_overlapping_to_stock(!hints_hold_ || writes_grads || written_grads_);
+  written_grads_ = writes_grads;
   for (Task& task : tasks_) {
     if (task.device < 0) task.slice.hypers = hypers_.data() + task.hypers;
   }

@@ -117,6 +117,9 @@ class Plan {
   };
   struct Origin {
     int64_t group, index;
+    bool operator==(const Origin& other) const {
+      return group == other.group && index == other.index;
+    }
   };
   struct DeviceTask {
     BatchKey key;
@@ -182,6 +185,8 @@ class Plan {
   bool any_waiting_;  // the launcher knows momentum that may not have started
   Finder states_, emas_;
 
+  std::vector<Origin> written_by_;
+  bool written_grads_ = false;  // the last step wrote grads
   Written written_;  // by all tasks; holds while hints_hold_
 
   std::vector<Task> tasks_;

@@ -135,7 +135,9 @@ void Plan::move_overlapping_to_stock(bool anew) {
     overlaps.resize(tasks_.size());
     overlaps[task] = true;
   };
+  anew |= !(written_by_ == origins_);  // its ranges name tasks by their number
   if (anew) {
+    written_by_ = origins_;
     written_.clear();
     for (size_t t = 0; t < tasks_.size(); t++) {
       if (rule_.has_step) {
@@ -353,6 +355,9 @@ void Plan::commit(PyObject* state, const StepContext& context) {
   for (size_t t = 0; t < tasks_.size(); t++)
     if (PyList_Append(changed, params_[t]) != 0 ||
         ((tasks_[t].written >> GRAD & 1) && PyList_Append(changed, grads_[t]) != 0))
+      throw PythonError();
+  for (const EmaTask& ema : ema_tasks_)
+    if (ema.task >= 0 && is_plain(ema.tensor) && PyList_Append(changed, ema.tensor) != 0)
       throw PythonError();
   Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, changed)));
   std::vector<PyObject*> entries;  // of `state`, for the new states

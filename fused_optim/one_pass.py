@@ -86,7 +86,7 @@ class OnePass:
 
     def coefficient(self, norm: float) -> float:
         """As torch.nn.utils.clip_grad_norm_ has it: NaN for a NaN."""
-        if self._max_grad_norm is None:
+        if self._max_grad_norm is None or math.isinf(self._max_grad_norm):
             return 1.0
         coefficient = self._max_grad_norm / (norm + 1e-6)
         return 1.0 if coefficient > 1.0 else coefficient
@@ -109,6 +109,11 @@ class _Option:
             if value == getattr(_OFF, self._name):
                 return
             optimizer._one_pass = OnePass()
+            released = optimizer.__dict__.get("_released")
+            if released is None:  # see _take_one_pass
+                optimizer._step_supports_amp_scaling = True
+            else:
+                released._supported_scaling = True
         setattr(optimizer._one_pass, self._name, value)
 
 
@@ -303,6 +308,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
             if on_device is not None:
                 one_pass.grad_norm, one_pass.clip = on_device
                 return 1.0
+            found_inf = getattr(self, "found_inf", None)
+            if isinstance(found_inf, Tensor) and found_inf.item():
+                self._skip()
+                return None
             on_devices, bad = launcher.read()
             squares, nonfinite = squares + on_devices, nonfinite or bad
         more, bad = sum_of_squares(grads)

@@ -177,6 +177,8 @@ class FusedOptimizer(OnePassOptimizer):
             raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no grads: the number 0
+            found_inf = None
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         if found_inf is not None and not skip_on_device and found_inf.item():
             self._skip()
@@ -259,7 +261,7 @@ class FusedOptimizer(OnePassOptimizer):
     def _resolve_scaling(self) -> float | None:
         """The grad scale (0: none), or None if the step is skipped. Waits for the device."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
+        if isinstance(found_inf, Tensor) and found_inf.item():
             self._skip()
             return None
         return 0.0 if grad_scale is None else float(grad_scale.item())

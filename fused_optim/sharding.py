@@ -32,7 +32,8 @@ class ShardedSquares:
             grad = grad.redistribute(
                 placements=[Replicate() if p.is_partial() else p for p in grad.placements]
             )
-        dims = tuple(i for i, placement in enumerate(grad.placements) if placement.is_shard())
+        # Not is_shard(): it is False for the strided shards of fully_shard on tensor-parallel params.
+        dims = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
         squares = torch.linalg.vector_norm(grad.to_local(), dtype=torch.float64).square()
         key = grad.device_mesh, dims
         self._sums[key] = self._sums[key] + squares if key in self._sums else squares

@@ -589,6 +589,45 @@ def test_options_can_be_changed_between_two_steps() -> None:
     assert seen == pytest.approx([1, 1.5, 1.75, 2.75], abs=1e-5)
 
 
+def test_other_params_after_grads_were_written() -> None:
+    """What was written is remembered by tasks: other tasks, and freed grads, must not be taken for it."""
+    params = [torch.nn.Parameter(torch.ones(64, device=DEVICE)) for _ in range(300)]
+    opt = fused_optim.SGD(params, lr=0.1, zero_grads=True)
+    for i in range(20):
+        opt.zero_grads = i < 2
+        some = params if i < 2 else params[i : i + 9]
+        for param in some:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        opt.zero_grad()
+        assert opt.last_step.tensors == {BACKEND: len(some)}
+
+
+def test_infinite_norm_never_clips() -> None:
+    params = [torch.nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(2)]
+    opt = fused_optim.SGD(params, lr=0.5, max_grad_norm=math.inf)
+    params[0].grad = torch.tensor([math.inf, 1.0], device=DEVICE)
+    params[1].grad = torch.ones_like(params[1])
+    opt.step()
+    assert params[0].tolist() == [-math.inf, 0.5] and params[1].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fused_optim.GradScaler])
+def test_grad_scaler_with_an_option_set_later_and_without_grads(scaler_class: type) -> None:
+    params = [torch.nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(2)]
+    opts = [fused_optim.SGD([param], lr=0.5) for param in params]
+    amp = scaler_class(DEVICE.type, init_scale=4.0)
+    for opt in opts:
+        opt.zero_grads = True
+    for i in range(2):
+        amp.scale((params[0] * (math.inf if i == 0 else 1.0)).sum()).backward()
+        for opt in opts:
+            amp.step(opt)
+        amp.update()
+    assert opts[0].skipped_steps.item() == 1
+    assert params[0].tolist() == [0.5, 0.5] and params[1].tolist() == [1.0, 1.0]
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

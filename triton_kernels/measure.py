@@ -5,6 +5,7 @@ All of it stays on the device: the kernels of the step read it there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
@@ -90,6 +91,8 @@ class Totals(OnDevice):
                     is_capturing,
                 )
         limit = one_pass.max_grad_norm
+        if limit is not None and math.isinf(limit):
+            limit = None  # it measures and never clips
         if limit is not None:
             there = there and self._limit.bring(
                 limit, 1, lambda host: host.fill_(limit), is_capturing
