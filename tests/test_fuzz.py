@@ -12,7 +12,7 @@ from cases import BACKEND, CASES
 from surgeries import SURGERIES
 from twins import Run, run_both
 
-N_PROGRAMS = 250
+N_PROGRAMS = 200
 N_OPERATIONS = 10
 
 # An extra step each, in float64 a wrong one is 1e10 times the tolerance.
