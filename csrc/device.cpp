@@ -1,0 +1,105 @@
+// What the launcher of the kernels on devices gets: tensors in one order, and tables.
+#include <algorithm>
+
+#include "gather.h"
+
+namespace fused_optim {
+
+// A device's kernels want all streams of a tensor in one order. Those of another order go through
+// copies, which the launcher makes and, behind the kernels, writes back.
+void Plan::stage(const StepContext& context) {
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    Task& task = tasks_[t];
+    if (task.device < 0 || task.layout < 0) continue;
+    PyObject* originals = hold(check(PyList_New(0)));
+    PyObject* written = hold(check(PyList_New(0)));
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      if (!(task.streams >> s & 1)) continue;
+      PyObject* is_written = task.written >> s & 1 ? Py_True : Py_False;
+      if (PyList_Append(originals, device_tasks_[task.device].tensors[s]) != 0 ||
+          PyList_Append(written, is_written) != 0)
+        throw PythonError();
+    }
+    PyObject* staged = hold(check(PyObject_CallMethodObjArgs(context.launcher, names.stage,
+                                                             originals, written, nullptr)));
+    Py_ssize_t next = 0;
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      if (!(task.streams >> s & 1)) continue;
+      View view;
+      PyObject* tensor = hold(check(PySequence_GetItem(staged, next++)));
+      if (!view.read(tensor)) raise(PyExc_TypeError, "stage must return strided tensors");
+      task.slice.streams[s] = view.data;
+    }
+    task.layout = -1;
+    if (!norm_tasks_.empty() && norm_tasks_[t].grad == nullptr)
+      norm_tasks_[t].grad = task.slice.streams[GRAD];
+  }
+}
+
+// The batches of this step, as a list of Python objects; a new reference.
+PyObject* Plan::batch_tasks() {
+  for (const auto& batch : batches_) batch->begin();
+  const int n_states = static_cast<int>(state_keys_.size());
+  Batch* batch = nullptr;
+  for (const Task& task : tasks_) {
+    if (task.device < 0) continue;
+    const DeviceTask& on_device = device_tasks_[task.device];
+    if (batch == nullptr || !(batch->key == on_device.key)) {
+      batch = nullptr;
+      for (const auto& known : batches_)
+        if (known->key == on_device.key) batch = known.get();
+      if (batch == nullptr) {
+        batches_.push_back(std::make_shared<Batch>(on_device.key, n_states));
+        batch = batches_.back().get();
+        batch->begin();
+      }
+    }
+    batch->add(task.slice, on_device.row, on_device.step, on_device.waiting, on_device.n_averaged);
+  }
+  PyObject* used = check(PyList_New(0));
+  for (const auto& known : batches_) {
+    known->end();
+    if (known->n_tensors() > 0 && PyList_Append(used, hold(to_python(known))) != 0) {
+      Py_DECREF(used);
+      throw PythonError();
+    }
+  }
+  return used;
+}
+
+// What the norm of a device's grads is made of, as a list of Python objects: empty if nothing is measured. A
+// new reference.
+PyObject* Plan::batch_grads(const StepContext& context) {
+  for (const auto& batch : grad_batches_) batch->begin();
+  std::vector<std::pair<Device, int64_t>> n_chunks;
+  for (size_t t = 0; t < tasks_.size() && context.measures(); t++) {
+    if (tasks_[t].device < 0) continue;
+    const Device device = device_tasks_[tasks_[t].device].key.device;
+    const NormTask& task = norm_tasks_[t];
+    const auto of_task = [&](const auto& batch) {
+      return batch->device == device && batch->dtype == task.dtype;
+    };
+    auto batch = std::find_if(grad_batches_.begin(), grad_batches_.end(), of_task);
+    if (batch == grad_batches_.end()) {
+      grad_batches_.push_back(std::make_shared<GradBatch>(device, task.dtype));
+      batch = grad_batches_.end() - 1;
+      (*batch)->begin();
+    }
+    auto on_device = std::find_if(n_chunks.begin(), n_chunks.end(),
+                                  [&](const auto& count) { return count.first == device; });
+    if (on_device == n_chunks.end()) on_device = n_chunks.insert(on_device, {device, 0});
+    (*batch)->add(task.grad, task.numel, on_device->second);
+    on_device->second += (task.numel + NORM_CHUNK - 1) / NORM_CHUNK;
+  }
+  PyObject* used = check(PyList_New(0));
+  for (const auto& known : grad_batches_) {
+    known->end();
+    if (!known->numels.current().empty() && PyList_Append(used, hold(to_python(known))) != 0) {
+      Py_DECREF(used);
+      throw PythonError();
+    }
+  }
+  return used;
+}
+
+}  // namespace fused_optim
