@@ -122,8 +122,10 @@ void Plan::enter_emas(const StepContext& context) {
       throw PythonError();
 }
 
+// Those that no kernel averages are counted when they are averaged (fused_optim/ema.py).
 void Plan::count_emas() {
   for (const EmaTask& ema : ema_tasks_) {
+    if (ema.task < 0 && ema.on_device == 0) continue;
     Py_INCREF(ema.count);
     PyList_SetItem(ema.entry, 1, ema.count);  // cannot fail: gather_ema has seen a list of two
   }

@@ -42,6 +42,9 @@ void Plan::read_group(Group& group, const StepContext& context) {
   const auto get = [&](PyObject* key) { return PyDict_GetItemWithError(group.dict, key); };
   read_ema(group);
   if (truth(get(names.differentiable))) {
+    if (group.has_ema)
+      raise(PyExc_ValueError, "param group " + std::to_string(group.index) +
+                                  ": differentiable=True cannot be combined with ema_decay");
     group.stock_reason = "differentiable=True";
     return;
   }

@@ -23,8 +23,10 @@ Emas = dict[Tensor, Entry]
 
 
 def check(options: dict[str, Any]) -> None:
-    """Raise ValueError for options outside their range."""
+    """Raise ValueError for options of a param group outside their range."""
     decay = options.get("ema_decay")
+    if decay is not None and options.get("differentiable"):
+        raise ValueError("differentiable=True cannot be combined with ema_decay")
     if decay is not None and not 0 <= float(decay) < 1:
         raise ValueError(f"Invalid ema_decay: {decay}; it must be in [0, 1) or None")
     dtype = options.get("ema_dtype")
@@ -32,6 +34,16 @@ def check(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid ema_dtype: {dtype}; it must be torch.float32 or None")
 
 
+def entry_of(emas: Emas, param: Tensor, group: dict[str, Any]) -> Entry:
+    """The param's entry, made or made to fit if need be."""
+    entry = emas.get(param)
+    if entry is None or entry[0].shape != param.shape or entry[0].device != param.device:
+        entry = emas[param] = create(param, group, entry)
+    return entry
+
+
+# Averages outlive an inference mode in which they are asked for first.
+@torch.inference_mode(False)
 @torch.no_grad()
 def create(param: Tensor, group: dict[str, Any], entry: Entry | None = None) -> Entry:
     """A new entry, or one that no longer fits its param made to fit."""
@@ -63,7 +75,7 @@ def weight(group: dict[str, Any], n_averaged: int) -> float:
 
 @torch.no_grad()
 def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None) -> None:
-    """Move these averages towards their params by their weights.
+    """Move these averages towards their params by their weights, and count that.
 
     Args:
         left: a pair (decay, warmup) stands for the weight where n_averaged is a tensor.
@@ -87,6 +99,9 @@ def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = No
             params.append(param.detach().to(ema.dtype))
     for (_, _, towards), (emas, params) in together.items():
         torch._foreach_lerp_(emas, params, towards)  # pyright: ignore[reportPrivateImportUsage]
+    for _, entry, towards in left:
+        if not isinstance(towards, tuple):
+            entry[1] += 1
 
 
 def _average_on_device(
@@ -158,6 +173,7 @@ def match(
     return matched
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def load(param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> Entry:
     """An entry for this param with a saved average."""

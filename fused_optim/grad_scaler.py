@@ -30,6 +30,13 @@ class GradScaler(torch.amp.GradScaler):
         4.472
     """
 
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As torch.amp.GradScaler's."""
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:  # a step that raised may not have taken it
+            optimizer.__dict__.pop("_found_inf_to_report", None)
+
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         leaves_it = getattr(optimizer, "_step_supports_amp_scaling", False)
         if not (isinstance(optimizer, OnePassOptimizer) and leaves_it):

@@ -1,4 +1,4 @@
-"""Grads that no kernel reads: their norm, and clipping."""
+"""Grads that no kernel reads: their norm, unscaling, clipping and zeroing."""
 
 from __future__ import annotations
 
@@ -46,31 +46,58 @@ def _overlaps(grad: Tensor) -> bool:
     return strided and any(n > 1 and s == 0 for n, s in zip(grad.shape, grad.stride()))
 
 
-@contextlib.contextmanager
-def clipped(params: Sequence[Tensor], coefficient: float | Tensor, write: bool) -> Iterator[None]:
-    """Grads times the coefficient: for good if `write`, else for the time of the context.
+# (param, its grad, what the step leaves in it; None: zeros)
+Left = list[tuple[Tensor, Tensor, Tensor | None]]
 
-    A coefficient that is a tensor lies on the grads' device, and nothing waits for it.
+
+@contextlib.contextmanager
+def stand_ins(
+    params: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    clip: float | Tensor,
+    *,
+    writes_clipped: bool,
+    zeroes: bool,
+) -> Iterator[Left]:
+    """For a while, copies that are unscaled and clipped stand in for the grads of params.
+
+    Gives what `write` is to leave in the grads, once nobody needs them as they were: a kernel may read the
+    same grad for another param.
+
+    Args:
+        clip: the coefficient; a tensor lies on the grads' device, and nothing waits for it.
     """
-    if not isinstance(coefficient, Tensor) and coefficient == 1.0:
-        yield
-        return
     originals = [(param, param.grad) for param in params]
+    clips = isinstance(clip, Tensor) or clip != 1.0
+    left: Left = []
     try:
         with torch.no_grad():
             for param, grad in originals:
                 assert grad is not None
-                clip = _times(grad, coefficient)
-                # Elements that share memory, of an expanded grad, cannot be written one by one.
-                if write and not _overlaps(grad):
-                    grad.copy_(clip)
-                else:
-                    param.grad = clip
-        yield
+                unscaled = grad if grad_scale is None else grad / grad_scale.to(grad.device)
+                clipped = _times(unscaled, clip) if clips else unscaled
+                if clipped is not grad:
+                    param.grad = clipped
+                leaves = None if zeroes else clipped if writes_clipped else unscaled
+                if leaves is not grad:
+                    left.append((param, grad, leaves))
+        yield left
     finally:
         for param, grad in originals:
-            if not write:
-                param.grad = grad
+            param.grad = grad
+
+
+@torch.no_grad()
+def write(left: Left) -> None:
+    """What `stand_ins` gave."""
+    for param, grad, value in left:
+        if value is None:
+            grad.zero_()
+        elif _overlaps(grad):
+            # Elements that share memory, of an expanded grad, cannot be written one by one.
+            param.grad = value
+        else:
+            grad.copy_(value)
 
 
 def _times(grad: Tensor, coefficient: float | Tensor) -> Tensor:

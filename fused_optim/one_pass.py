@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
@@ -143,8 +144,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}"
                 )
         ema.check(dict(options))
-        if options.get("ema_decay") is not None:
-            self._ema_options = {key: value for key, value in options.items() if key in ema.OPTIONS}
+        given = {key: value for key, value in options.items() if key in ema.OPTIONS}
+        if any(value is not None and value is not False for value in given.values()):
+            self._ema_options = given
         self.max_grad_norm = options.get("max_grad_norm")
         self.write_clipped_grads = options.get("write_clipped_grads", False)
         self.skip_nonfinite = options.get("skip_nonfinite", False)
@@ -158,9 +160,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; ``ema_decay``, ``ema_warmup`` and ``ema_dtype`` may differ by group."""
         if isinstance(param_group, dict):
-            ema.check(param_group)
             for key, value in (self._ema_options or {}).items():
                 param_group.setdefault(key, value)
+            ema.check({"differentiable": self.defaults.get("differentiable"), **param_group})
         super().add_param_group(param_group)
 
     @property
@@ -178,7 +180,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped, by skip_nonfinite or GradScaler: int64, without dimensions."""
+        """How many steps were skipped: int64, without dimensions.
+
+        By skip_nonfinite; by GradScaler if ``max_grad_norm``, ``skip_nonfinite`` or ``zero_grads`` is in use.
+        """
         one_pass = self._one_pass
         if one_pass is None or one_pass.n_skipped_on_device is None:
             return torch.tensor(0 if one_pass is None else one_pass.n_skipped)
@@ -195,9 +200,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         emas = self._all_emas()
         averages = []
         for group, param in ema.groups_with_ema(self.param_groups):
-            if param not in emas:
-                emas[param] = ema.create(param, group)
-            averages.append(emas[param][0])
+            averages.append(ema.entry_of(emas, param, group)[0])
         if not averages:
             raise RuntimeError("no param group has an ema_decay")
         return averages
@@ -228,11 +231,25 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which can load it; averages, if there are any, under the key "ema"."""
-        saved = super().state_dict()
+        with self._without("_optimizer_state_dict_post_hooks") as hooks:
+            saved = super().state_dict()
         averages = ema.save(self.param_groups, self._all_emas())
         if averages:
             saved["ema"] = averages
+        for hook in hooks:
+            result = hook(self, saved)
+            saved = saved if result is None else result
         return saved
+
+    @contextlib.contextmanager
+    def _without(self, hooks: str) -> Iterator[list[Callable[..., Any]]]:
+        """Hooks that the caller runs itself, so that they see the averages."""
+        registered = getattr(self, hooks)
+        setattr(self, hooks, OrderedDict())
+        try:
+            yield list(registered.values())
+        finally:
+            setattr(self, hooks, registered)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's. Without averages in the state_dict, averaging begins anew.
@@ -243,9 +260,14 @@ class OnePassOptimizer(torch.optim.Optimizer):
             ValueError: as torch.optim's; or an average has another shape than its param, and nothing was
                 loaded.
         """
-        matched = ema.match(state_dict, self.param_groups)
-        before = [{key: g[key] for key in ema.OPTIONS if key in g} for g in self.param_groups]
-        super().load_state_dict(state_dict)
+        with self._without("_optimizer_load_state_dict_pre_hooks") as hooks:
+            state_dict = state_dict.copy()
+            for hook in hooks:
+                result = hook(self, state_dict)
+                state_dict = state_dict if result is None else result
+            matched = ema.match(state_dict, self.param_groups)
+            before = [{key: g[key] for key in ema.OPTIONS if key in g} for g in self.param_groups]
+            super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, before):
             for key, value in options.items():
                 group.setdefault(key, value)
@@ -285,7 +307,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
         one_pass.report = report
         if any(group.get("differentiable") for group in self.param_groups):
             raise ValueError("differentiable=True cannot be combined with options of one pass")
-        checks = report is not None or (one_pass.skip_nonfinite and found_inf is None)
+        # After unscale_(), the program may have put others into the grads than GradScaler has seen.
+        is_checked = found_inf is not None and getattr(self, "grad_scale", None) is not None
+        checks = report is not None or (one_pass.skip_nonfinite and not is_checked)
         if not checks and one_pass.max_grad_norm is None:
             return None
         if sharding.is_distributed():
@@ -335,11 +359,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
         emas, left = self._all_emas(), []
         for group, param in ema.groups_with_ema(groups):
             if id(param) not in but:
-                emas[param] = entry = emas.get(param) or ema.create(param, group)
+                entry = ema.entry_of(emas, param, group)
                 left.append((param, entry, ema.weight(group, int(entry[1]))))
         ema.average(left)
-        for _, entry, _ in left:
-            entry[1] += 1
 
     def _forget_removed_params(self) -> None:
         """Averages of params that are in no group any more would be kept for good."""

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_optim import backends, ema
-from fused_optim.grads import clipped
+from fused_optim import backends, ema, grads
 from fused_optim.one_pass import OnePassOptimizer
 
 try:
@@ -140,6 +139,8 @@ class FusedOptimizer(OnePassOptimizer):
             ValueError: a param group's lr is negative or NaN, or its ema_decay not in [0, 1). Nothing
                 has been written then.
         """
+        if self._is_swapped:
+            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             self._check_graph_capture()
         released = self.__dict__.get("_released")  # by release_gradients
@@ -173,8 +174,6 @@ class FusedOptimizer(OnePassOptimizer):
             keeper: its attribute ``_plan`` keeps the plan from one step with such groups to the next.
             step_with_stock: (list of (position in groups, index in params, reason), launcher) -> None.
         """
-        if self._is_swapped:
-            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no grads: the number 0
@@ -223,6 +222,8 @@ class FusedOptimizer(OnePassOptimizer):
                 self._all_emas(),
                 ema.create,
             )
+            if outcome[2] is not None:
+                grads.write(self.__dict__.pop("_grads_left", []))
             if outcome[3] is not None:
                 ema.average(outcome[3], launcher and launcher.found_inf)
             if self._emas:
@@ -297,10 +298,13 @@ class FusedOptimizer(OnePassOptimizer):
             for i, param in enumerate(group["params"])
             if param.grad is not None
         ]
+        for group in groups:
+            ema.check(group)
         if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
             return 0, 0, None
         if fallbacks:
             step_with_stock(fallbacks, None)
+            grads.write(self.__dict__.pop("_grads_left", []))
         self._average(groups, set())
         return 0, 0, fallbacks
 
@@ -323,12 +327,6 @@ class FusedOptimizer(OnePassOptimizer):
                 raise RuntimeError(refusal)
             chosen.setdefault(g, []).append(param)
         grad_scale = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            with torch.no_grad():
-                for params in chosen.values():
-                    for param in params:
-                        param.grad.div_(grad_scale.to(param.grad.device))  # type: ignore[union-attr]
-
         whole = self.param_groups
         scaling = {
             k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__
@@ -344,13 +342,15 @@ class FusedOptimizer(OnePassOptimizer):
             # Stock's step may be wrapped by the profiler hook, which would fire all hooks again.
             if getattr(step, "hooked", False):
                 step = step.__wrapped__  # type: ignore[attr-defined]
-            if one_pass is None:
+            with grads.stand_ins(
+                stepped,
+                grad_scale,
+                1.0 if one_pass is None else one_pass.clip,
+                writes_clipped=one_pass is not None and one_pass.write_clipped_grads,
+                zeroes=one_pass is not None and one_pass.zero_grads,
+            ) as left:
                 step(self)
-            else:
-                with clipped(stepped, one_pass.clip, one_pass.write_clipped_grads):
-                    step(self)
-                if one_pass.zero_grads:
-                    torch.optim.Optimizer.zero_grad(self, set_to_none=False)
+            self._grads_left = left
         finally:
             self.param_groups = whole
             self.__dict__.update(scaling)

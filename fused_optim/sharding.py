@@ -34,7 +34,8 @@ class ShardedSquares:
             )
         # Not is_shard(): it is False for the strided shards of fully_shard on tensor-parallel params.
         dims = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
-        squares = torch.linalg.vector_norm(grad.to_local(), dtype=torch.float64).square()
+        wide = torch.complex128 if grad.is_complex() else torch.float64
+        squares = torch.linalg.vector_norm(grad.to_local(), dtype=wide).square()
         key = grad.device_mesh, dims
         self._sums[key] = self._sums[key] + squares if key in self._sums else squares
 
