@@ -64,5 +64,6 @@ sanitize: $(VENV)/installed
 	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
 	  'import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__'
 	$(SANITIZER_ENV) $(BIN)/pytest -q -n auto \
-	  tests/test_surgery.py tests/test_aliasing.py tests/test_grads.py tests/test_bad_input.py \
+	  tests/test_surgery.py::test_surgery_before_the_first_step tests/test_surgery.py::test_surgery_twice \
+	  tests/test_aliasing.py tests/test_grads.py tests/test_bad_input.py \
 	  tests/test_one_pass.py::test_layouts tests/test_one_pass.py::test_norm_is_exact_to_float64

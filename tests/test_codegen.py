@@ -20,15 +20,24 @@ from fused_optim.cli.machine_code import Measured, Needs
 from fused_optim.triton_kernels import specialize
 from fused_optim.triton_kernels.rules import RULES
 
+
+
+def has_all_states(kernel: Kernel) -> bool:
+    return kernel.rule in RULES and kernel.options == max(
+        other.options for other in KERNELS if other.rule == kernel.rule
+    )
+
+
 KERNELS, TARGETS = codegen.select(None, None)
 # To save time, the machine code is read only for sm_90 and for sm_100, where ptxas has packed arithmetic
-# of its own, and the others than sm_90 take the half of the kernels that unscale. Of those for all in one
-# pass, Adam's has the most streams, and SGD's the fewest. The command does all.
+# of its own, and the others than sm_90 take the largest kernels: those that unscale, with all options
+# that bring states. Of those for all in one pass, Adam's has the most streams, and SGD's the fewest. The
+# command does all.
 JOBS = [
     (kernel, target, target in ("sm_90", "sm_100"))
     for target in TARGETS
     for kernel in KERNELS
-    if (target == "sm_90" or (kernel.scaled and not kernel.one_pass and kernel.rule in RULES))
+    if (target == "sm_90" or (kernel.scaled and not kernel.one_pass and has_all_states(kernel)))
     and (kernel.rule in ("sgd", "adam") or not kernel.one_pass)
 ]
 COMPILE_LIMIT_S = 2.0
