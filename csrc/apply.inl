@@ -85,7 +85,8 @@ void apply(const Slice& slice) {
   // It may ask for addresses behind the last element, which is harmless; a short slice has nothing ahead.
   const int64_t ahead = slice.numel >= 4 * AHEAD ? AHEAD : 0;
   const auto fetch = [&](int stream, int64_t i) {
-    prefetch(streams[stream], (i + ahead) * Form::itemsize(dtypes[stream]));
+    const int itemsize = Form::itemsize(dtypes[stream]);
+    for (int k = 0; k < Form::tile; k += 64 / itemsize) prefetch(streams[stream], (i + ahead + k) * itemsize);
   };
 
   constexpr int N = Form::tile;
