@@ -165,8 +165,8 @@ def test_resumes_bitwise(name, dtype, state_dtype, master):
 @each_optimizer
 def test_split16_trains_as_float32_does(name):
     """Over a whole training: the params are the float32 run's, rounded to nearest, ties away from zero."""
-    half = Training(name, torch.bfloat16, state_dtype=torch.float32, master="split16")
-    full = Training(name)
+    half = Training(name, torch.bfloat16, SHAPES[1:], state_dtype=torch.float32, master="split16")
+    full = Training(name, shapes=SHAPES[1:])
     for param, twin in zip(half.params, full.params):
         twin.data.copy_(param.data)
     for _ in range(200):
