@@ -128,7 +128,8 @@ def group_scales(magnitude, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
     up = float_of((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
     up = tl.where(up > SMALLEST, up, SMALLEST)
     there = largest > 0
-    return tl.where(there, up, 0.0), tl.where(there, divide(1.0, up), 0.0)
+    one = tl.full(up.shape, 1.0, tl.float32)
+    return tl.where(there, up, 0.0), tl.where(there, divide(one, up), 0.0)
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def encode_f16_split(value, random, REMAINDER: tl.constexpr):
     bits = bits_of(value)
     m = bits & MAGNITUDE
     IS_SHORT: tl.constexpr = REMAINDER == tl.int8
-    UNIT: tl.constexpr = 256 if IS_SHORT else 65536
+    UNIT_LOG2: tl.constexpr = 8 if IS_SHORT else 16
     DROPPED: tl.constexpr = 5 if IS_SHORT else 0
     rounded = m
     if IS_SHORT:
@@ -240,9 +241,9 @@ def encode_f16_split(value, random, REMAINDER: tl.constexpr):
     upper = tl.where(is_inf, F16_INF, (nearest - F16_REBIAS) >> 13)
     remainder = (rounded - nearest).to(tl.int32, bitcast=True) >> DROPPED
     subnormal = m < F16_SMALLEST_NORMAL
-    upper_steps = (steps + UNIT // 2) // UNIT
+    upper_steps = (steps + (1 << (UNIT_LOG2 - 1))) >> UNIT_LOG2
     upper = tl.where(subnormal, upper_steps.to(tl.uint32), upper)
-    remainder = tl.where(subnormal, steps - upper_steps * UNIT, remainder)
+    remainder = tl.where(subnormal, steps - (upper_steps << UNIT_LOG2), remainder)
     upper = tl.where(m > INF, f16_nan(bits), upper)
     remainder = tl.where(is_inf, 0, remainder)
     return (upper | ((bits >> 16) & 0x8000)).to(tl.uint16), remainder.to(REMAINDER)
