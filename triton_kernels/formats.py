@@ -133,8 +133,10 @@ def group_scales(magnitude, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @triton.jit
-def stored_scales(scale, BLOCK: tl.constexpr):
-    return tl.reshape(bits_of(scale) >> 16, (BLOCK // GROUP,)).to(tl.uint16)
+def stored_scales(scale, special, BLOCK: tl.constexpr):
+    """As bits of a bfloat16, with the sign where some code of the group stands for NaN or an infinity."""
+    sign = tl.max(special.to(tl.int32), axis=1, keep_dims=True).to(tl.uint32) << 15
+    return tl.reshape(bits_of(scale) >> 16 | sign, (BLOCK // GROUP,)).to(tl.uint16)
 
 
 @triton.jit
@@ -152,14 +154,14 @@ def encode_s8(value, BLOCK: tl.constexpr):
     codes = tl.minimum(tl.maximum(codes, -S8_LARGEST), S8_LARGEST)
     codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF), codes)
     codes = tl.where(m > INF, S8_NAN, codes)
-    return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, BLOCK)
+    return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, m >= INF, BLOCK)
 
 
 @triton.jit
 def decode_s8(codes, scales):
     """scales: each element's own."""
     codes = codes.to(tl.int32)
-    value = codes.to(tl.float32) * decode_bf16(scales)
+    value = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
     value = tl.where(codes == S8_INF, float("inf"), value)
     value = tl.where(codes == -S8_INF, float("-inf"), value)
     return tl.where(codes == S8_NAN, float("nan"), value)
@@ -179,14 +181,14 @@ def encode_u8(value, random, BLOCK: tl.constexpr):
     codes = tl.where(bits < INF, codes, U8_NAN)
     codes = tl.where(bits == INF, U8_INF, codes)
     codes = tl.where(value == 0, 0, codes)
-    return tl.reshape(codes.to(tl.uint8), (BLOCK,)), stored_scales(scale, BLOCK)
+    return tl.reshape(codes.to(tl.uint8), (BLOCK,)), stored_scales(scale, codes > U8_LARGEST, BLOCK)
 
 
 @triton.jit
 def decode_u8(codes, scales):
     """scales: each element's own."""
     codes = codes.to(tl.int32)
-    root = codes.to(tl.float32) * decode_bf16(scales)
+    root = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
     value = tl.where(codes == U8_INF, float("inf"), root * root)
     return tl.where(codes == U8_NAN, float("nan"), value)
 
