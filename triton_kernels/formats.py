@@ -28,13 +28,12 @@ RANDOM_UNIT = tl.constexpr(2.0**-16)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
 ROUNDING = tl.constexpr(12582912.0)
 ROUNDING_BITS = tl.constexpr(0x4B400000)
-# Signed codes: of the largest magnitude in a group, and of what is not finite.
-S8_LARGEST = tl.constexpr(126)
+# Signed codes, up to 126; those of what is not finite.
 S8_INVERSE = tl.constexpr(1 / 126)
 S8_SMALLEST_SCALE = tl.constexpr(2.0**-120)
 S8_INF = tl.constexpr(127)
 S8_NAN = tl.constexpr(-128)
-# Codes of square roots. The smallest scale has a square that is not zero.
+# Codes of square roots, from 1 on if not of zero. The smallest scale has a square that is not zero.
 U8_LARGEST = tl.constexpr(253)
 U8_INVERSE = tl.constexpr(1 / 253)
 U8_SMALLEST_SCALE = tl.constexpr(2.0**-74)
@@ -151,7 +150,7 @@ def encode_s8(value, BLOCK: tl.constexpr):
     m = bits_of(value) & MAGNITUDE
     scale, inverse = group_scales(float_of(tl.where(m < INF, m, 0)), S8_INVERSE, S8_SMALLEST_SCALE)
     codes = (value * inverse + ROUNDING).to(tl.int32, bitcast=True) - ROUNDING_BITS
-    codes = tl.minimum(tl.maximum(codes, -S8_LARGEST), S8_LARGEST)
+    # A finite one is at most 126 and a few roundings, which is 126 again.
     codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF), codes)
     codes = tl.where(m > INF, S8_NAN, codes)
     return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, m >= INF, BLOCK)
