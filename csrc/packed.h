@@ -96,10 +96,8 @@ struct Signed8 {
     alignas(64) int32_t wide[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
-      // The sum's last bits are the nearest integer, to even.
-      int32_t code = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
-      code = code > 126 ? 126 : code;
-      wide[k] = code < -126 ? -126 : code;
+      // The sum's last bits are the nearest integer, to even; of a product just above 126 that is 126.
+      wide[k] = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
     }
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) codes[k] = int8_t(wide[k]);
