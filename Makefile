@@ -59,6 +59,7 @@ SANITIZER_ENV = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED)) \
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O1 \
+	  FUSED_OPTIM_BUILD_BASELINE_ONLY=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
 	cp -r fused_optim/*.py fused_optim/cli $(SANITIZED)/fused_optim/
 	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
@@ -66,4 +67,7 @@ sanitize: $(VENV)/installed
 	$(SANITIZER_ENV) $(BIN)/pytest -q -n auto \
 	  tests/test_surgery.py::test_surgery_before_the_first_step tests/test_surgery.py::test_surgery_twice \
 	  tests/test_aliasing.py tests/test_grads.py tests/test_bad_input.py \
+	  tests/test_formats_codec.py tests/test_formats.py::test_layouts_go_to_the_kernels_or_around_them \
+	  tests/test_formats.py::test_a_format_may_be_changed_between_two_steps \
+	  tests/test_formats.py::test_copies_go_on_alike \
 	  tests/test_one_pass.py::test_layouts tests/test_one_pass.py::test_norm_is_exact_to_float64

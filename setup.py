@@ -25,7 +25,9 @@ SOURCES = [
     "csrc/dispatch.cpp",
     "csrc/isa/baseline.cpp",
 ]
-if platform.machine().lower() in ("x86_64", "amd64"):
+# Where sanitizers make the compiler slow, one instruction set is enough.
+BASELINE_ONLY = os.environ.get("FUSED_OPTIM_BUILD_BASELINE_ONLY") == "1"
+if platform.machine().lower() in ("x86_64", "amd64") and not BASELINE_ONLY:
     SOURCES += ["csrc/isa/avx2.cpp", "csrc/isa/avx512.cpp"]
 
 # -ffp-contract=off: every instruction set gives the same bits. -fno-math-errno and
@@ -50,6 +52,7 @@ setup(
             SOURCES,
             depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
             cxx_std=17,
+            define_macros=[("FUSED_OPTIM_BASELINE_ONLY", "1")] if BASELINE_ONLY else [],
             extra_compile_args=[] if sys.platform == "win32" else COMPILE_ARGS + OPENMP,
             extra_link_args=OPENMP,
             # Without a compiler the installation still succeeds: the stock path serves everything.

@@ -59,7 +59,7 @@ const std::vector<RuleInfo>& rules() {
   return all;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FUSED_OPTIM_BASELINE_ONLY)
 extern const Isa avx512, avx2, baseline;
 static const Isa* const ISAS[] = {&avx512, &avx2, &baseline};  // best first
 #elif defined(__aarch64__)
