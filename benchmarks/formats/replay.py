@@ -137,9 +137,7 @@ def _copies(params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [param.detach().to(dtype, copy=True) for param in params]
 
 
-def _nmse(
-    found: list[Tensor], expected: list[Tensor], start: list[Tensor] | None = None
-) -> float:
+def _nmse(found: list[Tensor], expected: list[Tensor], start: list[Tensor] | None = None) -> float:
     """sum((found - expected)^2) / sum((expected - start)^2), with `start` 0 by default."""
     error = size = 0.0
     for index, (ours, reference) in enumerate(zip(found, expected)):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import torch
 from demo_tasks import CharacterTransformer, Task, characters, digits
@@ -19,12 +15,14 @@ class Training:
 
     Args:
         optimizer: of fused_optim.
-        options: of the optimizer; lr falls linearly to 0.
+        options: of the optimizer; lr falls to 0 along a cosine.
+        n_evaluated: the first batches, on which the final training loss is taken in every run.
     """
 
     task: Task
     optimizer: str
     options: dict[str, Any]
+    n_evaluated: int
 
     def with_seed(self, seed: int) -> Task:
         """The same batches in another order."""
@@ -42,14 +40,13 @@ def trainings(n_character_steps: int, n_digit_epochs: int) -> list[Training]:
     """The character model with AdamW, the CNN with SGD."""
     text = characters(n_character_steps, batch_size=16, context=32)
     n_characters = 1 + max(int(inputs.max()) for inputs, _ in (*text.batches, text.held_out))
-    text = replace(
-        text, build=lambda: CharacterTransformer(n_characters, 32, width=64, n_layers=1)
-    )
+    text = replace(text, build=lambda: CharacterTransformer(n_characters, 32, width=64, n_layers=1))
     return [
-        Training(text, "AdamW", {"lr": 4e-3, "weight_decay": 0.1}),
+        Training(text, "AdamW", {"lr": 4e-3, "weight_decay": 0.1}, n_evaluated=64),
         Training(
             digits(n_digit_epochs),
             "SGD",
             {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+            n_evaluated=23,  # an epoch
         ),
     ]
