@@ -13,6 +13,7 @@ SOURCES = [
     "csrc/gather.cpp",
     "csrc/group.cpp",
     "csrc/ema.cpp",
+    "csrc/packing.cpp",
     "csrc/device.cpp",
     "csrc/view.cpp",
     "csrc/batch.cpp",

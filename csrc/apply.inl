@@ -5,6 +5,7 @@ namespace fused_optim {
 namespace {
 
 #include "formats.h"
+#include "packed.h"
 #include "rules.h"
 
 // The roof: the same loop and traffic with next to no arithmetic.
@@ -38,22 +39,22 @@ inline H convert_hypers(const double* hypers) {
 }
 
 // Loops of their own over a tile. GCC 12 unrolls them before it can vectorise them, unless told not to.
-template <class T>
+template <int N, class T>
 inline void multiply(const T* tile, T factor, T* product) {
 #pragma GCC unroll 4
-  for (int k = 0; k < TILE; k++) product[k] = factor * tile[k];
+  for (int k = 0; k < N; k++) product[k] = factor * tile[k];
 }
 
-template <class T>
+template <int N, class T>
 inline void divide(T* tile, T divisor) {
 #pragma GCC unroll 4
-  for (int k = 0; k < TILE; k++) tile[k] = tile[k] / divisor;
+  for (int k = 0; k < N; k++) tile[k] = tile[k] / divisor;
 }
 
-template <class T>
+template <int N, class T>
 inline void lerp_tile(T* start, const T* end, T weight) {
 #pragma GCC unroll 4
-  for (int k = 0; k < TILE; k++) start[k] = lerp(start[k], end[k], weight);
+  for (int k = 0; k < N; k++) start[k] = lerp(start[k], end[k], weight);
 }
 
 template <class T>
@@ -87,58 +88,67 @@ void apply(const Slice& slice) {
     prefetch(streams[stream], (i + ahead) * Form::itemsize(dtypes[stream]));
   };
 
-  const int64_t full = slice.numel / TILE * TILE;
-  for (int64_t i = 0; i < full; i += TILE) {
-    alignas(64) T param[TILE], grad[TILE], state[MAX_STATES][TILE];
+  constexpr int N = Form::tile;
+  const int64_t full = slice.numel / N * N;
+  for (int64_t i = 0; i < full; i += N) {
+    alignas(64) T param[N], grad[N], state[MAX_STATES][N];
     fetch(PARAM, i);
     fetch(GRAD, i);
     if constexpr (states & 0b001) fetch(STATES, i);
     if constexpr (states & 0b010) fetch(STATES + 1, i);
     if constexpr (states & 0b100) fetch(STATES + 2, i);
-    Form::load(streams[PARAM], i, dtypes[PARAM], param);
-    Form::load(streams[GRAD], i, dtypes[GRAD], grad);
-    if constexpr (states & 0b001) Form::load(streams[STATES], i, dtypes[STATES], state[0]);
-    if constexpr (states & 0b010) Form::load(streams[STATES + 1], i, dtypes[STATES + 1], state[1]);
-    if constexpr (states & 0b100) Form::load(streams[STATES + 2], i, dtypes[STATES + 2], state[2]);
+    Form::load(slice, PARAM, i, param);
+    Form::load(slice, GRAD, i, grad);
+    if constexpr (states & 0b001) Form::load(slice, STATES, i, state[0]);
+    if constexpr (states & 0b010) Form::load(slice, STATES + 1, i, state[1]);
+    if constexpr (states & 0b100) Form::load(slice, STATES + 2, i, state[2]);
     if (slice.grad_write == UNSCALED) {
-      if (divides) divide(grad, grad_scale);
-      Form::store(grad, streams[GRAD], i, dtypes[GRAD]);
+      if (divides) divide<N>(grad, grad_scale);
+      Form::store(slice, GRAD, i, grad);
     }
     if (slice.grad_write == CLIPPED) {
-      T clipped[TILE];
-      multiply(grad, clip, clipped);
-      Form::store(clipped, streams[GRAD], i, dtypes[GRAD]);
+      T clipped[N];
+      multiply<N>(grad, clip, clipped);
+      Form::store(slice, GRAD, i, clipped);
     }
     if (slice.grad_write == ZEROED) {
-      const T zeros[TILE] = {};
-      Form::store(zeros, streams[GRAD], i, dtypes[GRAD]);
+      const T zeros[N] = {};
+      Form::store(slice, GRAD, i, zeros);
     }
-    for (int k = 0; k < TILE; k++)
-      Rule::template update<VARIANT, T>(param[k], factor * grad[k], state[0][k], state[1][k],
-                                        state[2][k], h);
-    Form::store(param, streams[PARAM], i, dtypes[PARAM]);
-    if constexpr (states & 0b001) Form::store(state[0], streams[STATES], i, dtypes[STATES]);
-    if constexpr (states & 0b010) Form::store(state[1], streams[STATES + 1], i, dtypes[STATES + 1]);
-    if constexpr (states & 0b100) Form::store(state[2], streams[STATES + 2], i, dtypes[STATES + 2]);
+    for (int j = 0; j < N; j += TILE)
+      for (int k = j; k < j + TILE; k++)
+        Rule::template update<VARIANT, T>(param[k], factor * grad[k], state[0][k], state[1][k],
+                                          state[2][k], h);
+    Form::store(slice, PARAM, i, param);
+    if constexpr (states & 0b001) Form::store(slice, STATES, i, state[0]);
+    if constexpr (states & 0b010) Form::store(slice, STATES + 1, i, state[1]);
+    if constexpr (states & 0b100) Form::store(slice, STATES + 2, i, state[2]);
     if (streams[EMA] != nullptr) {
       fetch(EMA, i);
-      alignas(64) T ema[TILE];
-      Form::load(streams[EMA], i, dtypes[EMA], ema);
-      if constexpr (Form::rounds) Form::load(streams[PARAM], i, dtypes[PARAM], param);
+      alignas(64) T ema[N];
+      Form::load(slice, EMA, i, ema);
+      if constexpr (Form::rounds) Form::load_stored(slice, PARAM, i, param);
       if (ema_weight == T(1))
         std::memcpy(ema, param, sizeof(ema));
       else
-        lerp_tile(ema, param, ema_weight);
-      Form::store(ema, streams[EMA], i, dtypes[EMA]);
+        lerp_tile<N>(ema, param, ema_weight);
+      Form::store(slice, EMA, i, ema);
     }
   }
 
   const int64_t rest = slice.numel - full;
   if (rest == 0) return;
   // The rest is one more full tile on the stack: the same instructions, hence the same bits.
-  alignas(64) unsigned char tiles[MAX_STREAMS][TILE * sizeof(double)] = {};
+  alignas(64) unsigned char tiles[MAX_STREAMS][N * sizeof(double)] = {};
   Slice padded = slice;
-  padded.numel = TILE;
+  padded.numel = N;
+  padded.first = slice.first + full;
+  alignas(64) unsigned char remainder[N * 2] = {};
+  const int remainder_size = slice.remainder == nullptr ? 0 : slice.packing->storage[PARAM] == SPLIT8 ? 1 : 2;
+  if (remainder_size != 0) {
+    std::memcpy(remainder, static_cast<char*>(slice.remainder) + full * remainder_size, rest * remainder_size);
+    padded.remainder = remainder;
+  }
   const auto there = [&](int s) {
     return s < STATES || (s == EMA ? streams[EMA] != nullptr : states >> (s - STATES) & 1);
   };
@@ -154,6 +164,8 @@ void apply(const Slice& slice) {
     const int itemsize = Form::itemsize(dtypes[s]);
     std::memcpy(static_cast<char*>(streams[s]) + full * itemsize, tiles[s], rest * itemsize);
   }
+  if (remainder_size != 0)
+    std::memcpy(static_cast<char*>(slice.remainder) + full * remainder_size, remainder, rest * remainder_size);
 }
 
 // See kernel.h for the order of the additions. The four parts are read side by side: one run of memory alone
@@ -168,7 +180,7 @@ Sum sum_of_squares(const void* grad, Dtype dtype, int64_t numel) {
   for (int i = 0; i < width; i++) lanes[i] = 0;
   const auto add = [&](int part, const void* from, int64_t index, int64_t i) {
     alignas(64) T tile[TILE];
-    Form::load(from, index, dtype, tile);
+    Form::load_tile(from, index, dtype, tile);
     add_squares(tile, lanes + part * NORM_LANES + i % NORM_LANES);
   };
   const int itemsize = Form::itemsize(dtype);
@@ -218,7 +230,7 @@ constexpr Kernel kernel_of() {
 #define FORMATS_OF(RULE)                                                                   \
   {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)    \
    VARIANTS_OF(RULE, Uniform<BFloat16>) VARIANTS_OF(RULE, Uniform<Float16>)                \
-   VARIANTS_OF(RULE, Mixed)},
+   VARIANTS_OF(RULE, Mixed) VARIANTS_OF(RULE, Packed)},
 
 }  // namespace
 
@@ -232,6 +244,8 @@ constexpr Kernel kernel_of() {
                      &sum_of_squares<Uniform<Direct<double>>>,                             \
                      &sum_of_squares<Uniform<BFloat16>>,                                   \
                      &sum_of_squares<Uniform<Float16>>},                                   \
+                    &load_stream,                                                          \
+                    &store_stream,                                                         \
                     {kernel_of<Probe, Uniform<Direct<float>>, 0>(),                        \
                      kernel_of<Probe, Uniform<Direct<float>>, 1>(),                        \
                      kernel_of<Probe, Uniform<Direct<float>>, 2>(),                        \

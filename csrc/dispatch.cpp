@@ -42,6 +42,7 @@ RuleInfo describe() {
           [](unsigned variant) { return Rule::states(variant); },
           deciding,
           [](unsigned variant) { return Rule::lerped_states(variant); },
+          Rule::SQUARES,
           [](unsigned variant) { return Rule::decays_grad(variant); },
           [](const double* options, double step, double* hypers) {
             const auto prepared = Rule::prepare(to_options(options), step);

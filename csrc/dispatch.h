@@ -21,6 +21,7 @@ struct RuleInfo {
   unsigned (*states)(unsigned variant);         // bit i: state i is used
   unsigned deciding;  // the bits of the variant that `states` depends on
   unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
+  unsigned square_states;  // bit i: state i is like a second moment, not like a momentum
   bool (*decays_grad)(unsigned variant);        // grad + weight_decay * param comes first
   void (*prepare)(const double* options, double step, double* hypers);
 };

@@ -10,7 +10,7 @@ constexpr uint32_t MAJOR_VERSION = 1;
 constexpr const char* CAPSULE_NAME = "dlpack_exchange_api";
 
 enum DeviceType : int32_t { CPU = 1, CUDA = 2, CUDA_HOST = 3, ROCM = 10, ROCM_HOST = 11 };
-enum TypeCode : uint8_t { FLOAT = 2, BFLOAT = 4, COMPLEX = 5 };
+enum TypeCode : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4, COMPLEX = 5 };
 
 struct Tensor {
   void* data;

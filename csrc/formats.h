@@ -120,38 +120,57 @@ struct Float16 {
 #endif
 };
 
-// Formats of a whole kernel: the dtype of a stream is a constant, or (Mixed) a uniform switch.
+// Formats of a whole kernel: the dtype of a stream is a constant, or (Mixed) a uniform switch. Element i of the
+// slice and those behind it, `tile` in all.
 template <class Stored>
 struct Uniform {
   using compute = typename Stored::compute;
-  static constexpr bool rounds = !std::is_same<typename Stored::storage, compute>::value;
-  static constexpr int itemsize(Dtype) { return sizeof(typename Stored::storage); }
-  static inline void load(const void* stream, int64_t index, Dtype, compute* to) {
-    Stored::load(static_cast<const typename Stored::storage*>(stream) + index, to);
+  using storage = typename Stored::storage;
+  static constexpr bool rounds = !std::is_same<storage, compute>::value;
+  static constexpr int tile = TILE;
+  static constexpr int itemsize(Dtype) { return sizeof(storage); }
+  static inline void load_tile(const void* stream, int64_t i, Dtype, compute* to) {
+    Stored::load(static_cast<const storage*>(stream) + i, to);
   }
-  static inline void store(const compute* from, void* stream, int64_t index, Dtype) {
-    Stored::store(from, static_cast<typename Stored::storage*>(stream) + index);
+  static inline void load(const Slice& slice, int s, int64_t i, compute* to) {
+    Stored::load(static_cast<const storage*>(slice.streams[s]) + i, to);
+  }
+  static inline void load_stored(const Slice& slice, int s, int64_t i, compute* to) {
+    load(slice, s, i, to);
+  }
+  static inline void store(const Slice& slice, int s, int64_t i, const compute* from) {
+    Stored::store(from, static_cast<storage*>(slice.streams[s]) + i);
   }
 };
 
 struct Mixed {
   using compute = float;
   static constexpr bool rounds = true;
+  static constexpr int tile = TILE;
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
-  static inline void load(const void* stream, int64_t index, Dtype dtype, float* to) {
+  static inline void load_tile(const void* stream, int64_t i, Dtype dtype, float* to) {
     if (dtype == F32)
-      Direct<float>::load(static_cast<const float*>(stream) + index, to);
+      Direct<float>::load(static_cast<const float*>(stream) + i, to);
     else if (dtype == BF16)
-      BFloat16::load(static_cast<const uint16_t*>(stream) + index, to);
+      BFloat16::load(static_cast<const uint16_t*>(stream) + i, to);
     else
-      Float16::load(static_cast<const uint16_t*>(stream) + index, to);
+      Float16::load(static_cast<const uint16_t*>(stream) + i, to);
   }
-  static inline void store(const float* from, void* stream, int64_t index, Dtype dtype) {
+  static inline void store_tile(const float* from, void* stream, int64_t i, Dtype dtype) {
     if (dtype == F32)
-      Direct<float>::store(from, static_cast<float*>(stream) + index);
+      Direct<float>::store(from, static_cast<float*>(stream) + i);
     else if (dtype == BF16)
-      BFloat16::store(from, static_cast<uint16_t*>(stream) + index);
+      BFloat16::store(from, static_cast<uint16_t*>(stream) + i);
     else
-      Float16::store(from, static_cast<uint16_t*>(stream) + index);
+      Float16::store(from, static_cast<uint16_t*>(stream) + i);
+  }
+  static inline void load(const Slice& slice, int s, int64_t i, float* to) {
+    load_tile(slice.streams[s], i, slice.dtypes[s], to);
+  }
+  static inline void load_stored(const Slice& slice, int s, int64_t i, float* to) {
+    load(slice, s, i, to);
+  }
+  static inline void store(const Slice& slice, int s, int64_t i, const float* from) {
+    store_tile(from, slice.streams[s], i, slice.dtypes[s]);
   }
 };

@@ -44,7 +44,8 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
         }
         prefetch(ahead.step_data);
       }
-      gather_param(group, i, PySequence_Fast_GET_ITEM(params, i), state, context, hints_[ordinal]);
+      gather_param(group, i, ordinal, PySequence_Fast_GET_ITEM(params, i), state, context,
+                   hints_[ordinal]);
     }
   }
   if (ordinal != hints_.size()) {
@@ -56,6 +57,7 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
   written_grads_ = writes_grads;
   for (Task& task : tasks_) {
     if (task.device < 0) task.slice.hypers = hypers_.data() + task.hypers;
+    if (task.packing >= 0) task.slice.packing = &packings_[task.packing];
   }
 }
 
@@ -111,7 +113,7 @@ bool Plan::read_step(PyObject* step, const View& param, const char*& reason, Hin
   return true;
 }
 
-void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* state,
+void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param, PyObject* state,
                         const StepContext& context, Hint& hint) {
   const auto stock = [&](const char* reason) { fall_back(group.index, index, reason); };
   const auto where = [&] {
@@ -158,35 +160,58 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   unsigned variant = group.variant;
   const unsigned used = rule_.states(variant);
   PyObject* states = nullptr;
-  bool fresh = false;
-  if (used != 0 || rule_.has_step) {
+  bool fresh = false, pends = false;
+  const bool packs = group.packs && p.dtype != F64 && p.numel() > 0;
+  const bool has_step = packs ? counts_steps(group, p) : rule_.has_step;
+  const auto pend = [&](bool converted) {
+    Py_INCREF(param);
+    pending_.push_back({param, states, converted});
+    pending_task_.push_back(static_cast<int64_t>(tasks_.size()));
+    if (!PyDict_Check(states)) raise(PyExc_TypeError, "the states of a param must be a dict");
+    hints_hold_ = false;
+    pends = true;
+  };
+  const auto unpend = [&] {
+    Py_DECREF(pending_.back().param);
+    Py_DECREF(pending_.back().states);
+    pending_.pop_back();
+    pending_task_.pop_back();
+  };
+  Packing packing = {};
+  void* remainder = nullptr;
+  if (used != 0 || has_step || packs) {
     states = states_.find(state, param, hint.position);
     if (states != nullptr && !PyDict_Check(states)) return stock("the state is not a dict");
     fresh = states == nullptr || PyDict_GET_SIZE(states) == 0;
-    if (!fresh && rule_.first_step_variant != 0) {
+    if (!fresh && used != 0 && rule_.first_step_variant != 0) {
       PyObject* first = PyDict_GetItemWithError(states, state_keys_[0]);
       fresh = first == nullptr || first == Py_None;
     }
     if (fresh) {
       states = check(PyObject_CallFunctionObjArgs(context.create_state, param, group.dict, nullptr));
-      Py_INCREF(param);
-      pending_.push_back({param, states});
-      pending_task_.push_back(static_cast<int64_t>(tasks_.size()));
-      if (!PyDict_Check(states)) raise(PyExc_TypeError, "create_state must return a dict");
-      if (!device || !context.skip_on_device) variant |= rule_.first_step_variant;
-      hints_hold_ = false;
+      pend(false);
+      if (used != 0 && (!device || !context.skip_on_device)) variant |= rule_.first_step_variant;
     } else {
       Py_INCREF(states);
       hold(states);
     }
+    if (packs && !read_packing(group, p, used, states, packing, remainder)) {
+      if (fresh) {
+        unpend();
+        return stock("states of another layout than the param's");
+      }
+      states = check(PyObject_CallFunctionObjArgs(context.convert_state, param, group.dict, states,
+                                                  nullptr));
+      pend(true);
+      packing = {};
+      if (!read_packing(group, p, used, states, packing, remainder)) {
+        unpend();
+        return stock("states of another layout than the param's");
+      }
+    }
   }
   const auto reject = [&](const char* reason) {
-    if (fresh) {
-      Py_DECREF(pending_.back().param);
-      Py_DECREF(pending_.back().states);
-      pending_.pop_back();
-      pending_task_.pop_back();
-    }
+    if (pends) unpend();
     if (!moved_steps_.empty() && moved_steps_.back().task == tasks_.size()) moved_steps_.pop_back();
     if (ema != nullptr) ema->task = -1;
     stock(reason);
@@ -220,6 +245,8 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
                                     ", the param " + describe(p.shape, p.ndim));
     if (view.device != p.device)
       raise(PyExc_RuntimeError, name() + "is on another device than the param");
+    const Storage storage = packing.storage[STATES + s];
+    if (storage == SIGNED8 || storage == ROOT8) view.dtype = view.whole;
     if (view.dtype == N_DTYPES)  // stock would write step and param, then raise
       raise(PyExc_RuntimeError, name() + "has a dtype that is none of float32, float64, bfloat16, "
                                          "float16");
@@ -228,12 +255,12 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   const Dtype grad_dtype = rule_.decays_grad(variant) ? promote(g.dtype, p.dtype) : g.dtype;
   const unsigned lerped = rule_.lerped_states(variant);
   for (size_t s = 0; s < state_keys_.size(); s++)
-    if ((lerped >> s & 1) && views[STATES + s].dtype != grad_dtype)
+    if ((lerped >> s & 1) && !(packs && group.state_format != STATE_AS_STOCK) && views[STATES + s].dtype != grad_dtype)
       raise(PyExc_RuntimeError, where() + "state '" + rule_.state_names[s] + "' has dtype " +
                                     name_of(views[STATES + s].dtype) + ", the grad " +
                                     name_of(grad_dtype));
   StepWrite write = {};
-  if (rule_.has_step) {
+  if (has_step) {
     PyObject* step = PyDict_GetItemWithError(states, names.step);
     const char* reason;
     if (!read_step(step, p, reason, now, write)) {
@@ -285,6 +312,10 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   task.written = task.streams & ~(context.grad_write() == KEPT ? 1u << GRAD : 0u);
   task.layout = -1;
   task.device = -1;
+  task.packing = -1;
+  for (Storage storage : packing.storage)
+    if (storage != PLAIN) task.packing = static_cast<int>(packings_.size());
+  if (task.packing >= 0 && device) return reject("packed tensors on a device");
   const int64_t numel = now.numel = p.numel();
   const int64_t* strides[MAX_STREAMS] = {};
   bool all_same = true, any_f64 = false, one_order = p.contiguous();
@@ -320,6 +351,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
         return reject("elements of one tensor share memory");
     Layout layout;
     if (!layout.build(p.ndim, p.shape, strides, task.streams)) {
+      if (task.packing >= 0) return reject("a packed tensor, whose grad or states lie in another order");
       hints_hold_ = false;  // strides may have changed although pointers have not
       task.layout = static_cast<int>(layouts_.size());
       layouts_.push_back(std::move(layout));
@@ -361,13 +393,26 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
     task.device = static_cast<int>(device_tasks_.size());
     device_tasks_.push_back(on);
   } else {
-    const Format format = !all_same          ? MIXED
+    const Format format = task.packing >= 0  ? PACKED
+                          : !all_same          ? MIXED
                           : p.dtype == F32   ? ALL_F32
                           : p.dtype == F64   ? ALL_F64
                           : p.dtype == BF16  ? ALL_BF16
                                              : ALL_F16;
     task.kernel = current_isa().kernels[rule_index_][format][variant];
     task.hypers = group.hypers;
+  }
+  if (task.packing >= 0) {
+    if (group.param_indices != nullptr && index < PyList_GET_SIZE(group.param_indices))
+      ordinal = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(group.param_indices, index));
+    if (PyErr_Occurred()) throw PythonError();
+    for (int s = 0; s < MAX_STREAMS; s++)
+      random_key(group.seed, ordinal, s, static_cast<uint64_t>(write.value), packing.keys[s]);
+    packings_.push_back(packing);
+    std::copy(packing.scales + STATES, packing.scales + STATES + MAX_STATES, now.packed);
+    now.packed[MAX_STATES] = remainder;
+    hints_hold_ = hints_hold_ && std::equal(std::begin(now.packed), std::end(now.packed), hint.packed);
+    task.slice.remainder = remainder;
   }
   task.slice.numel = numel;
   task.slice.grad_sign = group.grad_sign;
@@ -393,7 +438,7 @@ void Plan::gather_param(Group& group, int64_t index, PyObject* param, PyObject* 
   origins_.push_back({group.index, index});
   params_.push_back(param);
   grads_.push_back(grad);
-  if (rule_.has_step) steps_.push_back(write);
+  steps_.push_back(write);
 }
 
 }  // namespace fused_optim

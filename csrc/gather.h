@@ -21,6 +21,9 @@ namespace fused_optim {
 // How a step goes on beside the groups and the state. Borrowed references.
 struct StepContext {
   PyObject* create_state;  // (param, group) -> dict of a tensor's first states, not yet in `state`
+  // (param, group, states) -> dict of the states in the formats that the group asks for, not yet in `state`;
+  // None: there is no such state any more.
+  PyObject* convert_state;
   PyObject* run_stock;     // (list of (group index, param index, reason)) -> None; if there are any
   // What serves tensors on devices (fused_optim.triton_kernels.launch.Launcher), or None; and the
   // DLPack device types that it serves, as bits.
@@ -64,6 +67,14 @@ class Finder {
   Py_ssize_t indexed_ = 0;  // the dict's size then
 };
 
+// Of the random bits for one stream of one param (its number among all) in one step.
+void random_key(uint64_t seed, uint64_t param, int stream, uint64_t step, uint32_t* key);
+
+// What a stream of a contiguous tensor stands for, without a step: fills `values` with slice.numel of them, or
+// the stream (with its scales or its remainder) from them.
+void unpack(const Slice& slice, int stream, float* values, int num_threads);
+void pack(const Slice& slice, int stream, const float* values, int num_threads);
+
 // One optimizer's step. Between two steps it keeps memory to work in and hints where to look first;
 // hints are compared, never dereferenced, so that nothing of the last step is trusted.
 class Plan {
@@ -89,9 +100,11 @@ class Plan {
     PyObject* objects[MAX_STREAMS + 2] = {};  // param, step, state dict, states: to prefetch
     const void* impls[MAX_STREAMS + 1] = {};  // inside the TensorImpls: to prefetch
     void* step_data = nullptr;
+    void* packed[MAX_STATES + 1] = {};  // scales and remainder
   };
+  enum StateFormat { STATE_AS_STOCK, STATE_F32, STATE_BF16, STATE_INT8 };
   struct StepWrite {
-    void* data;
+    void* data;  // null: no step is counted
     Dtype dtype;
     double value;  // after the step
     bool on_device;  // there it is prepare that reads and advances it
@@ -99,6 +112,7 @@ class Plan {
   struct Pending {  // states to be inserted when the step can no longer fail; both references owned
     PyObject* param;
     PyObject* states;
+    bool converted;  // None in `states` stands for what has to go
   };
   struct MovedStep {  // a step that has to live on the device from now on; held
     PyObject* states;
@@ -139,6 +153,11 @@ class Plan {
     Device option_device;
     bool has_addresses, numbers_known;
     double grad_sign;
+    bool packs;  // the user has given one of the following
+    StateFormat state_format;
+    Storage master;
+    uint64_t seed;
+    PyObject* param_indices;  // of its params among all of the optimizer's; null: in order
     bool has_ema, ema_warmup;
     double ema_decay;
     unsigned variant;
@@ -149,10 +168,14 @@ class Plan {
   void gather(PyObject* groups, PyObject* state, const StepContext& context);
   void read_group(Group& group, const StepContext& context);
   void read_ema(Group& group);
+  void read_formats(Group& group);
+  bool counts_steps(const Group& group, const View& param) const;
+  bool read_packing(const Group& group, const View& param, unsigned used, PyObject* states,
+                    Packing& packing, void*& remainder);
   void read_option(Group& group, size_t option, PyObject* value, const StepContext& context);
   void know_options(Group& group);
   void check_lr(const Group& group);
-  void gather_param(Group& group, int64_t index, PyObject* param, PyObject* state,
+  void gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param, PyObject* state,
                     const StepContext& context, Hint& hint);
   EmaTask* gather_ema(Group& group, PyObject* param, const StepContext& context, Hint& hint);
   void count_on_device(EmaTask& ema, const StepContext& context);
@@ -177,7 +200,7 @@ class Plan {
 
   const RuleInfo& rule_;
   int rule_index_;
-  std::vector<PyObject*> option_keys_, state_keys_;
+  std::vector<PyObject*> option_keys_, state_keys_, scale_keys_;
   std::vector<int> option_items_;  // index into a tuple option; -1: the option is the number
 
   std::vector<Hint> hints_;
@@ -193,11 +216,12 @@ class Plan {
   std::vector<Origin> origins_;  // of each task
   std::vector<PyObject*> params_, grads_;  // of each task; held
   std::vector<Layout> layouts_;
+  std::vector<Packing> packings_;
   // Of each task, if grads are measured. A null grad: the device's copy of it, to be staged.
   std::vector<NormTask> norm_tasks_;
   std::vector<EmaTask> ema_tasks_;
   std::vector<double> hypers_;
-  std::vector<StepWrite> steps_;  // of each task if the rule has a step
+  std::vector<StepWrite> steps_;  // of each task
   std::vector<DeviceTask> device_tasks_;
   std::vector<std::shared_ptr<Batch>> batches_;  // of all steps so far
   std::vector<std::shared_ptr<GradBatch>> grad_batches_;

@@ -41,6 +41,7 @@ void Plan::know_options(Group& group) {
 void Plan::read_group(Group& group, const StepContext& context) {
   const auto get = [&](PyObject* key) { return PyDict_GetItemWithError(group.dict, key); };
   read_ema(group);
+  read_formats(group);
   if (truth(get(names.differentiable))) {
     if (group.has_ema)
       raise(PyExc_ValueError, "param group " + std::to_string(group.index) +

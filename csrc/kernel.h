@@ -12,12 +12,24 @@ constexpr int MAX_HYPERS = 8;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
 
-// How one stream is stored. The values index ITEMSIZE.
-enum Dtype : uint8_t { F32, F64, BF16, F16, N_DTYPES };
-constexpr int ITEMSIZE[N_DTYPES] = {4, 8, 2, 2};
+// The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams only.
+enum Dtype : uint8_t { F32, F64, BF16, F16, N_DTYPES, I8, U8, I16 };
+constexpr int ITEMSIZE[] = {4, 8, 2, 2, 0, 1, 1, 2};
 
-// How a kernel reads its streams: all of one dtype, or any mix of the three that compute in float32.
-enum Format : uint8_t { ALL_F32, ALL_F64, ALL_BF16, ALL_F16, MIXED, N_FORMATS };
+// How a kernel reads its streams: all of one dtype, or any mix of the three that compute in float32; with
+// some of them packed.
+enum Format : uint8_t { ALL_F32, ALL_F64, ALL_BF16, ALL_F16, MIXED, PACKED, N_FORMATS };
+
+// What a stream's bits mean (packed.h): its dtype alone says it; it is rounded stochastically; 8 bits with a
+// scale; a param with a remainder of 8 or 16 bits.
+enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
+
+// For all of a tensor.
+struct Packing {
+  Storage storage[MAX_STREAMS];
+  uint16_t* scales[MAX_STREAMS];     // bfloat16, one for 64 elements
+  uint32_t keys[MAX_STREAMS][2];  // of the random bits
+};
 
 // What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.
 enum GradWrite : uint8_t { KEPT, UNSCALED, CLIPPED, ZEROED };
@@ -33,6 +45,9 @@ struct Slice {
   double clip;           // and multiplied by it
   GradWrite grad_write;
   double ema_weight;     // ema = lerp(ema, param, ema_weight); 1 copies
+  const Packing* packing;  // null: all streams are PLAIN
+  void* remainder;         // the param's; a stream of its own
+  int64_t first;           // the run's first element is this one of the tensor; if packed, a multiple of 64
 };
 
 using Kernel = void (*)(const Slice&);
@@ -64,6 +79,8 @@ struct Isa {
   bool (*supported)();
   Kernel kernels[MAX_RULES][N_FORMATS][MAX_VARIANTS];  // null where the variant is not valid
   NormKernel norm[N_DTYPES];
+  void (*load_stream)(const Slice&, int stream, float* values);
+  void (*store_stream)(const Slice&, int stream, const float* values);
   Kernel probe[MAX_STATES + 1];  // streams += grad, by number of states: the benchmark's roof
 };
 

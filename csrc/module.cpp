@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "gather.h"
 
 namespace py = pybind11;
@@ -21,6 +23,8 @@ py::dict describe_rules() {
     entry["states"] = states;
     entry["hypers"] = hypers;
     entry["deciding"] = rule.deciding;
+    entry["has_step"] = rule.has_step;
+    entry["squares"] = rule.square_states;
     described[rule.name] = entry;
   }
   return described;
@@ -81,11 +85,45 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
   task.kernel = current_isa().probe[n - 2];
   task.layout = -1;
   task.device = -1;
+  task.packing = -1;
   task.slice.hypers = &factor;
   task.slice.grad_sign = 1;
   task.slice.clip = 1;
   py::gil_scoped_release no_gil;
   run({task}, {}, num_threads);
+}
+
+// Addresses of contiguous CPU memory; `extra` is that of scales or of a remainder, or 0.
+void transcode(bool packs, const std::string& storage, const std::string& dtype, uintptr_t stream,
+               uintptr_t extra, uintptr_t values, int64_t numel, std::array<uint64_t, 4> key,
+               int num_threads) {
+  static constexpr const char* STORAGES[] = {"plain",  "stochastic", "signed8",
+                                             "root8", "split8",     "split16"};
+  static constexpr const char* DTYPES[] = {"float32", "float64", "bfloat16", "float16",
+                                           "",        "int8",    "uint8",    "int16"};
+  const auto index = [](const auto& names, const std::string& name) {
+    for (size_t i = 0; i < std::size(names); i++)
+      if (name == names[i]) return i;
+    throw std::invalid_argument("unknown: " + name);
+  };
+  const int s = static_cast<int>(key[2]);
+  if (s != PARAM && (s < STATES || s >= STATES + MAX_STATES))
+    throw std::invalid_argument("stream " + std::to_string(s) + " cannot be packed");
+  Packing packing = {};
+  packing.storage[s] = static_cast<Storage>(index(STORAGES, storage));
+  Slice slice = {};
+  slice.packing = &packing;
+  slice.numel = numel;
+  slice.streams[s] = reinterpret_cast<void*>(stream);
+  slice.dtypes[s] = static_cast<Dtype>(index(DTYPES, dtype));
+  if (s == PARAM)
+    slice.remainder = reinterpret_cast<void*>(extra);
+  else
+    packing.scales[s] = reinterpret_cast<uint16_t*>(extra);
+  random_key(key[0], key[1], s, key[3], packing.keys[s]);
+  float* const floats = reinterpret_cast<float*>(values);
+  py::gil_scoped_release no_gil;
+  packs ? pack(slice, s, floats, num_threads) : unpack(slice, s, floats, num_threads);
 }
 
 }  // namespace
@@ -114,12 +152,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&>(), py::arg("rule"))
       .def("step",
            [](Plan& plan, py::list groups, py::dict state, py::object create_state,
+              py::object convert_state,
               py::object run_stock, py::object launcher, unsigned device_types, int num_threads,
               double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve,
               py::object measured, bool writes_clipped, bool zeroes, py::object emas,
               py::object create_ema) {
              const StepContext context = {
-                 create_state.ptr(), run_stock.ptr(), launcher.ptr(),  device_types,
+                 create_state.ptr(), convert_state.ptr(), run_stock.ptr(), launcher.ptr(), device_types,
                  num_threads,        grad_scale,      scale_on_device, skip_on_device,
                  resolve.ptr(),      measured.ptr(),  writes_clipped,  zeroes,
                  emas.ptr(),         create_ema.ptr()};
@@ -162,5 +201,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("chunks", &chunks, py::arg("numel"));
   m.def("openmp_library", &openmp_library);
+  m.def("transcode", &transcode, py::arg("packs"), py::arg("storage"), py::arg("dtype"),
+        py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"), py::arg("key"),
+        py::arg("num_threads"));
   m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));
 }

@@ -16,6 +16,7 @@ struct Task {
   Kernel kernel;
   Slice slice;  // its hypers are set when the step's table of them is complete
   int64_t hypers;  // index of the first of them in that table
+  int packing;     // index of the step's packings; -1: all streams are PLAIN
   int layout;  // index into the step's layouts; -1: contiguous in every stream
   unsigned streams;  // bit s: stream s is read
   unsigned written;  // bit s: stream s is written

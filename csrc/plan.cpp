@@ -21,7 +21,10 @@ Plan::Plan(const std::string& rule)
     option_keys_.push_back(interned(key.c_str()));
     option_items_.push_back(dot ? std::atoi(dot + 1) : -1);
   }
-  for (const char* name : rule_.state_names) state_keys_.push_back(interned(name));
+  for (const char* name : rule_.state_names) {
+    state_keys_.push_back(interned(name));
+    scale_keys_.push_back(interned((std::string(name) + "_scale").c_str()));
+  }
 }
 
 Plan::~Plan() {
@@ -29,6 +32,7 @@ Plan::~Plan() {
   Py_XDECREF(fallbacks_);
   for (PyObject* key : option_keys_) Py_DECREF(key);
   for (PyObject* key : state_keys_) Py_DECREF(key);
+  for (PyObject* key : scale_keys_) Py_DECREF(key);
 }
 
 PyObject* Plan::hold(PyObject* owned) {
@@ -62,6 +66,7 @@ void Plan::release() {
   params_.clear();
   grads_.clear();
   layouts_.clear();
+  packings_.clear();
   norm_tasks_.clear();
   hypers_.clear();
   steps_.clear();
@@ -130,6 +135,17 @@ void Plan::move_overlapping_to_stock(bool anew) {
     const int64_t reach = task.layout >= 0 ? layouts_[task.layout].reach(s) : task.slice.numel;
     return Range{data, data + reach * ITEMSIZE[task.slice.dtypes[s]], t};
   };
+  const auto add_packing = [&](size_t t) {
+    const Packing& packing = packings_[tasks_[t].packing];
+    const int64_t numel = tasks_[t].slice.numel;
+    for (uint16_t* scales : packing.scales)
+      if (scales != nullptr) {
+        const auto* data = reinterpret_cast<const char*>(scales);
+        written_.add({data, data + (numel + 63) / 64 * 2, t});
+      }
+    const auto* rest = static_cast<const char*>(tasks_[t].slice.remainder);
+    if (rest != nullptr) written_.add({rest, rest + numel * (packing.storage[PARAM] == SPLIT8 ? 1 : 2), t});
+  };
   std::vector<bool> overlaps;
   const auto mark = [&](size_t task) {
     overlaps.resize(tasks_.size());
@@ -140,12 +156,13 @@ void Plan::move_overlapping_to_stock(bool anew) {
     written_by_ = origins_;
     written_.clear();
     for (size_t t = 0; t < tasks_.size(); t++) {
-      if (rule_.has_step) {
+      if (steps_[t].data != nullptr) {
         const auto* data = static_cast<const char*>(steps_[t].data);
         written_.add({data, data + ITEMSIZE[steps_[t].dtype], t});
       }
       for (int s = 0; s < MAX_STREAMS && tasks_[t].slice.numel > 0; s++)
         if (tasks_[t].written >> s & 1) written_.add(range_of(t, s));
+      if (tasks_[t].packing >= 0) add_packing(t);
     }
     written_.sort(mark);
   }
@@ -174,7 +191,7 @@ void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
     params_[kept] = params_[t];
     grads_[kept] = grads_[t];
     if (!norm_tasks_.empty()) norm_tasks_[kept] = norm_tasks_[t];
-    if (rule_.has_step) steps_[kept] = steps_[t];
+    steps_[kept] = steps_[t];
     kept++;
   }
   tasks_.resize(kept);
@@ -184,7 +201,7 @@ void Plan::move_to_stock(const std::vector<bool>& which, const char* reason) {
   if (!norm_tasks_.empty()) norm_tasks_.resize(kept);
   for (EmaTask& ema : ema_tasks_)
     if (ema.task >= 0) ema.task = moved[ema.task];
-  if (rule_.has_step) steps_.resize(kept);
+  steps_.resize(kept);
   std::vector<Pending> pending;
   std::vector<int64_t> pending_task;
   for (size_t i = 0; i < pending_.size(); i++) {
@@ -250,6 +267,18 @@ bool Plan::measure(const StepContext& context) {
   return true;
 }
 
+// False: a Python exception is set.
+static bool remove_nones(PyObject* dict) {
+  std::vector<PyObject*> keys;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value))
+    if (value == Py_None) keys.push_back(key);
+  for (PyObject* none : keys)
+    if (PyDict_DelItem(dict, none) != 0) return false;
+  return true;
+}
+
 void Plan::commit(PyObject* state, const StepContext& context) {
   enter_emas(context);
   if (tasks_.empty()) return count_emas();
@@ -279,7 +308,7 @@ void Plan::commit(PyObject* state, const StepContext& context) {
                  tasks_.end());
   }
   for (const StepWrite& step : steps_) {
-    if (step.on_device) continue;
+    if (step.on_device || step.data == nullptr) continue;
     if (step.dtype == F32)
       *static_cast<float*>(step.data) = static_cast<float>(step.value);
     else
@@ -293,7 +322,9 @@ void Plan::commit(PyObject* state, const StepContext& context) {
   // Only now: another thread must not read a state that is not yet written. The keys are strings, so
   // no Python code runs here, and Ctrl-C waits.
   for (size_t i = 0; i < entries.size(); i++)
-    if (PyDict_Update(entries[i], pending_[i].states) != 0) throw PythonError();
+    if (PyDict_Update(entries[i], pending_[i].states) != 0 ||
+        (pending_[i].converted && !remove_nones(entries[i])))
+      throw PythonError();
   count_emas();
   if (error_type != nullptr) {
     PyErr_Restore(error_type, error, traceback);

@@ -36,6 +36,7 @@ struct SGD {
                                                  "nesterov"};
   static constexpr const char* state_names[] = {"momentum_buffer"};
   static constexpr const char* hyper_names[] = {"lr", "momentum", "dampening_comp", "weight_decay"};
+  static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, NESTEROV = 4, FIRST_STEP = 8, VARIANTS = 16 };
@@ -85,6 +86,7 @@ struct Adagrad {
   static constexpr const char* option_names[] = {"lr", "lr_decay", "eps", "weight_decay"};
   static constexpr const char* state_names[] = {"sum"};
   static constexpr const char* hyper_names[] = {"decayed_lr", "eps", "weight_decay"};
+  static constexpr unsigned SQUARES = 0b1;  // states like a second moment
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, FIRST_STEP = 0, VARIANTS = 2 };
@@ -123,6 +125,7 @@ struct RMSprop {
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr const char* hyper_names[] = {"lr",  "alpha",        "alpha_comp",
                                                 "eps", "weight_decay", "momentum"};
+  static constexpr unsigned SQUARES = 0b001;  // states like a second moment
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, FIRST_STEP = 0, VARIANTS = 8 };
@@ -181,6 +184,7 @@ struct Adam {
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* hyper_names[] = {"step_size", "beta1_comp",   "beta2",      "beta2_comp",
                                                 "eps_hat",   "weight_decay", "param_decay"};
+  static constexpr unsigned SQUARES = 0b110;  // states like a second moment
   static constexpr bool has_step = true;
 
   enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, FIRST_STEP = 0, VARIANTS = 8 };

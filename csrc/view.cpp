@@ -77,7 +77,7 @@ bool storage_holds(PyObject* tensor, const View& view) {
     throw;
   }
   Py_DECREF(storage);
-  return (call_int(tensor, names.storage_offset) + view.reach()) * ITEMSIZE[view.dtype] <= nbytes;
+  return (call_int(tensor, names.storage_offset) + view.reach()) * ITEMSIZE[view.dtype == N_DTYPES ? view.whole : view.dtype] <= nbytes;
 }
 
 void bind_torch() {
@@ -87,7 +87,8 @@ void bind_torch() {
            interned("storage_offset"), interned("stage"), interned("ready"),
            interned("launch"),     interned("moved"),   interned("waiting"),
            interned("any_waiting"), interned("ema_decay"), interned("ema_warmup"),
-           interned("counted")};
+           interned("counted"), interned("state_dtype"), interned("master"),
+           interned("rounding_seed"), interned("param_remainder"), interned("param_indices")};
   PyObject* module = check(PyImport_ImportModule("torch"));
   const auto get = [](PyObject* from, const char* name) {
     return check(PyObject_GetAttrString(from, name));
@@ -100,6 +101,8 @@ void bind_torch() {
   torch.is_neg = get(tensor, "is_neg");
   torch.is_zerotensor = get(tensor, "_is_zerotensor");
   torch.increment_version = get(C, "_increment_version");
+  torch.float32 = get(module, "float32");
+  torch.bfloat16 = get(module, "bfloat16");
   PyObject* grad = get(tensor, "grad");
   torch.grad = Py_TYPE(grad) == &PyGetSetDescr_Type
                    ? reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset

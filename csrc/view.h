@@ -23,6 +23,7 @@ struct Torch {
   PyObject* is_neg;
   PyObject* is_zerotensor;
   PyObject* increment_version;
+  PyObject *float32, *bfloat16;
 };
 extern Torch torch;
 
@@ -30,7 +31,8 @@ extern Torch torch;
 struct Names {
   PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
       *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
-      *ema_warmup, *counted;
+      *ema_warmup, *counted, *state_dtype, *master, *rounding_seed, *param_remainder,
+      *param_indices;
 };
 extern Names names;
 
@@ -63,6 +65,7 @@ struct View {
   const int64_t* strides;
   int ndim;
   Dtype dtype;  // N_DTYPES: none a kernel reads
+  Dtype whole;  // of whole numbers; else N_DTYPES
   Device device;
   bool complex;
 
@@ -94,7 +97,7 @@ inline bool View::read(PyObject* tensor) {
   if (device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST) device.type = dlpack::CPU;
   if (device.type == dlpack::CPU) device.index = 0;
   complex = dl.dtype.code == dlpack::COMPLEX;
-  dtype = N_DTYPES;
+  dtype = whole = N_DTYPES;
   if (dl.dtype.lanes == 1 && dl.dtype.code == dlpack::FLOAT)
     dtype = dl.dtype.bits == 32   ? F32
             : dl.dtype.bits == 64 ? F64
@@ -102,6 +105,11 @@ inline bool View::read(PyObject* tensor) {
                                   : N_DTYPES;
   else if (dl.dtype.lanes == 1 && dl.dtype.code == dlpack::BFLOAT && dl.dtype.bits == 16)
     dtype = BF16;
+  else if (dl.dtype.lanes == 1 && dl.dtype.code <= dlpack::UINT && dl.dtype.bits <= 16)
+    whole = dl.dtype.code == dlpack::UINT ? (dl.dtype.bits == 8 ? U8 : N_DTYPES)
+            : dl.dtype.bits == 8          ? I8
+            : dl.dtype.bits == 16         ? I16
+                                          : N_DTYPES;
   return true;
 }
 

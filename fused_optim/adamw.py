@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.packed import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -28,7 +28,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         eps: added to the denominator, >= 0 (default: 1e-8).
         weight_decay: >= 0 (default: 1e-2).
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
-        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
+        options: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step;
+            :class:`FormatOptions`, for smaller states and for bfloat16 and float16 params.
 
     Raises:
         ValueError: an argument outside its range, with torch.optim's text where it has one.
@@ -65,9 +66,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **one_pass: Unpack[OnePassOptions],
+        **options: Unpack[KernelOptions],
     ) -> None:
-        self._take_one_pass(one_pass)
+        self._take_options(options)
         super().__init__(
             params,
             lr=lr,

@@ -125,6 +125,12 @@ def cpu_kernels() -> ModuleType | None:
     return None
 
 
+def codec() -> ModuleType | None:
+    """The extension module for what is not a step; None if it is missing."""
+    kernels = _load_kernels()
+    return kernels if isinstance(kernels, ModuleType) else None
+
+
 def config() -> dict[str, Any]:
     """What is installed and in use.
 

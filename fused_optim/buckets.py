@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_optim.formats import first_number
 from fused_optim.optimizer import FusedOptimizer, Outcome
 
 # New states lie behind the grads of their step, and in glibc (2.36) the hole that a freed grad leaves is a
@@ -86,7 +87,11 @@ class _Chosen:
         for param, (g, i) in found:
             by_group.setdefault(g, []).append((param, i))
         self._groups = [
-            {**optimizer.param_groups[g], "params": [param for param, _ in members]}
+            {
+                **optimizer.param_groups[g],
+                "params": [param for param, _ in members],
+                "param_indices": [first_number(optimizer.param_groups, g) + i for _, i in members],
+            }
             for g, members in by_group.items()
         ]
         self._positions = [(g, [i for _, i in members]) for g, members in by_group.items()]

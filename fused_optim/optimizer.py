@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_optim import backends, ema, grads
-from fused_optim.one_pass import OnePassOptimizer
+from fused_optim import backends, ema, formats, grads
+from fused_optim.packed import PackedOptimizer
 
 try:
     from torch._C._profiler import _RecordFunctionFast
@@ -67,14 +67,13 @@ def _left_to_the_interpreter(function: Any) -> Any:
     return function
 
 
-class FusedOptimizer(OnePassOptimizer):
+class FusedOptimizer(PackedOptimizer):
     """Steps on kernels what they can serve, and the rest with the stock class's own code.
 
     A subclass also inherits from the torch.optim class of the same name, which gives it constructor,
     validation, state schema and the stock step, and names its rule.
     """
 
-    _rule: ClassVar[str]  # key of _C.rules()
     _stock: ClassVar[type[torch.optim.Optimizer]]
 
     @property
@@ -207,7 +206,8 @@ class FusedOptimizer(OnePassOptimizer):
             outcome = plan.step(
                 groups,
                 self.state,
-                self._create_state,
+                self._create_packed,
+                self._convert_state,
                 lambda fallbacks: step_with_stock(fallbacks, launcher),
                 launcher,
                 device_types,
@@ -317,6 +317,7 @@ class FusedOptimizer(OnePassOptimizer):
                 f"{reason}"
             )
         chosen: dict[int, list[Tensor]] = {}
+        numbers: dict[int, list[int]] = {}
         for g, i, _ in fallbacks:
             group = self.param_groups[g]
             param = group["params"][i]
@@ -326,6 +327,7 @@ class FusedOptimizer(OnePassOptimizer):
             if refusal is not None and param.grad.is_sparse:
                 raise RuntimeError(refusal)
             chosen.setdefault(g, []).append(param)
+            numbers.setdefault(g, []).append(formats.first_number(self.param_groups, g) + i)
         grad_scale = getattr(self, "grad_scale", None)
         whole = self.param_groups
         scaling = {
@@ -342,13 +344,16 @@ class FusedOptimizer(OnePassOptimizer):
             # Stock's step may be wrapped by the profiler hook, which would fire all hooks again.
             if getattr(step, "hooked", False):
                 step = step.__wrapped__  # type: ignore[attr-defined]
-            with grads.stand_ins(
-                stepped,
-                grad_scale,
-                1.0 if one_pass is None else one_pass.clip,
-                writes_clipped=one_pass is not None and one_pass.write_clipped_grads,
-                zeroes=one_pass is not None and one_pass.zero_grads,
-            ) as left:
+            with (
+                grads.stand_ins(
+                    stepped,
+                    grad_scale,
+                    1.0 if one_pass is None else one_pass.clip,
+                    writes_clipped=one_pass is not None and one_pass.write_clipped_grads,
+                    zeroes=one_pass is not None and one_pass.zero_grads,
+                ) as left,
+                self._in_float32(self.param_groups, list(numbers.values())),
+            ):
                 step(self)
             self._grads_left = left
         finally:

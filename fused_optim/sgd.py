@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.packed import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -39,7 +39,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize, foreach, differentiable, fused: as in torch.optim. foreach is accepted without
             effect; fused=True lets GradScaler leave unscaling to the step; differentiable takes the
             stock path.
-        one_pass: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step.
+        options: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step;
+            :class:`FormatOptions`, for smaller states and for bfloat16 and float16 params.
 
     Raises:
         ValueError: an argument outside its range, with torch.optim's text where it has one.
@@ -76,9 +77,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **one_pass: Unpack[OnePassOptions],
+        **options: Unpack[KernelOptions],
     ) -> None:
-        self._take_one_pass(one_pass)
+        self._take_options(options)
         super().__init__(
             params,
             lr=lr,

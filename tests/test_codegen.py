@@ -21,7 +21,6 @@ from fused_optim.triton_kernels import specialize
 from fused_optim.triton_kernels.rules import RULES
 
 
-
 def has_all_states(kernel: Kernel) -> bool:
     return kernel.rule in RULES and kernel.options == max(
         other.options for other in KERNELS if other.rule == kernel.rule

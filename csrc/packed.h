@@ -1,0 +1,346 @@
+// How a stream is stored in fewer bits than its dtype would take, or more: GROUP elements between memory and
+// float32. The same arithmetic as in triton_kernels/formats.py. Included inside a namespace, like formats.h.
+constexpr int GROUP = 64;
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+constexpr uint32_t INF = 0x7f800000u, MAGNITUDE = 0x7fffffffu;
+constexpr uint32_t F16_NORMAL = 0x38800000u;     // 2^-14, the smallest normal float16
+constexpr uint32_t F16_OVERFLOW = 0x47800000u;   // 2^16
+constexpr uint32_t F16_BIAS = 0x38000000u;       // float32's exponent bias less float16's
+
+// 16 random bits for each of the GROUP elements from `first` on, a multiple of GROUP: a hash of key and index,
+// as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a block of 32.
+inline void random16(const uint32_t* key, int64_t first, uint32_t* random) {
+  const uint64_t n = static_cast<uint64_t>(first) / 2;
+  const uint32_t start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
+  const uint32_t key1 = key[1];
+  for (uint32_t block = 0; block < GROUP / 32; block++)
+#pragma GCC unroll 1
+    for (uint32_t k = 0; k < 16; k++) {
+      uint32_t x = start + block * 16 + k;
+      x ^= x >> 16;
+      x *= 0x7feb352du;
+      x ^= key1;
+      x ^= x >> 15;
+      x *= 0x846ca68bu;
+      x ^= x >> 16;
+      random[block * 32 + k] = x & 0xffffu;
+      random[block * 32 + 16 + k] = x >> 16;
+    }
+}
+
+// Rounded up to bfloat16, at least `smallest`; 0 stays 0. Not negative.
+inline float scale_of(float largest, float share, float smallest) {
+  if (largest == 0) return 0;
+  const float scale = from_bits((bits_of(largest * share) + 0xffffu) & 0xffff0000u);
+  return scale > smallest ? scale : smallest;
+}
+
+inline float largest_of(const uint32_t* magnitudes) {
+  int32_t tops[16] = {};
+  for (int k = 0; k < GROUP; k += 16)
+#pragma GCC unroll 1
+    for (int j = 0; j < 16; j++) {
+      const int32_t magnitude = int32_t(magnitudes[k + j]);
+      tops[j] = magnitude > tops[j] ? magnitude : tops[j];
+    }
+  int32_t top = 0;
+  for (int j = 0; j < 16; j++) top = tops[j] > top ? tops[j] : top;
+  return from_bits(uint32_t(top));
+}
+
+// Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
+struct Signed8 {
+  static inline void load(const int8_t* codes, float scale, float* to) {
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const int32_t code = codes[k];
+      const float value = float(code) * scale;
+      const uint32_t special = code == -128 ? 0x7fc00000u : code < 0 ? 0x80000000u | INF : INF;
+      to[k] = from_bits(code > 126 || code < -126 ? special : bits_of(value));
+    }
+  }
+  // Returns the scale.
+  static inline float store(const float* from, int8_t* codes) {
+    uint32_t magnitudes[GROUP];
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t magnitude = bits_of(from[k]) & MAGNITUDE;
+      magnitudes[k] = magnitude < INF ? magnitude : 0;
+    }
+    const float scale = scale_of(largest_of(magnitudes), 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
+    const float inverse = scale == 0 ? 0 : 1 / scale;
+    int32_t wide[GROUP];
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      // The sum's last bits are the nearest integer, to even.
+      int32_t code = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
+      code = code > 126 ? 126 : code;
+      code = code < -126 ? -126 : code;
+      const int32_t bits = int32_t(bits_of(from[k]));
+      const int32_t magnitude = bits & int32_t(MAGNITUDE);
+      const int32_t infinity = bits < 0 ? -127 : 127;
+      const int32_t special = magnitude > int32_t(INF) ? -128 : infinity;
+      wide[k] = magnitude >= int32_t(INF) ? special : code;
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) codes[k] = int8_t(wide[k]);
+    return scale;
+  }
+};
+
+// The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254 NaN (of a
+// negative number too: so is its root), 255 infinity; what is not 0 has a code that is not 0.
+struct Root8 {
+  static inline void load(const uint8_t* codes, float scale, float* to) {
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const int32_t code = codes[k];
+      const float root = float(code) * scale;
+      const uint32_t special = code == 254 ? 0x7fc00000u : INF;
+      to[k] = from_bits(code > 253 ? special : bits_of(root * root));
+    }
+  }
+  static inline float store(const float* from, uint8_t* codes, const uint32_t* random) {
+    float roots[GROUP];
+    uint32_t magnitudes[GROUP];
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const int32_t bits = int32_t(bits_of(from[k] + 0.0f));  // -0 becomes 0
+      roots[k] = std::sqrt(from_bits(uint32_t(bits >= 0 && bits < int32_t(INF) ? bits : 0)));
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) magnitudes[k] = bits_of(roots[k]);
+    const float scale = scale_of(largest_of(magnitudes), 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
+    const float inverse = scale == 0 ? 0 : 1 / scale;
+    int32_t wide[GROUP];
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const float up = float(int32_t(random[k])) * 1.52587890625e-5f;  // 2^-16
+      int32_t code = int32_t(roots[k] * inverse + up);
+      code = code > 253 ? 253 : code;
+      code = code < 1 ? 1 : code;
+      const int32_t bits = int32_t(bits_of(from[k] + 0.0f));
+      code = bits == 0 ? 0 : code;
+      const int32_t special = bits == int32_t(INF) ? 255 : 254;
+      wide[k] = bits >= 0 && bits < int32_t(INF) ? code : special;
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) codes[k] = uint8_t(wide[k]);
+    return scale;
+  }
+};
+
+// Rounded up with the probability of the part that is cut off.
+inline void store_stochastic_bf16(const float* from, const uint32_t* random, uint16_t* to) {
+  uint32_t bits[GROUP];
+#pragma GCC unroll 1
+  for (int k = 0; k < GROUP; k++) {
+    const uint32_t exact = bits_of(from[k]);
+    const bool nan = int32_t(exact & MAGNITUDE) > int32_t(INF);
+    bits[k] = nan ? exact | 0x400000u : exact + random[k];
+  }
+#pragma GCC unroll 1
+  for (int k = 0; k < GROUP; k++) to[k] = uint16_t(bits[k] >> 16);
+}
+
+// A multiple of float16's smallest subnormal, 2^-24, below 2^-14; `steps` of it in units of 1 / unit.
+inline float subnormal_steps(float magnitude, float steps) {
+  const float smallest_normal = from_bits(F16_NORMAL);
+  return (magnitude < smallest_normal ? magnitude : smallest_normal) * steps;
+}
+
+inline void store_stochastic_f16(const float* from, const uint32_t* random, uint16_t* to) {
+  for (int k = 0; k < GROUP; k++) {
+    const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    const float steps = subnormal_steps(from_bits(m), 16777216.0f);  // 2^24
+    const uint32_t rounded = m + (random[k] >> 3);
+    uint32_t half = (rounded - F16_BIAS) >> 13;
+    if (rounded >= F16_OVERFLOW) half = 0x7c00u;
+    if (m < F16_NORMAL) half = uint32_t(int32_t(steps + float(int32_t(random[k])) * 1.52587890625e-5f));
+    if (m >= INF) half = m > INF ? 0x7e00u | (m >> 13 & 0x3ffu) : 0x7c00u;
+    to[k] = uint16_t(sign | half);
+  }
+}
+
+// A bfloat16 param with the bits that it lacks of a float32 beside it: all 16, or the upper 8 of them, the last
+// of these rounded stochastically. Rounded to nearest, ties away from zero, so `upper + remainder` is exact.
+template <class Remainder>
+struct SplitBF16 {
+  static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
+  static inline void load(const uint16_t* upper, const Remainder* remainder, float* to) {
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const int32_t high = int32_t(uint32_t(upper[k]) << 16);
+      const int32_t rest = int32_t(remainder[k]) * (1 << cut);
+      const int32_t magnitude = high & int32_t(MAGNITUDE);
+      // Of a 0 that someone else wrote, bits would be borrowed from nowhere.
+      const bool alone = magnitude >= int32_t(INF) || (magnitude == 0 && rest < 0);
+      to[k] = from_bits(uint32_t(high) + (alone ? 0u : uint32_t(rest)));
+    }
+  }
+  static inline void store(const float* from, const uint32_t* random, uint16_t* upper,
+                           Remainder* remainder) {
+    uint32_t highs[GROUP];
+    int32_t rests[GROUP];
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t exact = bits_of(from[k]);
+      const uint32_t kept = cut == 0 ? exact : (exact + (random[k] >> 8)) & ~0xffu;
+      const bool nan = int32_t(exact & MAGNITUDE) > int32_t(INF);
+      const uint32_t high = nan ? (exact | 0x400000u) & 0xffff0000u : (kept + 0x8000u) & 0xffff0000u;
+      highs[k] = high;
+      rests[k] = int32_t(high & MAGNITUDE) >= int32_t(INF) ? 0 : int32_t(kept - high) >> cut;
+    }
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) upper[k] = uint16_t(highs[k] >> 16);
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++) remainder[k] = Remainder(rests[k]);
+  }
+};
+
+// The same of float16, which lacks 13 bits; below 2^-14 both parts count steps of 2^-24.
+template <class Remainder>
+struct SplitF16 {
+  static constexpr bool is_short = sizeof(Remainder) == 1;
+  static constexpr int32_t unit = is_short ? 256 : 65536;  // of the remainder, in a step of 2^-24
+  static constexpr float steps = is_short ? 4294967296.0f : 1099511627776.0f;  // 2^32, 2^40
+  static inline void load(const uint16_t* upper, const Remainder* remainder, float* to) {
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t sign = uint32_t(upper[k] & 0x8000u) << 16;
+      const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
+      const int32_t within = rest < -0x1000 ? -0x1000 : rest > 0xfff ? 0xfff : rest;
+      const int32_t normal = (half << 13) + int32_t(F16_BIAS) + (is_short ? rest * 32 : within);
+      int32_t subnormal = half * unit + rest;
+      subnormal = subnormal < 0 ? 0 : subnormal;
+      uint32_t bits = half > 0x400 || (half == 0x400 && rest >= 0)
+                          ? uint32_t(normal)
+                          : bits_of(float(subnormal) * (1 / steps));
+      if (half >= 0x7c00) bits = uint32_t(half << 13) | INF;
+      to[k] = from_bits(bits | sign);
+    }
+  }
+  static inline void store(const float* from, const uint32_t* random, uint16_t* upper,
+                           Remainder* remainder) {
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
+      uint32_t half;
+      int32_t rest = 0;
+      if (m >= INF) {
+        half = m > INF ? 0x7e00u | (m >> 13 & 0x3ffu) : 0x7c00u;
+      } else if (m >= F16_NORMAL) {
+        const uint32_t kept = is_short ? (m + (random[k] >> 11)) & ~31u : m;
+        const uint32_t rounded = (kept + 0x1000u) & ~0x1fffu;
+        half = rounded >= F16_OVERFLOW ? 0x7c00u : (rounded - F16_BIAS) >> 13;
+        if (rounded < F16_OVERFLOW) rest = int32_t(kept - rounded) / (is_short ? 32 : 1);
+      } else {
+        const float t = from_bits(m) * steps;
+        int32_t count;
+        if (is_short) {
+          count = int32_t(t + float(int32_t(random[k])) * 1.52587890625e-5f);
+        } else {
+          count = int32_t(t);
+          count += t - float(count) >= 0.5f;
+        }
+        half = uint32_t((count + unit / 2) / unit);
+        rest = count - int32_t(half) * unit;
+      }
+      upper[k] = uint16_t((bits >> 16 & 0x8000u) | half);
+      remainder[k] = Remainder(rest);
+    }
+  }
+};
+
+// Formats of a kernel in which some stream is packed. Out of line: once per instruction set.
+struct Packed {
+  using compute = float;
+  static constexpr bool rounds = true;
+  static constexpr int tile = GROUP;
+  static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
+
+  __attribute__((noinline)) static void load(const Slice& slice, int s, int64_t i, float* to) {
+    const Packing& packing = *slice.packing;
+    const Storage storage = packing.storage[s];
+    if (storage == SIGNED8 || storage == ROOT8) {
+      const float scale = bf16_to_float(packing.scales[s][(slice.first + i) / GROUP]);
+      const char* codes = static_cast<const char*>(slice.streams[s]) + i;
+      if (storage == SIGNED8)
+        Signed8::load(reinterpret_cast<const int8_t*>(codes), scale, to);
+      else
+        Root8::load(reinterpret_cast<const uint8_t*>(codes), scale, to);
+    } else if (storage == SPLIT8 || storage == SPLIT16) {
+      const auto* upper = static_cast<const uint16_t*>(slice.streams[s]) + i;
+      const auto* rest8 = static_cast<const int8_t*>(slice.remainder);
+      const auto* rest16 = static_cast<const int16_t*>(slice.remainder);
+      if (slice.dtypes[s] == BF16)
+        storage == SPLIT8 ? SplitBF16<int8_t>::load(upper, rest8 + i, to)
+                          : SplitBF16<int16_t>::load(upper, rest16 + i, to);
+      else
+        storage == SPLIT8 ? SplitF16<int8_t>::load(upper, rest8 + i, to)
+                          : SplitF16<int16_t>::load(upper, rest16 + i, to);
+    } else {
+      load_stored(slice, s, i, to);
+    }
+  }
+  // What someone sees who does not know of remainders.
+  static void load_stored(const Slice& slice, int s, int64_t i, float* to) {
+    for (int k = 0; k < GROUP; k += TILE)
+      Mixed::load(slice, s, i + k, to + k);
+  }
+  __attribute__((noinline)) static void store(const Slice& slice, int s, int64_t i, const float* from) {
+    const Packing& packing = *slice.packing;
+    const Storage storage = packing.storage[s];
+    if (storage == PLAIN) {
+      for (int k = 0; k < GROUP; k += TILE)
+        Mixed::store(slice, s, i + k, from + k);
+      return;
+    }
+    uint32_t random[GROUP];
+    const bool is_random = storage != SIGNED8 && storage != SPLIT16;
+    if (is_random) random16(packing.keys[s], slice.first + i, random);
+    auto* const wide = static_cast<uint16_t*>(slice.streams[s]) + i;
+    char* const codes = static_cast<char*>(slice.streams[s]) + i;
+    auto* const rest8 = static_cast<int8_t*>(slice.remainder);
+    auto* const rest16 = static_cast<int16_t*>(slice.remainder);
+    const bool is_bf16 = slice.dtypes[s] == BF16;
+    switch (storage) {
+      case SIGNED8:
+      case ROOT8: {
+        const float scale = storage == SIGNED8
+                                ? Signed8::store(from, reinterpret_cast<int8_t*>(codes))
+                                : Root8::store(from, reinterpret_cast<uint8_t*>(codes), random);
+        packing.scales[s][(slice.first + i) / GROUP] = uint16_t(bits_of(scale) >> 16);
+        return;
+      }
+      case STOCHASTIC:
+        return is_bf16 ? store_stochastic_bf16(from, random, wide)
+                       : store_stochastic_f16(from, random, wide);
+      case SPLIT8:
+        return is_bf16 ? SplitBF16<int8_t>::store(from, random, wide, rest8 + i)
+                       : SplitF16<int8_t>::store(from, random, wide, rest8 + i);
+      default:
+        return is_bf16 ? SplitBF16<int16_t>::store(from, random, wide, rest16 + i)
+                       : SplitF16<int16_t>::store(from, random, wide, rest16 + i);
+    }
+  }
+};
+
+// One stream by itself, numel elements from the tensor's element slice.first on: for what is not a step.
+inline void load_stream(const Slice& slice, int s, float* values) {
+  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::load(slice, s, i, values + i);
+}
+inline void store_stream(const Slice& slice, int s, const float* values) {
+  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::store(slice, s, i, values + i);
+}

@@ -1,0 +1,309 @@
+"""Storage formats of states and params: what a param group asks for, and between them and float32.
+
+The kernels read and write these formats themselves (csrc/packed.h); here is what happens outside of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from fused_optim import backends
+
+# Keys of a param group; in it only if the user gave some.
+OPTIONS = ("state_dtype", "master", "rounding_seed")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+MASTERS = (None, "stochastic", "split8", "split16")
+GROUP = 64  # elements of one scale
+SMALLEST_INT8 = 4096  # elements; smaller states stay float32
+REMAINDER = "param_remainder"
+_FIRST_STATE = 2  # the stream of a rule's first state, csrc/kernel.h
+_PARAM = 0
+_CONVERTING = 2**64 - 1  # in place of the param's number in the random bits' key
+
+States = dict[str, Any]
+
+
+class FormatOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer of this package, beside torch.optim's; options of param groups.
+
+    They hold for ordinary float32, bfloat16 and float16 params; all others keep torch.optim's states.
+
+    Attributes:
+        state_dtype: of all states but ``step``. None: torch.optim's. torch.float32. torch.bfloat16: those
+            like a second moment are rounded stochastically. "int8": 8 bits an element and a bfloat16 scale
+            for 64 of them, states of at least 4,096 elements; smaller ones are float32.
+        master: of bfloat16 and float16 params. None: rounded to nearest, as torch.optim does. "stochastic":
+            rounded up or down so that the mean is exact. "split8" and "split16": beside the param are kept
+            8 or 16 more bits, ``param_remainder``; 16 make a bfloat16 param an exact float32.
+        rounding_seed: of the stochastic rounding, which is the same in each run (default: 0).
+    """
+
+    state_dtype: torch.dtype | str | None
+    master: str | None
+    rounding_seed: int
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raise ValueError for options of a param group that there are not, or that nothing can serve."""
+    state_dtype, master = options.get("state_dtype"), options.get("master")
+    # As in `x in STATE_DTYPES`, but a str is never compared with a dtype.
+    if not any(type(state_dtype) is type(known) and state_dtype == known for known in STATE_DTYPES):
+        raise ValueError(
+            f'Invalid state_dtype: {state_dtype!r}; it must be torch.float32, torch.bfloat16, "int8" or None'
+        )
+    if master not in MASTERS:
+        raise ValueError(
+            f'Invalid master: {master!r}; it must be "stochastic", "split8", "split16" or None'
+        )
+    seed = options.get("rounding_seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise ValueError(f"Invalid rounding_seed: {seed!r}; it must be an int in [0, 2**64)")
+    if state_dtype is None and master is None:
+        return
+    if options.get("differentiable"):
+        raise ValueError("differentiable=True cannot be combined with state_dtype or master")
+    if backends.codec() is None:
+        raise ValueError("state_dtype and master need the C++ kernels, which are not there")
+
+
+def applies(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the group has options of formats, and they concern this param."""
+    return (
+        ("state_dtype" in group or "master" in group)
+        and type(param) in (Tensor, nn.Parameter)
+        and param.layout == torch.strided
+        and param.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and param.numel() > 0
+    )
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one stream is stored: the names are those of csrc/kernel.h."""
+
+    storage: str
+    dtype: torch.dtype
+
+
+PLAIN_FLOAT32 = Format("plain", torch.float32)
+_OF_CODES = {torch.int8: "signed8", torch.uint8: "root8"}
+_SPLITS = {"split8": torch.int8, "split16": torch.int16}
+
+
+def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
+    state_dtype = group.get("state_dtype")
+    if state_dtype is None:
+        return Format("plain", param.dtype)
+    if state_dtype == "int8" and param.numel() >= SMALLEST_INT8:
+        return Format("root8", torch.uint8) if is_square else Format("signed8", torch.int8)
+    if state_dtype == torch.bfloat16:
+        return Format("stochastic" if is_square else "plain", torch.bfloat16)
+    return PLAIN_FLOAT32
+
+
+def master_of(param: Tensor, group: dict[str, Any]) -> str | None:
+    return None if param.dtype == torch.float32 else group.get("master")
+
+
+def counts_steps(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether random bits need a step that the rule itself does not count."""
+    return master_of(param, group) in ("stochastic", "split8")
+
+
+def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+    return torch.empty_like(param, dtype=dtype, device=device, requires_grad=False)
+
+
+def _transcode(
+    packs: bool, format: Format, stream: Tensor, extra: Tensor | None, values: Tensor, key: tuple
+) -> None:
+    codec = backends.codec()
+    assert codec is not None
+    codec.transcode(
+        packs,
+        format.storage,
+        str(stream.dtype).removeprefix("torch."),
+        stream.data_ptr(),
+        0 if extra is None else extra.data_ptr(),
+        values.data_ptr(),
+        stream.numel(),
+        key,
+        torch.get_num_threads(),
+    )
+
+
+def decode(format: Format, stream: Tensor, extra: Tensor | None) -> Tensor:
+    """In float32, on the CPU; extra: the scales, or the remainder of a param."""
+    if format.storage in ("plain", "stochastic"):
+        return stream.detach().to("cpu", torch.float32)
+    # Dense and in the order of the memory, whatever the caller's tensor is.
+    dense = _like(stream, stream.dtype).copy_(stream.detach())
+    values = _like(stream, torch.float32)
+    if extra is not None:
+        is_param = format.storage in ("split8", "split16")
+        extra = (
+            _like(stream, extra.dtype) if is_param else extra.new_empty(extra.shape, device="cpu")
+        ).copy_(extra)
+        _transcode(
+            False, format, dense, extra, values, (0, 0, _PARAM if is_param else _FIRST_STATE, 0)
+        )
+    return values
+
+
+def encode(
+    format: Format, like: Tensor, values: Tensor, key: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """(stream, its scales or remainder), laid out like a tensor and on its device.
+
+    Args:
+        key: of the random bits: (seed, number of the param, stream, step).
+    """
+    if format.storage == "plain":
+        return _like(like, format.dtype, like.device).copy_(values), None
+    stream = _like(like, format.dtype)
+    values = _like(like, torch.float32).copy_(values)
+    extra = None
+    if format.storage in ("signed8", "root8"):
+        extra = torch.empty((stream.numel() + GROUP - 1) // GROUP, dtype=torch.bfloat16)
+    elif format.storage in _SPLITS:
+        extra = _like(like, _SPLITS[format.storage])
+    _transcode(True, format, stream, extra, values, key)
+    return stream.to(like.device), None if extra is None else extra.to(like.device)
+
+
+def decode_states(states: States, names: list[str]) -> States:
+    """Float32 in place of all that is packed; without scales."""
+    decoded = {key: value for key, value in states.items() if not _is_extra(key, names)}
+    for name in names:
+        if isinstance(states.get(name), Tensor):
+            scale = states.get(f"{name}_scale")
+            value = states[name]
+            format = (
+                Format(_OF_CODES[value.dtype], value.dtype) if scale is not None else PLAIN_FLOAT32
+            )
+            decoded[name] = decode(format, value, scale).to(value.device)
+    return decoded
+
+
+def _is_extra(key: str, names: list[str]) -> bool:
+    return key == REMAINDER or any(key == f"{name}_scale" for name in names)
+
+
+def decode_param(param: Tensor, states: States) -> Tensor:
+    """The float32 that a param and its remainder, if there is one, stand for; a new tensor, on its device."""
+    rest = states.get(REMAINDER)
+    if rest is None or param.dtype == torch.float32:
+        return param.detach().to(torch.float32, copy=True)
+    storage = "split8" if rest.dtype == torch.int8 else "split16"
+    return decode(Format(storage, param.dtype), param, rest).to(param.device)
+
+
+@torch.no_grad()
+def encode_param(
+    param: Tensor, group: dict[str, Any], values: Tensor, states: States, key: tuple[int, int, int]
+) -> None:
+    """Write float32 values to the param and its remainder."""
+    seed, number, step = key
+    storage = master_of(param, group) or "plain"
+    stream, rest = encode(Format(storage, param.dtype), param, values, (seed, number, _PARAM, step))
+    param.copy_(stream)
+    if rest is not None:
+        states[REMAINDER] = rest
+
+
+@torch.no_grad()
+def encode_states(
+    param: Tensor,
+    group: dict[str, Any],
+    states: States,
+    rule: dict[str, Any],
+    key: tuple[int, int, int],
+) -> States:
+    """The states in the formats that the group asks for; None in place of what there is no longer.
+
+    What fits already is kept as it is.
+
+    Args:
+        rule: of csrc/rules.h, as its description says it (backends.codec().rules()).
+        key: (seed, number of the param, step) of the random bits.
+    """
+    names = rule["states"]
+    converted: States = dict(states)
+    seed, number, step = key
+    for s, name in enumerate(names):
+        tensor, scale_key = states.get(name), f"{name}_scale"
+        if not isinstance(tensor, Tensor):
+            continue
+        wanted = of_state(param, group, bool(rule["squares"] >> s & 1))
+        scale = states.get(scale_key)
+        if not _fits(tensor, scale, wanted, param):
+            values = decode_states({name: tensor, scale_key: scale}, [name])[name]
+            stream = _FIRST_STATE + s
+            converted[name], scale = encode(wanted, param, values, (seed, number, stream, step))
+        if scale is not None or scale_key in states:
+            converted[scale_key] = scale
+    _convert_remainder(param, group, states, converted)
+    if counts_steps(param, group) and "step" not in converted:
+        converted["step"] = torch.tensor(0.0, dtype=torch.float32)
+    return converted
+
+
+def _fits(tensor: Tensor, scale: Tensor | None, wanted: Format, param: Tensor) -> bool:
+    like = _like(param, wanted.dtype, "meta")
+    if tensor.dtype != wanted.dtype or tensor.shape != param.shape or tensor.device != param.device:
+        return False
+    if wanted.storage == "plain":
+        return scale is None
+    if tensor.stride() != like.stride() or (scale is None) != (wanted.storage == "stochastic"):
+        return False
+    return scale is None or is_scale_of(scale, tensor)
+
+
+def is_scale_of(scale: Tensor, codes: Tensor) -> bool:
+    n_groups = (codes.numel() + GROUP - 1) // GROUP
+    return scale.dtype == torch.bfloat16 and scale.shape == (n_groups,) and scale.is_contiguous()
+
+
+def _convert_remainder(
+    param: Tensor, group: dict[str, Any], states: States, converted: States
+) -> None:
+    master, rest = master_of(param, group), states.get(REMAINDER)
+    if master not in _SPLITS:
+        if REMAINDER in states:
+            converted[REMAINDER] = None
+        return
+    dtype = _SPLITS[master]
+    if rest is None or rest.shape != param.shape:
+        converted[REMAINDER] = _like(param, dtype, param.device).zero_()
+    elif rest.dtype != dtype or rest.stride() != _like(param, dtype, "meta").stride():
+        values = decode_param(param, states)
+        # Of this the upper part is the param that there is.
+        key = (0, _CONVERTING, _PARAM, 0)
+        converted[REMAINDER] = encode(Format(master, param.dtype), param, values, key)[1]
+
+
+def check_saved(states: States, names: list[str], index: Any) -> None:
+    """Raise ValueError if saved states of one param contradict themselves."""
+    for name in names:
+        tensor, scale = states.get(name), states.get(f"{name}_scale")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _OF_CODES:
+            continue
+        if not isinstance(scale, Tensor) or not is_scale_of(scale, tensor):
+            found = (
+                "none"
+                if not isinstance(scale, Tensor)
+                else f"{tuple(scale.shape)} of {scale.dtype}"
+            )
+            raise ValueError(
+                f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, which "
+                f"needs one bfloat16 scale for each {GROUP} elements, but its '{name}_scale' is {found}"
+            )
+
+
+def first_number(groups: list[dict[str, Any]], g: int) -> int:
+    """Of the first param of a group, among the params of all groups."""
+    return sum(len(group["params"]) for group in groups[:g])

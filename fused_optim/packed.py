@@ -1,0 +1,238 @@
+"""Optimizers whose states and params may be stored in other formats."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fused_optim import backends, formats
+from fused_optim.formats import FormatOptions
+from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
+
+
+class KernelOptions(OnePassOptions, FormatOptions, total=False):
+    """Keyword arguments of every optimizer of this package, beside torch.optim's."""
+
+
+class PackedOptimizer(OnePassOptimizer):
+    """The options of :class:`FormatOptions` and what they offer; FusedOptimizer's step heeds them."""
+
+    _rule: ClassVar[str]  # key of _C.rules()
+    _format_options: dict[str, Any] | None = None  # what a new param group gets
+
+    def _take_options(self, options: KernelOptions) -> None:
+        """Check and keep these arguments of the constructor; before torch.optim's begins."""
+        given = {key: value for key, value in options.items() if key in formats.OPTIONS}
+        formats.check(given)
+        if any(given.get(key) is not None for key in ("state_dtype", "master")):
+            self._format_options = given
+        rest = {key: value for key, value in options.items() if key not in formats.OPTIONS}
+        self._take_one_pass(rest)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; the options of one pass and of formats may differ by group."""
+        if isinstance(param_group, dict):
+            for key, value in (self._format_options or {}).items():
+                param_group.setdefault(key, value)
+            formats.check({"differentiable": self.defaults.get("differentiable"), **param_group})
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_format_options": self._format_options}
+
+    def _description(self) -> dict[str, Any]:
+        codec = backends.codec()
+        assert codec is not None
+        return codec.rules()[self._rule]
+
+    def _create_packed(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The first states of one param, in the formats of its group."""
+        states = self._create_state(param, group)
+        if not formats.applies(param, group):
+            return states
+        states = {**self.state.get(param, {}), **states}
+        states = self._convert_state(param, group, states)
+        return {key: value for key, value in states.items() if value is not None}
+
+    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _convert_state(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The same states in the formats of the group; None: there is no such state any more."""
+        step = states.get("step")
+        key = (group.get("rounding_seed", 0), formats._CONVERTING, 0 if step is None else int(step))
+        return formats.encode_states(param, group, states, self._description(), key)
+
+    def master_params(self) -> list[Tensor]:
+        """The params in float32, in order: with the bits that ``master="split8"`` or ``"split16"`` keeps.
+
+        New tensors, of the params' shapes and on their devices, for saving float32 weights. Params of other
+        dtypes than bfloat16 and float16 are copied as they are.
+        """
+        values = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if formats.applies(param, group):
+                    values.append(formats.decode_param(param, self.state.get(param, {})))
+                else:
+                    values.append(param.detach().clone())
+        return values
+
+    @torch.no_grad()
+    def load_master_params(self, values: Sequence[Tensor]) -> None:
+        """Set the params, and the bits beside them, from what :meth:`master_params` gave.
+
+        Args:
+            values: one tensor for each param, in order and of its shape.
+
+        Raises:
+            ValueError: another number of tensors, or another shape; nothing was written.
+        """
+        targets = [(group, param) for group in self.param_groups for param in group["params"]]
+        if len(values) != len(targets):
+            raise ValueError(f"{len(values)} values for {len(targets)} params")
+        for i, ((_, param), value) in enumerate(zip(targets, values)):
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"value {i} has shape {tuple(value.shape)}, its param {tuple(param.shape)}"
+                )
+        for number, ((group, param), value) in enumerate(zip(targets, values)):
+            if formats.master_of(param, group) is None or not formats.applies(param, group):
+                param.copy_(value)
+                continue
+            if param not in self.state:
+                self.state[param] = {}
+            states = self.state[param]
+            key = (group.get("rounding_seed", 0), number, 0)
+            formats.encode_param(param, group, value.to("cpu", torch.float32), states, key)
+
+    def state_dict_for_stock(self) -> dict[str, Any]:
+        """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
+        saved = self.state_dict()
+        names = self._description()["states"]
+        stock_step = self._description()["has_step"]
+        saved["state"] = {
+            index: {
+                key: value
+                for key, value in formats.decode_states(states, names).items()
+                if key != "step" or stock_step
+            }
+            for index, states in saved["state"].items()
+        }
+        saved["state"] = {index: states for index, states in saved["state"].items() if states}
+        saved["param_groups"] = [
+            {key: value for key, value in group.items() if key not in formats.OPTIONS}
+            for group in saved["param_groups"]
+        ]
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
+
+        Options of formats that the saved groups lack, as torch.optim's do, stay what they are; those that
+        they have come with them. States that are saved in other formats are converted.
+
+        Raises:
+            ValueError: as torch.optim's; or the saved states contradict themselves. Nothing was loaded.
+        """
+        names = self._description()["states"] if backends.codec() is not None else []
+        for index, states in state_dict["state"].items():
+            if isinstance(states, dict):
+                formats.check_saved(states, names, index)
+        for group in state_dict["param_groups"]:
+            formats.check({key: group[key] for key in formats.OPTIONS if key in group})
+        before = [{key: g[key] for key in formats.OPTIONS if key in g} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, before):
+            for key, value in options.items():
+                group.setdefault(key, value)
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+            for index, param in zip(saved_group["params"], group["params"]):
+                states = state_dict["state"].get(index)
+                if states is None or not formats.applies(param, group):
+                    continue
+                # torch.optim has cast them to the param's dtype.
+                self.state[param] = {
+                    **self.state[param],
+                    **{
+                        key: value.detach().to(param.device, copy=True)
+                        for key, value in states.items()
+                        if isinstance(value, Tensor) and key != "step"
+                    },
+                }
+                converted = self._convert_state(param, group, self.state[param])
+                self.state[param] = {k: v for k, v in converted.items() if v is not None}
+
+    @contextlib.contextmanager
+    def _in_float32(self, groups: list[dict[str, Any]], numbers: list[list[int]]) -> Iterator[None]:
+        """For a while, float32 params with float32 states stand in for those in other formats.
+
+        What torch.optim makes of them comes back at the end, if it ends well.
+
+        Args:
+            groups: copies of param groups with some of their params, into which the others are put.
+            numbers: of each of these params, among all params.
+        """
+        replaced = []
+        rule = self._description() if any(k in g for g in groups for k in formats.OPTIONS) else {}
+        try:
+            for group, group_numbers in zip(groups, numbers):
+                params = group["params"]
+                for i, (param, number) in enumerate(zip(params, group_numbers)):
+                    if not formats.applies(param, group):
+                        continue
+                    states = self.state.get(param, {})
+                    stand_in = nn.Parameter(formats.decode_param(param, states))
+                    stand_in.grad = param.grad.to(torch.float32)
+                    decoded = formats.decode_states(states, rule["states"])
+                    if isinstance(decoded.get("step"), Tensor):
+                        decoded["step"] = decoded["step"].clone()
+                    if not rule["has_step"]:
+                        decoded.pop("step", None)
+                    if decoded:
+                        self.state[stand_in] = {
+                            key: value.clone() if isinstance(value, Tensor) else value
+                            for key, value in decoded.items()
+                        }
+                    group["params"] = [*group["params"][:i], stand_in, *group["params"][i + 1 :]]
+                    replaced.append((param, group, number, stand_in))
+            yield
+            for param, group, number, stand_in in replaced:
+                self._take_back(param, group, number, stand_in, rule)
+        finally:
+            for _, _, _, stand_in in replaced:
+                self.state.pop(stand_in, None)
+
+    def _take_back(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        number: int,
+        stand_in: Tensor,
+        rule: dict[str, Any],
+    ) -> None:
+        if param not in self.state:
+            self.state[param] = {}
+        states = {**self.state[param], **self.state.get(stand_in, {})}
+        for name in rule["states"]:
+            states.pop(f"{name}_scale", None)
+        if not rule["has_step"] and formats.counts_steps(param, group):
+            states["step"] = states.get("step", torch.tensor(0.0)) + 1
+        step = int(states["step"]) if "step" in states else 0
+        key = (group.get("rounding_seed", 0), number, step)
+        formats.encode_param(param, group, stand_in.detach(), states, key)
+        # As on a kernel: with random bits where the format has some.
+        encoded = formats.encode_states(param, group, states, rule, key)
+        entry = self.state[param]
+        entry.update({key: value for key, value in encoded.items() if value is not None})
+        for name in [name for name in entry if name in encoded and encoded[name] is None]:
+            del entry[name]
+        for name in rule["states"]:
+            if f"{name}_scale" in entry and encoded.get(f"{name}_scale") is None:
+                del entry[f"{name}_scale"]
