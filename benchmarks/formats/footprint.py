@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from variants import MIN_NUMEL_INT8, Format
+from variants import Format, check_served
+
+from fused_optim.formats import SMALLEST_INT8
 
 # Of sizes at which a step count per tensor no longer shows, and the last group of 64 may be short.
-SHAPES = ((1000, 1000), (64, 64, 3, 3), (MIN_NUMEL_INT8,), (67, 67))
+SHAPES = ((1000, 1000), (64, 64, 3, 3), (SMALLEST_INT8,), (67, 67))
 OPTIMIZERS = {
     "Adam": {},
     "AdamW": {},
@@ -53,6 +55,7 @@ def _footprint(format: Format, optimizer_name: str, options: dict) -> Footprint:
         param.grad = torch.randn(param.shape).to(format.param_dtype)
     optimizer = format.make(optimizer_name, params, lr=1e-3, **options)
     optimizer.step()
+    check_served([optimizer])
     numel = sum(param.numel() for param in params)
     states = [
         value

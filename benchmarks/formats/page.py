@@ -10,7 +10,9 @@ import torch
 from footprint import OPTIMIZERS, SHAPES, Footprint
 from replay import EPS, LR, NEAREST, Replay
 from training import KINDS, Comparison, Summary, summarize
-from variants import FLOAT32, MIN_NUMEL_INT8, SMALLEST_WITH_MASTER, Format
+from variants import FLOAT32, SMALLEST_WITH_MASTER, Format
+
+from fused_optim.formats import SMALLEST_INT8
 
 # Most that the NMSE of the update may be after the last step.
 TARGETS = {Format(state_dtype=torch.bfloat16): 3e-4, Format(state_dtype="int8"): 2.5e-3}
@@ -156,7 +158,7 @@ def write(
         f"{versions['python']}; {about['date']}; {about['minutes']:.1f} minutes",
         n_tensors=len(SHAPES),
         numel=_numel(SHAPES),
-        min_numel=MIN_NUMEL_INT8,
+        min_numel=SMALLEST_INT8,
         bytes_table=_bytes_table(footprints),
         peers_table=_peers_table(footprints),
         replay_numel=replay.numel,

@@ -9,7 +9,7 @@ import torch
 from demo_tasks import Task, loss_of
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from variants import MASTERS, MIN_NUMEL_INT8, STATES, Format, NearestAdamW
+from variants import MASTERS, STATES, Format, NearestAdamW, check_served, int8_part
 
 LR = 1e-3
 EPS = 1e-8
@@ -55,11 +55,6 @@ class _Follower:
             if from_zero:
                 param.zero_()
         self.optimizer.step()
-
-    def weights(self) -> list[Tensor]:
-        """In float32; of a split master, all its bits."""
-        masters = getattr(self.optimizer, "master_params", list)()
-        return masters or [param.detach().float() for param in self.params]
 
 
 def run(task: Task) -> Replay:
@@ -107,16 +102,21 @@ def run(task: Task) -> Replay:
         for follower in (master_reference, *masters.values()):
             follower.step(rounded, from_zero=False)
         trainer.step()
-    numel = sum(param.numel() for param in params)
+    check_served(
+        follower.optimizer
+        for found in (*followers.values(), masters)
+        for kind, follower in found.items()
+        if kind != NEAREST
+    )
     return Replay(
         steps,
         nmse,
         {
-            format: _nmse(follower.weights(), master_reference.params, start)
+            format: _nmse(follower.optimizer.master_params(), master_reference.params, start)
             for format, follower in masters.items()
         },
-        numel,
-        sum(p.numel() for p in params if p.numel() >= MIN_NUMEL_INT8) / numel,
+        sum(param.numel() for param in params),
+        int8_part(params),
         losses,
     )
 

@@ -12,7 +12,7 @@ from tasks import Training
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from variants import MIN_NUMEL_INT8, TRAINED, Format
+from variants import TRAINED, Format, check_served, int8_part
 
 KINDS = ("training", "held-out")
 
@@ -90,11 +90,10 @@ def summarize(losses: list[float], reference: list[float]) -> Summary:
 def compare(training: Training, n_seeds: int) -> Comparison:
     """Train from the same starts, on the same batches, with each of TRAINED."""
     params = list(training.task.build().parameters())
-    numel = sum(param.numel() for param in params)
     return Comparison(
         training,
-        numel,
-        sum(p.numel() for p in params if p.numel() >= MIN_NUMEL_INT8) / numel,
+        sum(param.numel() for param in params),
+        int8_part(params),
         {format: [_run(training, format, seed) for seed in range(n_seeds)] for format in TRAINED},
     )
 
@@ -115,6 +114,7 @@ def _run(training: Training, format: Format, seed: int) -> Run:
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+    check_served([optimizer])
     with torch.no_grad():
         final = [
             _loss_of(model, batch).item()

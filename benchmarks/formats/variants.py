@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fused_optim
-
-# Tensors with fewer elements keep states wider than 8 bits.
-MIN_NUMEL_INT8 = 4096
+from fused_optim.formats import SMALLEST_INT8
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,19 @@ TRAINED = (
     SMALLEST_WITH_MASTER,
     Format(torch.bfloat16, torch.float32, "split16"),
 )
+
+
+def int8_part(params: Iterable[Tensor]) -> float:
+    """Of the elements, those in tensors whose states "int8" stores in 8 bits."""
+    numels = [param.numel() for param in params]
+    return sum(numel for numel in numels if numel >= SMALLEST_INT8) / sum(numels)
+
+
+def check_served(optimizers: Iterable[Optimizer]) -> None:
+    """Raise RuntimeError if the latest step of one was torch.optim's code for some tensor."""
+    for optimizer in optimizers:
+        if optimizer.last_step.fallbacks:
+            raise RuntimeError(f"not the kernels' numbers: {optimizer.last_step.fallbacks}")
 
 
 class NearestAdamW(torch.optim.AdamW):
