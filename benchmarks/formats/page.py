@@ -121,6 +121,8 @@ bfloat16 grads. The difference is that of the means, ± its standard error from 
 seed. *Within*: it is no larger than that between the largest and the smallest loss of float32.
 
 {training}
+Every run, as params / `state_dtype` / `master`; the bars are means, the band is the range of float32:
+
 ![Final losses of all runs](formats/losses.svg)
 """
 

@@ -26,9 +26,17 @@ def draw_nmse(found: Replay, path: Path) -> None:
     for panel, (scale, curves) in zip(axes, found.nmse.items()):
         for kind, values in curves.items():
             if kind == NEAREST:
-                panel.semilogy(found.steps, values, "--", label="bfloat16, all rounded to nearest")
+                panel.semilogy(
+                    found.steps,
+                    values,
+                    ".--",
+                    markersize=3,
+                    label="bfloat16, all rounded to nearest",
+                )
             elif kind != FLOAT32:
-                panel.semilogy(found.steps, values, label=kind.cells[1].strip("`"))
+                panel.semilogy(
+                    found.steps, values, ".-", markersize=3, label=kind.cells[1].strip("`")
+                )
         panel.set_title(f"gradients x {scale:g}")
         panel.set_xlabel("step")
         panel.grid(linewidth=0.4)
@@ -61,6 +69,7 @@ def draw_losses(comparisons: list[Comparison], path: Path) -> None:
             panel.set_yticks(
                 range(len(comparison.runs)), [format.label for format in comparison.runs]
             )
+            panel.locator_params(axis="x", nbins=5)
             panel.grid(linewidth=0.4)
     rows[0, 0].invert_yaxis()  # shared: the first format on top everywhere
     _save(figure, path)

@@ -130,7 +130,7 @@ def _nearest(params: list[Tensor], eps: float) -> Optimizer:
 
 
 def _stock(params: list[Tensor], eps: float) -> Optimizer:
-    return AdamW(params, lr=LR, eps=eps, weight_decay=0.0)
+    return AdamW(params, lr=LR, eps=eps, weight_decay=0.0, fused=True)
 
 
 def _copies(params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
