@@ -32,12 +32,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Size:
     replayed_steps: int = 800
-    character_steps: int = 1000
+    character_steps: int = 800
     digit_epochs: int = 20
     seeds: int = 5
 
 
-QUICK = Size(replayed_steps=10, character_steps=10, digit_epochs=1, seeds=2)
+QUICK = Size(replayed_steps=5, character_steps=5, digit_epochs=1, seeds=2)
 
 
 def main() -> int:
@@ -64,14 +64,12 @@ def main() -> int:
     plots.draw_nmse(replayed, out / "formats" / "nmse.svg")
     plots.draw_losses(compared, out / "formats" / "losses.svg")
     print(written)
-    found = page.verdicts(replayed, compared)
-    for line in found.outside:
-        print(f"outside of float32's spread: {line}")
     if args.quick:
         return 0
-    for line in found.missed:
+    missed = page.missed(replayed)
+    for line in missed:
         print(f"MISSED: {line}", file=sys.stderr)
-    return 1 if found.missed else 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

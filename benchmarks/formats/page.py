@@ -65,6 +65,9 @@ PAGE = """\
 
 `state_dtype` and `master` are options of every optimizer of fused_optim; None is exactly `torch.optim`.
 
+- Targets of the error of the update: {missed}.
+- Final losses outside of the spread of float32 from seed to seed: {outside}.
+
 ## Bytes per parameter
 
 The sum of `nbytes` of params and of all tensors in `optimizer.state` after one step, over the number of
@@ -117,7 +120,7 @@ with float64 params as the reference; the weights of split masters are those of 
 Two small models, {n_seeds} seeds each; a seed determines the first weights and the order of the batches,
 the same ones for every format. The learning rate falls to 0 along a cosine. The models compute in float32
 on whatever the params are stored in, so that formats differ in storage alone; bfloat16 params have
-bfloat16 grads. The difference is that of the means, ± its standard error from the differences seed by
+bfloat16 grads, and with neither option they are what `torch.optim` makes of them. The difference is that of the means, ± its standard error from the differences seed by
 seed. *Within*: it is no larger than that between the largest and the smallest loss of float32.
 
 {training}
@@ -130,19 +133,11 @@ TRAINING = """\
 ### {name}, {optimizer}
 
 {numel:,} parameters, {int8_part:.1%} of them in tensors that `int8` stores in 8 bits; {n_steps} steps,
-{options}. From the tenth of the run before the last to the last, the training loss of float32 still fell
-by {last_tenth:.4f}.
+{options}. From the tenth of the run before the last to the last, the training loss of float32 changed by
+{last_tenth:+.4f}, in the mean over seeds.
 
 {tables}
 """
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a reader asks first: what missed its target, or lies outside of the spread."""
-
-    missed: list[str]
-    outside: list[str]
 
 
 def write(
@@ -155,6 +150,8 @@ def write(
     quick = about["settings"]["quick"]
     return PAGE.format(
         notice="**A quick run: the numbers mean nothing.** " if quick else "",
+        missed=", ".join(missed(replay)) or "all met",
+        outside=", ".join(outside(comparisons)) or "none",
         about=f"{machine['cpu']}, one thread, {machine['os']}; fused_optim "
         f"{versions['fused_optim']} ({versions['isa']}), torch {versions['torch']}, Python "
         f"{versions['python']}; {about['date']}; {about['minutes']:.1f} minutes",
@@ -177,21 +174,25 @@ def write(
     )
 
 
-def verdicts(replay: Replay, comparisons: list[Comparison]) -> Verdicts:
-    missed = [
-        f"NMSE of {format.label} with gradients x {scale:g}: {values[-1]:.1e}, target {target:.1e}"
+def missed(replay: Replay) -> list[str]:
+    """The targets that are not met."""
+    return [
+        f"{format.label}, gradients x {scale:g}: {values[-1]:.1e}, target {target:.1e}"
         for scale, found in replay.nmse.items()
         for format, values in found.items()
         if (target := TARGETS.get(format)) is not None and not values[-1] <= target
     ]
-    outside = [
-        f"{format.label}, {comparison.training.task.name}: {kind} loss"
+
+
+def outside(comparisons: list[Comparison]) -> list[str]:
+    """The final losses further from float32's mean than its runs are from each other."""
+    return [
+        f"{format.label} ({comparison.training.task.name}, {kind})"
         for comparison in comparisons
         for format in comparison.runs
         for kind in KINDS
         if not _summary(comparison, format, kind).is_within
     ]
-    return Verdicts(missed, outside)
 
 
 def _numel(shapes: Iterable[Sequence[int]]) -> int:

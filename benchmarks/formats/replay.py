@@ -15,7 +15,7 @@ LR = 1e-3
 EPS = 1e-8
 SCALES = (1.0, 1e-6, 1e6)
 NEAREST = "nearest"  # the emulation's place among the formats
-MEASURE_EVERY = 10
+MEASURE_EVERY = 20
 Make = Callable[[list[Tensor], float], Optimizer]
 
 

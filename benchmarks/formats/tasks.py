@@ -39,7 +39,7 @@ def replayed_task(n_steps: int) -> Task:
 def trainings(n_character_steps: int, n_digit_epochs: int) -> list[Training]:
     """The character model with AdamW, the CNN with SGD."""
     text = characters(n_character_steps, batch_size=16, context=32)
-    n_characters = 1 + max(int(inputs.max()) for inputs, _ in (*text.batches, text.held_out))
+    n_characters = text.build().embed_character.num_embeddings
     text = replace(text, build=lambda: CharacterTransformer(n_characters, 32, width=64, n_layers=1))
     return [
         Training(text, "AdamW", {"lr": 4e-3, "weight_decay": 0.1}, n_evaluated=64),

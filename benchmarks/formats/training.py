@@ -25,9 +25,9 @@ class Run:
     final: dict[str, float]
 
     def last_tenth(self) -> float:
-        """By how much the loss still fell, from the tenth of the run before the last to the last."""
+        """By how much the loss changed from the tenth of the run before the last to the last."""
         n = max(1, len(self.losses) // 10)
-        return statistics.fmean(self.losses[-2 * n : -n]) - statistics.fmean(self.losses[-n:])
+        return statistics.fmean(self.losses[-n:]) - statistics.fmean(self.losses[-2 * n : -n])
 
 
 @dataclass(frozen=True)
