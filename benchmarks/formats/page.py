@@ -120,8 +120,9 @@ with float64 params as the reference; the weights of split masters are those of 
 Two small models, {n_seeds} seeds each; a seed determines the first weights and the order of the batches,
 the same ones for every format. The learning rate falls to 0 along a cosine. The models compute in float32
 on whatever the params are stored in, so that formats differ in storage alone; bfloat16 params have
-bfloat16 grads, and with neither option they are what `torch.optim` makes of them. The difference is that of the means, ± its standard error from the differences seed by
-seed. *Within*: it is no larger than that between the largest and the smallest loss of float32.
+bfloat16 grads, and with neither option they are what `torch.optim` makes of them. The difference is that
+of the means, ± its standard error from the differences seed by seed. *Within*: it is no larger than that
+between the largest and the smallest loss of float32.
 
 {training}
 Every run, as params / `state_dtype` / `master`; the bars are means, the band is the range of float32:
