@@ -14,6 +14,7 @@ SOURCES = [
     "csrc/group.cpp",
     "csrc/ema.cpp",
     "csrc/packing.cpp",
+    "csrc/state.cpp",
     "csrc/device.cpp",
     "csrc/view.cpp",
     "csrc/batch.cpp",

@@ -6,6 +6,7 @@ namespace {
 
 #include "formats.h"
 #include "packed.h"
+#include "packed_kernel.h"
 #include "rules.h"
 
 // The roof: the same loop and traffic with next to no arithmetic.
@@ -66,6 +67,14 @@ inline void add_squares(const T* tile, double* sums) {
   for (int k = 0; k < TILE; k++) sums[k] += wide[k] * wide[k];
 }
 
+template <class Rule, unsigned VARIANT, int N, class T, class H>
+inline void update_tile(T* __restrict param, const T* __restrict grad, T factor, T* __restrict state0,
+                        T* __restrict state1, T* __restrict state2, const H& h) {
+#pragma GCC unroll 1
+  for (int k = 0; k < N; k++)
+    Rule::template update<VARIANT, T>(param[k], factor * grad[k], state0[k], state1[k], state2[k], h);
+}
+
 template <class Rule, unsigned VARIANT, class Form>
 void apply(const Slice& slice) {
   using T = typename Form::compute;
@@ -85,7 +94,8 @@ void apply(const Slice& slice) {
   // It may ask for addresses behind the last element, which is harmless; a short slice has nothing ahead.
   const int64_t ahead = slice.numel >= 4 * AHEAD ? AHEAD : 0;
   const auto fetch = [&](int stream, int64_t i) {
-    prefetch(streams[stream], (i + ahead) * Form::itemsize(dtypes[stream]));
+    const int itemsize = Form::itemsize(dtypes[stream]);
+    for (int k = 0; k < Form::tile; k += 64 / itemsize) prefetch(streams[stream], (i + ahead + k) * itemsize);
   };
 
   constexpr int N = Form::tile;
@@ -97,7 +107,8 @@ void apply(const Slice& slice) {
     if constexpr (states & 0b001) fetch(STATES, i);
     if constexpr (states & 0b010) fetch(STATES + 1, i);
     if constexpr (states & 0b100) fetch(STATES + 2, i);
-    Form::load(slice, PARAM, i, param);
+    T* const p = Form::param_at(slice, i, param);
+    if (p == param) Form::load(slice, PARAM, i, param);
     Form::load(slice, GRAD, i, grad);
     if constexpr (states & 0b001) Form::load(slice, STATES, i, state[0]);
     if constexpr (states & 0b010) Form::load(slice, STATES + 1, i, state[1]);
@@ -115,11 +126,8 @@ void apply(const Slice& slice) {
       const T zeros[N] = {};
       Form::store(slice, GRAD, i, zeros);
     }
-    for (int j = 0; j < N; j += TILE)
-      for (int k = j; k < j + TILE; k++)
-        Rule::template update<VARIANT, T>(param[k], factor * grad[k], state[0][k], state[1][k],
-                                          state[2][k], h);
-    Form::store(slice, PARAM, i, param);
+    update_tile<Rule, VARIANT, N>(p, grad, factor, state[0], state[1], state[2], h);
+    if (p == param) Form::store(slice, PARAM, i, param);
     if constexpr (states & 0b001) Form::store(slice, STATES, i, state[0]);
     if constexpr (states & 0b010) Form::store(slice, STATES + 1, i, state[1]);
     if constexpr (states & 0b100) Form::store(slice, STATES + 2, i, state[2]);

@@ -21,7 +21,7 @@ constexpr uint32_t F16_BIAS = 0x38000000u;       // float32's exponent bias less
 
 // 16 random bits for each of the GROUP elements from `first` on, a multiple of GROUP: a hash of key and index,
 // as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a block of 32.
-inline void random16(const uint32_t* key, int64_t first, uint32_t* random) {
+inline void random16(const uint32_t* key, int64_t first, uint32_t* __restrict random) {
   const uint64_t n = static_cast<uint64_t>(first) / 2;
   const uint32_t start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
   const uint32_t key1 = key[1];
@@ -47,104 +47,142 @@ inline float scale_of(float largest, float share, float smallest) {
   return scale > smallest ? scale : smallest;
 }
 
-inline float largest_of(const uint32_t* magnitudes) {
-  int32_t tops[16] = {};
-  for (int k = 0; k < GROUP; k += 16)
+inline uint32_t largest_of(const float* __restrict values, uint32_t mask) {
+  alignas(64) uint32_t lanes[GROUP];
 #pragma GCC unroll 1
-    for (int j = 0; j < 16; j++) {
-      const int32_t magnitude = int32_t(magnitudes[k + j]);
-      tops[j] = magnitude > tops[j] ? magnitude : tops[j];
-    }
-  int32_t top = 0;
-  for (int j = 0; j < 16; j++) top = tops[j] > top ? tops[j] : top;
-  return from_bits(uint32_t(top));
+  for (int k = 0; k < GROUP; k++) lanes[k] = bits_of(values[k] + 0.0f) & mask;  // -0 becomes 0
+#pragma GCC unroll 1
+  for (int k = 0; k < 32; k++) lanes[k] = lanes[k] > lanes[k + 32] ? lanes[k] : lanes[k + 32];
+#pragma GCC unroll 1
+  for (int k = 0; k < 16; k++) lanes[k] = lanes[k] > lanes[k + 16] ? lanes[k] : lanes[k + 16];
+  uint32_t top = 0;
+#pragma GCC unroll 1
+  for (int k = 0; k < 16; k++) top = lanes[k] > top ? lanes[k] : top;
+  return top;
 }
+
+// What is finite (and not negative, if the mask leaves the sign), and 0 for the rest.
+inline void finite_of(const float* values, uint32_t mask, float* finite) {
+  for (int k = 0; k < GROUP; k++) finite[k] = (bits_of(values[k]) & mask) < INF ? values[k] : 0.0f;
+}
+
+// A scale's sign says that some codes of the group stand for NaN or an infinity: of the others, which is to say
+// almost all, nothing need be looked for.
 
 // Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
 struct Signed8 {
-  static inline void load(const int8_t* codes, float scale, float* to) {
+  static inline void load(const int8_t* __restrict codes, float scale, float* __restrict to) {
+    const float size = std::fabs(scale);
 #pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      const int32_t code = codes[k];
-      const float value = float(code) * scale;
-      const uint32_t special = code == -128 ? 0x7fc00000u : code < 0 ? 0x80000000u | INF : INF;
-      to[k] = from_bits(code > 126 || code < -126 ? special : bits_of(value));
-    }
+    for (int k = 0; k < GROUP; k++) to[k] = float(int32_t(codes[k])) * size;
+    if (std::signbit(scale))
+      for (int k = 0; k < GROUP; k++) {
+        if (codes[k] == -128) to[k] = from_bits(0x7fc00000u);
+        if (codes[k] == -127) to[k] = from_bits(0x80000000u | INF);
+        if (codes[k] == 127) to[k] = from_bits(INF);
+      }
   }
   // Returns the scale.
-  static inline float store(const float* from, int8_t* codes) {
-    uint32_t magnitudes[GROUP];
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      const uint32_t magnitude = bits_of(from[k]) & MAGNITUDE;
-      magnitudes[k] = magnitude < INF ? magnitude : 0;
-    }
-    const float scale = scale_of(largest_of(magnitudes), 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
+  static inline float store(const float* __restrict from, int8_t* __restrict codes) {
+    const uint32_t largest = largest_of(from, MAGNITUDE);
+    if (largest >= INF) return store_special(from, codes);
+    return store_finite(from, from_bits(largest), codes);
+  }
+
+ private:
+  static inline float store_finite(const float* __restrict from, float largest, int8_t* __restrict codes) {
+    const float scale = scale_of(largest, 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
     const float inverse = scale == 0 ? 0 : 1 / scale;
-    int32_t wide[GROUP];
+    alignas(64) int32_t wide[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
       // The sum's last bits are the nearest integer, to even.
       int32_t code = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
       code = code > 126 ? 126 : code;
-      code = code < -126 ? -126 : code;
-      const int32_t bits = int32_t(bits_of(from[k]));
-      const int32_t magnitude = bits & int32_t(MAGNITUDE);
-      const int32_t infinity = bits < 0 ? -127 : 127;
-      const int32_t special = magnitude > int32_t(INF) ? -128 : infinity;
-      wide[k] = magnitude >= int32_t(INF) ? special : code;
+      wide[k] = code < -126 ? -126 : code;
     }
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) codes[k] = int8_t(wide[k]);
     return scale;
+  }
+  __attribute__((noinline)) static float store_special(const float* from, int8_t* codes) {
+    alignas(64) float finite[GROUP];
+    finite_of(from, MAGNITUDE, finite);
+    const float scale = store_finite(finite, from_bits(largest_of(finite, MAGNITUDE)), codes);
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t bits = bits_of(from[k]), magnitude = bits & MAGNITUDE;
+      if (magnitude >= INF) codes[k] = magnitude > INF ? -128 : bits >> 31 ? -127 : 127;
+    }
+    return -scale;
   }
 };
 
 // The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254 NaN (of a
 // negative number too: so is its root), 255 infinity; what is not 0 has a code that is not 0.
 struct Root8 {
-  static inline void load(const uint8_t* codes, float scale, float* to) {
+  static inline void load(const uint8_t* __restrict codes, float scale, float* __restrict to) {
+    const float size = std::fabs(scale);
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
-      const int32_t code = codes[k];
-      const float root = float(code) * scale;
-      const uint32_t special = code == 254 ? 0x7fc00000u : INF;
-      to[k] = from_bits(code > 253 ? special : bits_of(root * root));
+      const float root = float(int32_t(codes[k])) * size;
+      to[k] = root * root;
     }
+    if (std::signbit(scale))
+      for (int k = 0; k < GROUP; k++) {
+        if (codes[k] == 254) to[k] = from_bits(0x7fc00000u);
+        if (codes[k] == 255) to[k] = from_bits(INF);
+      }
   }
-  static inline float store(const float* from, uint8_t* codes, const uint32_t* random) {
-    float roots[GROUP];
-    uint32_t magnitudes[GROUP];
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      const int32_t bits = int32_t(bits_of(from[k] + 0.0f));  // -0 becomes 0
-      roots[k] = std::sqrt(from_bits(uint32_t(bits >= 0 && bits < int32_t(INF) ? bits : 0)));
-    }
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) magnitudes[k] = bits_of(roots[k]);
-    const float scale = scale_of(largest_of(magnitudes), 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
+  static inline float store(const float* __restrict from, uint8_t* __restrict codes,
+                            const uint32_t* __restrict random) {
+    const uint32_t largest = largest_of(from, ~0u);
+    if (largest >= INF) return store_special(from, codes, random);
+    return store_finite(from, from_bits(largest), codes, random);
+  }
+
+ private:
+  static inline float store_finite(const float* __restrict from, float largest, uint8_t* __restrict codes,
+                                   const uint32_t* __restrict random) {
+    const float scale = scale_of(std::sqrt(largest), 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
     const float inverse = scale == 0 ? 0 : 1 / scale;
-    int32_t wide[GROUP];
+    alignas(64) int32_t wide[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
       const float up = float(int32_t(random[k])) * 1.52587890625e-5f;  // 2^-16
-      int32_t code = int32_t(roots[k] * inverse + up);
+      int32_t code = int32_t(std::sqrt(from[k]) * inverse + up);
       code = code > 253 ? 253 : code;
       code = code < 1 ? 1 : code;
-      const int32_t bits = int32_t(bits_of(from[k] + 0.0f));
-      code = bits == 0 ? 0 : code;
-      const int32_t special = bits == int32_t(INF) ? 255 : 254;
-      wide[k] = bits >= 0 && bits < int32_t(INF) ? code : special;
+      wide[k] = from[k] == 0 ? 0 : code;
     }
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) codes[k] = uint8_t(wide[k]);
     return scale;
   }
+  __attribute__((noinline)) static float store_special(const float* from, uint8_t* codes,
+                                                       const uint32_t* random) {
+    alignas(64) float finite[GROUP];
+    finite_of(from, ~0u, finite);
+    const float scale = store_finite(finite, from_bits(largest_of(finite, ~0u)), codes, random);
+    for (int k = 0; k < GROUP; k++) {
+      const uint32_t bits = bits_of(from[k] + 0.0f);
+      if (bits >= INF) codes[k] = bits == INF ? 255 : 254;
+    }
+    return -scale;
+  }
 };
 
+inline void store_nearest_bf16(const float* __restrict from, uint16_t* __restrict to) {
+  alignas(64) uint32_t bits[GROUP];
+#pragma GCC unroll 1
+  for (int k = 0; k < GROUP; k++) bits[k] = round_bits_to_bf16(bits_of(from[k]));
+#pragma GCC unroll 1
+  for (int k = 0; k < GROUP; k++) to[k] = uint16_t(bits[k] >> 16);
+}
+
 // Rounded up with the probability of the part that is cut off.
-inline void store_stochastic_bf16(const float* from, const uint32_t* random, uint16_t* to) {
-  uint32_t bits[GROUP];
+inline void store_stochastic_bf16(const float* __restrict from, const uint32_t* __restrict random,
+                                  uint16_t* __restrict to) {
+  alignas(64) uint32_t bits[GROUP];
 #pragma GCC unroll 1
   for (int k = 0; k < GROUP; k++) {
     const uint32_t exact = bits_of(from[k]);
@@ -180,7 +218,8 @@ inline void store_stochastic_f16(const float* from, const uint32_t* random, uint
 template <class Remainder>
 struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
-  static inline void load(const uint16_t* upper, const Remainder* remainder, float* to) {
+  static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
+                          float* __restrict to) {
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
       const int32_t high = int32_t(uint32_t(upper[k]) << 16);
@@ -191,10 +230,10 @@ struct SplitBF16 {
       to[k] = from_bits(uint32_t(high) + (alone ? 0u : uint32_t(rest)));
     }
   }
-  static inline void store(const float* from, const uint32_t* random, uint16_t* upper,
-                           Remainder* remainder) {
-    uint32_t highs[GROUP];
-    int32_t rests[GROUP];
+  static inline void store(const float* __restrict from, const uint32_t* __restrict random,
+                           uint16_t* __restrict upper, Remainder* __restrict remainder) {
+    alignas(64) uint32_t highs[GROUP];
+    alignas(64) int32_t rests[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
       const uint32_t exact = bits_of(from[k]);
@@ -217,7 +256,8 @@ struct SplitF16 {
   static constexpr bool is_short = sizeof(Remainder) == 1;
   static constexpr int32_t unit = is_short ? 256 : 65536;  // of the remainder, in a step of 2^-24
   static constexpr float steps = is_short ? 4294967296.0f : 1099511627776.0f;  // 2^32, 2^40
-  static inline void load(const uint16_t* upper, const Remainder* remainder, float* to) {
+  static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
+                          float* __restrict to) {
     for (int k = 0; k < GROUP; k++) {
       const uint32_t sign = uint32_t(upper[k] & 0x8000u) << 16;
       const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
@@ -232,8 +272,8 @@ struct SplitF16 {
       to[k] = from_bits(bits | sign);
     }
   }
-  static inline void store(const float* from, const uint32_t* random, uint16_t* upper,
-                           Remainder* remainder) {
+  static inline void store(const float* __restrict from, const uint32_t* __restrict random,
+                           uint16_t* __restrict upper, Remainder* __restrict remainder) {
     for (int k = 0; k < GROUP; k++) {
       const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
       uint32_t half;
@@ -262,85 +302,3 @@ struct SplitF16 {
     }
   }
 };
-
-// Formats of a kernel in which some stream is packed. Out of line: once per instruction set.
-struct Packed {
-  using compute = float;
-  static constexpr bool rounds = true;
-  static constexpr int tile = GROUP;
-  static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
-
-  __attribute__((noinline)) static void load(const Slice& slice, int s, int64_t i, float* to) {
-    const Packing& packing = *slice.packing;
-    const Storage storage = packing.storage[s];
-    if (storage == SIGNED8 || storage == ROOT8) {
-      const float scale = bf16_to_float(packing.scales[s][(slice.first + i) / GROUP]);
-      const char* codes = static_cast<const char*>(slice.streams[s]) + i;
-      if (storage == SIGNED8)
-        Signed8::load(reinterpret_cast<const int8_t*>(codes), scale, to);
-      else
-        Root8::load(reinterpret_cast<const uint8_t*>(codes), scale, to);
-    } else if (storage == SPLIT8 || storage == SPLIT16) {
-      const auto* upper = static_cast<const uint16_t*>(slice.streams[s]) + i;
-      const auto* rest8 = static_cast<const int8_t*>(slice.remainder);
-      const auto* rest16 = static_cast<const int16_t*>(slice.remainder);
-      if (slice.dtypes[s] == BF16)
-        storage == SPLIT8 ? SplitBF16<int8_t>::load(upper, rest8 + i, to)
-                          : SplitBF16<int16_t>::load(upper, rest16 + i, to);
-      else
-        storage == SPLIT8 ? SplitF16<int8_t>::load(upper, rest8 + i, to)
-                          : SplitF16<int16_t>::load(upper, rest16 + i, to);
-    } else {
-      load_stored(slice, s, i, to);
-    }
-  }
-  // What someone sees who does not know of remainders.
-  static void load_stored(const Slice& slice, int s, int64_t i, float* to) {
-    for (int k = 0; k < GROUP; k += TILE)
-      Mixed::load(slice, s, i + k, to + k);
-  }
-  __attribute__((noinline)) static void store(const Slice& slice, int s, int64_t i, const float* from) {
-    const Packing& packing = *slice.packing;
-    const Storage storage = packing.storage[s];
-    if (storage == PLAIN) {
-      for (int k = 0; k < GROUP; k += TILE)
-        Mixed::store(slice, s, i + k, from + k);
-      return;
-    }
-    uint32_t random[GROUP];
-    const bool is_random = storage != SIGNED8 && storage != SPLIT16;
-    if (is_random) random16(packing.keys[s], slice.first + i, random);
-    auto* const wide = static_cast<uint16_t*>(slice.streams[s]) + i;
-    char* const codes = static_cast<char*>(slice.streams[s]) + i;
-    auto* const rest8 = static_cast<int8_t*>(slice.remainder);
-    auto* const rest16 = static_cast<int16_t*>(slice.remainder);
-    const bool is_bf16 = slice.dtypes[s] == BF16;
-    switch (storage) {
-      case SIGNED8:
-      case ROOT8: {
-        const float scale = storage == SIGNED8
-                                ? Signed8::store(from, reinterpret_cast<int8_t*>(codes))
-                                : Root8::store(from, reinterpret_cast<uint8_t*>(codes), random);
-        packing.scales[s][(slice.first + i) / GROUP] = uint16_t(bits_of(scale) >> 16);
-        return;
-      }
-      case STOCHASTIC:
-        return is_bf16 ? store_stochastic_bf16(from, random, wide)
-                       : store_stochastic_f16(from, random, wide);
-      case SPLIT8:
-        return is_bf16 ? SplitBF16<int8_t>::store(from, random, wide, rest8 + i)
-                       : SplitF16<int8_t>::store(from, random, wide, rest8 + i);
-      default:
-        return is_bf16 ? SplitBF16<int16_t>::store(from, random, wide, rest16 + i)
-                       : SplitF16<int16_t>::store(from, random, wide, rest16 + i);
-    }
-  }
-};
-
-// One stream by itself, numel elements from the tensor's element slice.first on: for what is not a step.
-inline void load_stream(const Slice& slice, int s, float* values) {
-  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::load(slice, s, i, values + i);
-}
-inline void store_stream(const Slice& slice, int s, const float* values) {
-  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::store(slice, s, i, values + i);
-}

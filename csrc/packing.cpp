@@ -135,7 +135,7 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
       packing.storage[STATES + s] = is_square ? STOCHASTIC : PLAIN;
     } else if (group.state_format != STATE_AS_STOCK) {
       if (view.dtype != F32) return false;
-    } else if (view.dtype == N_DTYPES) {
+    } else if (view.dtype != p.dtype) {
       return false;
     }
   }

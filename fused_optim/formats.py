@@ -299,8 +299,8 @@ def check_saved(states: States, names: list[str], index: Any) -> None:
                 else f"{tuple(scale.shape)} of {scale.dtype}"
             )
             raise ValueError(
-                f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, which "
-                f"needs one bfloat16 scale for each {GROUP} elements, but its '{name}_scale' is {found}"
+                f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, "
+                f"which needs one bfloat16 scale for each {GROUP} elements, but its '{name}_scale' is {found}"
             )
 
 

@@ -78,7 +78,7 @@ class PackedOptimizer(OnePassOptimizer):
         values = []
         for group in self.param_groups:
             for param in group["params"]:
-                if formats.applies(param, group):
+                if param.dtype in (torch.bfloat16, torch.float16):
                     values.append(formats.decode_param(param, self.state.get(param, {})))
                 else:
                     values.append(param.detach().clone())
