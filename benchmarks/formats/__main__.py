@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Size:
     replayed_steps: int = 800
-    character_steps: int = 800
+    character_steps: int = 1000
     digit_epochs: int = 20
     seeds: int = 5
 

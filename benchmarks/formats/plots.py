@@ -34,11 +34,10 @@ def draw_nmse(found: Replay, path: Path) -> None:
                     label="bfloat16, all rounded to nearest",
                 )
             elif kind != FLOAT32:
-                panel.semilogy(
-                    found.steps, values, ".-", markersize=3, label=kind.cells[1].strip("`")
-                )
+                panel.semilogy(found.steps, values, label=kind.cells[1].strip("`"))
         panel.set_title(f"gradients x {scale:g}")
         panel.set_xlabel("step")
+        panel.minorticks_off()
         panel.grid(linewidth=0.4)
     axes[0].set_ylabel("NMSE of the update")
     axes[0].legend()
