@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
@@ -47,7 +48,7 @@ setup(
         Pybind11Extension(
             "fused_optim._C",
             SOURCES,
-            depends=["csrc"],
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
             cxx_std=17,
             extra_compile_args=[] if sys.platform == "win32" else COMPILE_ARGS + OPENMP,
             extra_link_args=OPENMP,

@@ -96,10 +96,8 @@ struct Signed8 {
     alignas(64) int32_t wide[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
-      // The sum's last bits are the nearest integer, to even.
-      int32_t code = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
-      code = code > 126 ? 126 : code;
-      wide[k] = code < -126 ? -126 : code;
+      // The sum's last bits are the nearest integer, to even; of a product just above 126 that is 126.
+      wide[k] = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
     }
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) codes[k] = int8_t(wide[k]);
@@ -199,6 +197,12 @@ inline float subnormal_steps(float magnitude, float steps) {
   return (magnitude < smallest_normal ? magnitude : smallest_normal) * steps;
 }
 
+// To a whole number, up with a probability that is the fraction. (A sum with all of y would be rounded.)
+inline int32_t randomly(float y, uint32_t random) {
+  const int32_t whole = int32_t(y);
+  return whole + int32_t(y - float(whole) + float(int32_t(random)) * 1.52587890625e-5f);  // 2^-16
+}
+
 inline void store_stochastic_f16(const float* from, const uint32_t* random, uint16_t* to) {
   for (int k = 0; k < GROUP; k++) {
     const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
@@ -207,7 +211,7 @@ inline void store_stochastic_f16(const float* from, const uint32_t* random, uint
     const uint32_t rounded = m + (random[k] >> 3);
     uint32_t half = (rounded - F16_BIAS) >> 13;
     if (rounded >= F16_OVERFLOW) half = 0x7c00u;
-    if (m < F16_NORMAL) half = uint32_t(int32_t(steps + float(int32_t(random[k])) * 1.52587890625e-5f));
+    if (m < F16_NORMAL) half = uint32_t(randomly(steps, random[k]));
     if (m >= INF) half = m > INF ? 0x7e00u | (m >> 13 & 0x3ffu) : 0x7c00u;
     to[k] = uint16_t(sign | half);
   }
@@ -263,7 +267,9 @@ struct SplitF16 {
       const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
       const int32_t within = rest < -0x1000 ? -0x1000 : rest > 0xfff ? 0xfff : rest;
       const int32_t normal = (half << 13) + int32_t(F16_BIAS) + (is_short ? rest * 32 : within);
-      int32_t subnormal = half * unit + rest;
+      // Of a remainder that belongs to another value no more than the nearest float32 keeps below the half.
+      const int32_t below = 0x7fff - (half >> 8);
+      int32_t subnormal = half * unit + (rest < below ? rest : below);
       subnormal = subnormal < 0 ? 0 : subnormal;
       uint32_t bits = half > 0x400 || (half == 0x400 && rest >= 0)
                           ? uint32_t(normal)
@@ -289,7 +295,7 @@ struct SplitF16 {
         const float t = from_bits(m) * steps;
         int32_t count;
         if (is_short) {
-          count = int32_t(t + float(int32_t(random[k])) * 1.52587890625e-5f);
+          count = randomly(t, random[k]);
         } else {
           count = int32_t(t);
           count += t - float(count) >= 0.5f;

@@ -126,17 +126,22 @@ def _for_each(of_groups, n):
     return np.repeat(of_groups, GROUP)[:n]
 
 
+def _marked(scales, special):
+    """With the sign where some code of the group stands for NaN or an infinity."""
+    return scales | np.where(_in_groups(special).any(axis=1), 0x8000, 0).astype(np.uint16)
+
+
 def _encode_s8(values, random):
     finite = np.where(np.isfinite(values), values, F32(0))
     scales, inverse = _scales(np.abs(finite), 126, 2.0**-120)
     codes = np.clip(np.rint(finite * inverse), -126, 126)
     codes = np.where(np.isinf(values), np.copysign(F32(127), values), codes)
     codes = np.where(np.isnan(values), F32(-128), codes)
-    return codes.astype(np.int8), scales
+    return codes.astype(np.int8), _marked(scales, ~np.isfinite(values))
 
 
 def _decode_s8(codes, scales):
-    values = codes.astype(F32) * _for_each(_decode_bf16(scales, None), len(codes))
+    values = codes.astype(F32) * _for_each(np.abs(_decode_bf16(scales, None)), len(codes))
     values = np.where(np.abs(codes.astype(int)) == 127, np.copysign(F32(np.inf), codes), values)
     return np.where(codes == -128, F32(np.nan), values).astype(F32)
 
@@ -149,11 +154,11 @@ def _encode_u8(values, random):
     codes = np.where(valid, np.clip(codes, 1, 253), 0)
     codes[np.isnan(values) | (values < 0)] = 254
     codes[values == np.inf] = 255
-    return codes.astype(np.uint8), scales
+    return codes.astype(np.uint8), _marked(scales, codes >= 254)
 
 
 def _decode_u8(codes, scales):
-    root = codes.astype(F32) * _for_each(_decode_bf16(scales, None), len(codes))
+    root = codes.astype(F32) * _for_each(np.abs(_decode_bf16(scales, None)), len(codes))
     values = root * root
     values[codes == 254] = np.nan
     values[codes == 255] = np.inf

@@ -28,13 +28,12 @@ RANDOM_UNIT = tl.constexpr(2.0**-16)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
 ROUNDING = tl.constexpr(12582912.0)
 ROUNDING_BITS = tl.constexpr(0x4B400000)
-# Signed codes: of the largest magnitude in a group, and of what is not finite.
-S8_LARGEST = tl.constexpr(126)
+# Signed codes, up to 126; those of what is not finite.
 S8_INVERSE = tl.constexpr(1 / 126)
 S8_SMALLEST_SCALE = tl.constexpr(2.0**-120)
 S8_INF = tl.constexpr(127)
 S8_NAN = tl.constexpr(-128)
-# Codes of square roots. The smallest scale has a square that is not zero.
+# Codes of square roots, from 1 on if not of zero. The smallest scale has a square that is not zero.
 U8_LARGEST = tl.constexpr(253)
 U8_INVERSE = tl.constexpr(1 / 253)
 U8_SMALLEST_SCALE = tl.constexpr(2.0**-74)
@@ -133,8 +132,10 @@ def group_scales(magnitude, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @triton.jit
-def stored_scales(scale, BLOCK: tl.constexpr):
-    return tl.reshape(bits_of(scale) >> 16, (BLOCK // GROUP,)).to(tl.uint16)
+def stored_scales(scale, special, BLOCK: tl.constexpr):
+    """As bits of a bfloat16, with the sign where some code of the group stands for NaN or an infinity."""
+    sign = tl.max(special.to(tl.int32), axis=1, keep_dims=True).to(tl.uint32) << 15
+    return tl.reshape(bits_of(scale) >> 16 | sign, (BLOCK // GROUP,)).to(tl.uint16)
 
 
 @triton.jit
@@ -149,17 +150,17 @@ def encode_s8(value, BLOCK: tl.constexpr):
     m = bits_of(value) & MAGNITUDE
     scale, inverse = group_scales(float_of(tl.where(m < INF, m, 0)), S8_INVERSE, S8_SMALLEST_SCALE)
     codes = (value * inverse + ROUNDING).to(tl.int32, bitcast=True) - ROUNDING_BITS
-    codes = tl.minimum(tl.maximum(codes, -S8_LARGEST), S8_LARGEST)
+    # A finite one is at most 126 and a few roundings, which is 126 again.
     codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF), codes)
     codes = tl.where(m > INF, S8_NAN, codes)
-    return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, BLOCK)
+    return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, m >= INF, BLOCK)
 
 
 @triton.jit
 def decode_s8(codes, scales):
     """scales: each element's own."""
     codes = codes.to(tl.int32)
-    value = codes.to(tl.float32) * decode_bf16(scales)
+    value = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
     value = tl.where(codes == S8_INF, float("inf"), value)
     value = tl.where(codes == -S8_INF, float("-inf"), value)
     return tl.where(codes == S8_NAN, float("nan"), value)
@@ -179,14 +180,14 @@ def encode_u8(value, random, BLOCK: tl.constexpr):
     codes = tl.where(bits < INF, codes, U8_NAN)
     codes = tl.where(bits == INF, U8_INF, codes)
     codes = tl.where(value == 0, 0, codes)
-    return tl.reshape(codes.to(tl.uint8), (BLOCK,)), stored_scales(scale, BLOCK)
+    return tl.reshape(codes.to(tl.uint8), (BLOCK,)), stored_scales(scale, codes > U8_LARGEST, BLOCK)
 
 
 @triton.jit
 def decode_u8(codes, scales):
     """scales: each element's own."""
     codes = codes.to(tl.int32)
-    root = codes.to(tl.float32) * decode_bf16(scales)
+    root = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
     value = tl.where(codes == U8_INF, float("inf"), root * root)
     return tl.where(codes == U8_NAN, float("nan"), value)
 

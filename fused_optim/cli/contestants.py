@@ -118,7 +118,7 @@ def ours(
     workload: Workload, params: Sequence[nn.Parameter], one_pass: OnePassOptions | None = None
 ) -> FusedOptimizer:
     """The optimizer under test."""
-    options = {**workload.options, **(one_pass or {})}
+    options = {**workload.options, **workload.formats, **(one_pass or {})}
     return getattr(fused_optim, workload.optimizer)(params, **options)
 
 
@@ -169,7 +169,16 @@ def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> O
     optimizer = getattr(torch.optim, workload.optimizer)
     accepted = inspect.signature(optimizer).parameters
     flags = {name: on for name, on in STOCK_FLAGS[variant].items() if name in accepted}
+    if workload.formats:
+        params = [_in_float32(param) for param in params]
     return optimizer(params, **workload.options, **flags)
+
+
+def _in_float32(param: nn.Parameter) -> nn.Parameter:
+    copy = nn.Parameter(param.detach().float())
+    assert param.grad is not None
+    copy.grad = param.grad.float()
+    return copy
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,8 @@ class Peer:
         """Why it cannot run this workload; None if it may."""
         if workload.is_huge:
             return "workload too large"
+        if workload.formats:
+            return "keeps other states"
         plain = workload.timed == "step" and workload.dtype == torch.float32
         if self.compiles and (quick or not plain or workload.n_tensors > MOST_COMPILED_TENSORS):
             return "compiles for too long"

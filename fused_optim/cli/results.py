@@ -146,6 +146,9 @@ class Row:
             "state_dtypes": {
                 name: str(dtype).removeprefix("torch.") for name, dtype in work.state_dtypes.items()
             },
+            "formats": {
+                name: str(value).removeprefix("torch.") for name, value in work.formats.items()
+            },
             "faster_peers": self.faster_peers,
             "not_measured": self.not_measured,
             "backends": self.backends,

@@ -112,6 +112,8 @@ class Workload:
         last two the baseline is our own time on matching grads, not torch.optim's.
     cold: whether caches are flushed, unmeasured, before each step.
     state_dtypes: states kept in another dtype than the optimizer gives them.
+    formats: options of ours alone that make states or params smaller (FormatOptions). The baseline is
+        torch.optim on float32 params with float32 states.
     timed: "step": until the work is done, on a GPU by the device's own time; "call": by the host's,
         until step() returns, with nothing in the device's queue before.
     phase: what is timed instead of the step alone; stock's calls are then the baseline.
@@ -131,6 +133,7 @@ class Workload:
     layout: str = "matching"
     cold: bool = False
     state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    formats: dict[str, Any] = field(default_factory=dict)
     timed: str = "step"
     phase: Phase | None = None
     switched: bool = False
@@ -209,6 +212,31 @@ def _phase_rows(
     return rows
 
 
+def _format_rows(quick: bool) -> list[Workload]:
+    """AdamW with smaller states, and bfloat16 params with what they lack beside them."""
+    shapes: Shapes = [(4096, 4096)] * (1 if quick else 4)
+    size = "16 M" if quick else "64 M"
+    kinds: list[tuple[str, str, torch.dtype, dict[str, Any], Target]] = [
+        ("int8", "int8 states", torch.float32, {"state_dtype": "int8"}, Target(1.0)),
+        ("bf16", "bf16 states", torch.float32, {"state_dtype": torch.bfloat16}, Target(1.1)),
+        (
+            "split16", "bf16 params + split16, bf16 states", torch.bfloat16,
+            {"state_dtype": torch.bfloat16, "master": "split16"}, Target(1.2),
+        ),
+        (
+            "split8", "bf16 params + split8, int8 states", torch.bfloat16,
+            {"state_dtype": "int8", "master": "split8"}, Target(),
+        ),
+    ]  # fmt: skip
+    return [
+        Workload(
+            f"formats-{name}", f"AdamW, {title}, {size} params", "AdamW", shapes, target,
+            dtype=dtype, formats=formats, quick=name == "int8",
+        )
+        for name, title, dtype, formats, target in kinds
+    ]  # fmt: skip
+
+
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
 SMALL_NUMEL = 256
 # The name of the pseudo row that measures memory instead of time.
@@ -258,6 +286,7 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
             resnet50(), misfit, layout="channels_last",
         ),
     ]  # fmt: skip
+    rows += _format_rows(quick)
     rows += _phase_rows(
         {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
         {WHOLE: 1.8, CLIP: 1.4},
