@@ -26,13 +26,7 @@ def draw_nmse(found: Replay, path: Path) -> None:
     for panel, (scale, curves) in zip(axes, found.nmse.items()):
         for kind, values in curves.items():
             if kind == NEAREST:
-                panel.semilogy(
-                    found.steps,
-                    values,
-                    ".--",
-                    markersize=3,
-                    label="bfloat16, all rounded to nearest",
-                )
+                panel.semilogy(found.steps, values, "--", label="bfloat16, all rounded to nearest")
             elif kind != FLOAT32:
                 panel.semilogy(found.steps, values, label=kind.cells[1].strip("`"))
         panel.set_title(f"gradients x {scale:g}")
