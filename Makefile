@@ -12,7 +12,7 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
   triton_momentum.py triton_formats.py amp.py) -k "not False"
 
-.PHONY: demo test lint sanitize triton-oldest clean
+.PHONY: demo test formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
 # might choose the newest build with gigabytes of CUDA libraries.
@@ -31,6 +31,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST)
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)
+
+# Bytes and accuracy of the state formats and masters: writes docs/formats.md in about ten minutes.
+formats: $(VENV)/installed
+	$(BIN)/python benchmarks/formats
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

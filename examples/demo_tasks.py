@@ -130,9 +130,11 @@ def _windows(codes: Tensor, batch_size: int, context: int, random: torch.Generat
 
 
 class CharacterTransformer(nn.Module):
-    """A two-layer causal transformer: codes (batch, context) to logits (batch, context, vocab)."""
+    """A causal transformer: codes (batch, context) to logits (batch, context, vocab)."""
 
-    def __init__(self, n_characters: int, context: int, width: int = 128) -> None:
+    def __init__(
+        self, n_characters: int, context: int, width: int = 128, n_layers: int = 2
+    ) -> None:
         super().__init__()
         self.embed_character = nn.Embedding(n_characters, width)
         self.embed_position = nn.Embedding(context, width)
@@ -145,7 +147,7 @@ class CharacterTransformer(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        self.layers = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, num_layers=n_layers, enable_nested_tensor=False)
         self.to_logits = nn.Linear(width, n_characters)
         mask = nn.Transformer.generate_square_subsequent_mask(context)
         self.register_buffer("mask", mask)

@@ -1,0 +1,74 @@
+"""Bytes per parameter, counted in the tensors that exist after a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from variants import Format, check_served
+
+from fused_optim.formats import SMALLEST_INT8
+
+# Of sizes at which a step count per tensor no longer shows, and the last group of 64 may be short.
+SHAPES = ((500, 500), (64, 64, 3, 3), (SMALLEST_INT8,), (67, 67))
+OPTIMIZERS = {
+    "Adam": {},
+    "AdamW": {},
+    "SGD momentum": {"momentum": 0.9},
+    "RMSprop": {},
+    "Adagrad": {},
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes per parameter.
+
+    Args:
+        states: all tensors in optimizer.state, a master's remainder included.
+    """
+
+    params: float
+    grads: float
+    states: float
+
+    @property
+    def kept(self) -> float:
+        """What remains between two steps once the grads are gone."""
+        return self.params + self.states
+
+    @property
+    def total(self) -> float:
+        return self.kept + self.grads
+
+
+def measure(format: Format) -> dict[str, Footprint]:
+    """Take one step with each of OPTIMIZERS."""
+    return {name: _footprint(format, name.split()[0], o) for name, o in OPTIMIZERS.items()}
+
+
+def _footprint(format: Format, optimizer_name: str, options: dict) -> Footprint:
+    torch.manual_seed(0)
+    params = [torch.randn(shape).to(format.param_dtype).requires_grad_() for shape in SHAPES]
+    for param in params:
+        param.grad = torch.randn(param.shape).to(format.param_dtype)
+    optimizer = format.make(optimizer_name, params, lr=1e-3, **options)
+    optimizer.step()
+    check_served([optimizer])
+    numel = sum(param.numel() for param in params)
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    return Footprint(
+        _nbytes(params) / numel,
+        _nbytes([param.grad for param in params]) / numel,
+        _nbytes(states) / numel,
+    )
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
