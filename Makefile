@@ -62,7 +62,7 @@ SANITIZER_ENV = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED)) \
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED)
-	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O1 \
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O0 \
 	  FUSED_OPTIM_BUILD_BASELINE_ONLY=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
 	cp -r fused_optim/*.py fused_optim/cli $(SANITIZED)/fused_optim/

@@ -34,7 +34,7 @@ if platform.machine().lower() in ("x86_64", "amd64") and not BASELINE_ONLY:
 # -fno-trapping-math: without them, sqrt and guarded divisions stay scalar. -fno-unswitch-loops: GCC 12
 # unswitches the tile loops into ones that it then does not vectorise.
 COMPILE_ARGS = [
-    os.environ.get("FUSED_OPTIM_BUILD_OPT", "-O3"),  # -O1 where sanitizers make the compiler slow
+    os.environ.get("FUSED_OPTIM_BUILD_OPT", "-O3"),  # -O0 where sanitizers make the compiler slow
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",

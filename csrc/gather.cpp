@@ -127,13 +127,17 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   };
   Packing packing = {};
   void* remainder = nullptr;
-  if (used != 0 || has_step || packs) {
+  if (used != 0 || has_step || (packs && group.master != PLAIN)) {
     states = states_.find(state, param, hint.position);
     if (states != nullptr && !PyDict_Check(states)) return stock("the state is not a dict");
     fresh = states == nullptr || PyDict_GET_SIZE(states) == 0;
     if (!fresh && used != 0 && rule_.first_step_variant != 0) {
       PyObject* first = PyDict_GetItemWithError(states, state_keys_[0]);
       fresh = first == nullptr || first == Py_None;
+    }
+    if (packs && !fresh && rule_.has_step && PyDict_Contains(states, names.step) == 0) {
+      fresh = true;  // but for a remainder, say
+      for (PyObject* key : state_keys_) fresh = fresh && PyDict_Contains(states, key) == 0;
     }
     if (fresh) {
       states = check(PyObject_CallFunctionObjArgs(context.create_state, param, group.dict, nullptr));

@@ -68,8 +68,13 @@ void Plan::read_formats(Group& group) {
       refuse("master", master, "\"stochastic\", \"split8\", \"split16\" or None");
   }
   PyObject* seed = get(names.rounding_seed);
-  if (seed != nullptr) group.seed = PyLong_AsUnsignedLongLongMask(seed);
-  if (PyErr_Occurred()) throw PythonError();
+  if (seed != nullptr) {
+    group.seed = PyLong_Check(seed) ? PyLong_AsUnsignedLongLong(seed) : 0;
+    if (!PyLong_Check(seed) || PyErr_Occurred()) {
+      PyErr_Clear();
+      refuse("rounding_seed", seed, "an int in [0, 2**64)");
+    }
+  }
   group.param_indices = get(names.param_indices);
   if (group.param_indices != nullptr && !PyList_Check(group.param_indices))
     raise(PyExc_TypeError, "param_indices must be a list");
@@ -87,7 +92,7 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
   const auto get = [&](PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(states, key);
     if (value == nullptr && PyErr_Occurred()) throw PythonError();
-    return value;
+    return value == Py_None ? nullptr : value;
   };
   const auto lies_alike = [&](const View& view) {
     return view.same_shape(p) && view.same_strides(p) && view.device == p.device;

@@ -87,6 +87,17 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
 
+    def _convert_state(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        # torch.optim's constructor has rounded the initial value to the param's dtype.
+        if states.get("step") == 0 and isinstance(states.get("sum"), Tensor):
+            initial = group["initial_accumulator_value"]
+            total = torch.full_like(param, initial, dtype=torch.float32, requires_grad=False)
+            states = {key: value for key, value in states.items() if key != "sum_scale"}
+            states["sum"] = total
+        return super()._convert_state(param, group, states)
+
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         if group["weight_decay"] != 0:
             return "weight_decay option is not compatible with sparse gradients"

@@ -138,6 +138,8 @@ def _transcode(
 
 def decode(format: Format, stream: Tensor, extra: Tensor | None) -> Tensor:
     """In float32, on the CPU; extra: the scales, or the remainder of a param."""
+    if stream.layout != torch.strided:  # a momentum like a sparse grad
+        stream = stream.to_dense()
     if format.storage in ("plain", "stochastic"):
         return stream.detach().to("cpu", torch.float32)
     # Dense and in the order of the memory, whatever the caller's tensor is.
@@ -162,13 +164,19 @@ def encode(
     Args:
         key: of the random bits: (seed, number of the param, stream, step).
     """
+    if values.shape != like.shape:
+        raise ValueError(f"values of shape {tuple(values.shape)} for {tuple(like.shape)}")
+    if values.layout != torch.strided:
+        values = values.to_dense()
     if format.storage == "plain":
         return _like(like, format.dtype, like.device).copy_(values), None
     stream = _like(like, format.dtype)
     values = _like(like, torch.float32).copy_(values)
     extra = None
     if format.storage in ("signed8", "root8"):
-        extra = torch.empty((stream.numel() + GROUP - 1) // GROUP, dtype=torch.bfloat16)
+        extra = torch.empty(
+            (stream.numel() + GROUP - 1) // GROUP, dtype=torch.bfloat16, device="cpu"
+        )
     elif format.storage in _SPLITS:
         extra = _like(like, _SPLITS[format.storage])
     _transcode(True, format, stream, extra, values, key)
@@ -176,16 +184,17 @@ def encode(
 
 
 def decode_states(states: States, names: list[str]) -> States:
-    """Float32 in place of all that is packed; without scales."""
+    """Float32 in place of 8 and of 16 bits; without scales."""
     decoded = {key: value for key, value in states.items() if not _is_extra(key, names)}
     for name in names:
-        if isinstance(states.get(name), Tensor):
-            scale = states.get(f"{name}_scale")
-            value = states[name]
-            format = (
-                Format(_OF_CODES[value.dtype], value.dtype) if scale is not None else PLAIN_FLOAT32
-            )
+        value, scale = states.get(name), states.get(f"{name}_scale")
+        if not isinstance(value, Tensor):
+            continue
+        if scale is not None and value.dtype in _OF_CODES:
+            format = Format(_OF_CODES[value.dtype], value.dtype)
             decoded[name] = decode(format, value, scale).to(value.device)
+        elif value.dtype in (torch.bfloat16, torch.float16):
+            decoded[name] = decode(PLAIN_FLOAT32, value, None).to(value.device)
     return decoded
 
 
@@ -198,21 +207,29 @@ def decode_param(param: Tensor, states: States) -> Tensor:
     rest = states.get(REMAINDER)
     if rest is None or param.dtype == torch.float32:
         return param.detach().to(torch.float32, copy=True)
+    _check_remainder(rest, param)
     storage = "split8" if rest.dtype == torch.int8 else "split16"
     return decode(Format(storage, param.dtype), param, rest).to(param.device)
 
 
+def _check_remainder(rest: Any, param: Tensor) -> None:
+    if isinstance(rest, Tensor) and rest.shape == param.shape and rest.dtype in _SPLITS.values():
+        return
+    found = f"{tuple(rest.shape)} of {rest.dtype}" if isinstance(rest, Tensor) else repr(rest)
+    raise ValueError(
+        f"{REMAINDER} must be of torch.int8 or torch.int16 and of the param's shape, "
+        f"{tuple(param.shape)}, but is {found}"
+    )
+
+
 @torch.no_grad()
 def encode_param(
-    param: Tensor, group: dict[str, Any], values: Tensor, states: States, key: tuple[int, int, int]
-) -> None:
-    """Write float32 values to the param and its remainder."""
+    param: Tensor, group: dict[str, Any], values: Tensor, key: tuple[int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """What the param and its remainder, if it has one, become of float32 values."""
     seed, number, step = key
     storage = master_of(param, group) or "plain"
-    stream, rest = encode(Format(storage, param.dtype), param, values, (seed, number, _PARAM, step))
-    param.copy_(stream)
-    if rest is not None:
-        states[REMAINDER] = rest
+    return encode(Format(storage, param.dtype), param, values, (seed, number, _PARAM, step))
 
 
 @torch.no_grad()
@@ -248,7 +265,7 @@ def encode_states(
             converted[scale_key] = scale
     _convert_remainder(param, group, states, converted)
     if counts_steps(param, group) and "step" not in converted:
-        converted["step"] = torch.tensor(0.0, dtype=torch.float32)
+        converted["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
     return converted
 
 
@@ -277,20 +294,45 @@ def _convert_remainder(
             converted[REMAINDER] = None
         return
     dtype = _SPLITS[master]
-    if rest is None or rest.shape != param.shape:
+    if rest is None:
         converted[REMAINDER] = _like(param, dtype, param.device).zero_()
-    elif rest.dtype != dtype or rest.stride() != _like(param, dtype, "meta").stride():
-        values = decode_param(param, states)
-        # Of this the upper part is the param that there is.
-        key = (0, _CONVERTING, _PARAM, 0)
-        converted[REMAINDER] = encode(Format(master, param.dtype), param, values, key)[1]
+        return
+    _check_remainder(rest, param)
+    if rest.dtype == dtype and rest.stride() == _like(param, dtype, "meta").stride():
+        return
+    wide = rest.to(torch.int32)
+    if rest.dtype != dtype:
+        # How many units of the 16 bits one of the 8 bits is. The param stays as it is: there is no carry.
+        unit = torch.full_like(wide, 256)
+        if param.dtype == torch.float16:
+            size = param.detach().abs()
+            unit[(size > 2.0**-14) | ((size == 2.0**-14) & (wide >= 0))] = 32
+        if dtype == torch.int8:
+            wide = torch.div(wide + unit // 2, unit, rounding_mode="floor").clamp(-128, 127)
+        else:
+            wide = wide * unit
+    converted[REMAINDER] = _like(param, dtype, param.device).copy_(wide)
 
 
-def check_saved(states: States, names: list[str], index: Any) -> None:
-    """Raise ValueError if saved states of one param contradict themselves."""
+def check_saved(states: States, names: list[str], index: Any, param: Tensor) -> None:
+    """Raise ValueError if saved states contradict themselves, or are not those of such a param."""
+    if states.get(REMAINDER) is not None:
+        _check_remainder(states[REMAINDER], param)
     for name in names:
         tensor, scale = states.get(name), states.get(f"{name}_scale")
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _OF_CODES:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"loaded state dict has '{name}' of shape {tuple(tensor.shape)} for param {index}, "
+                f"which has shape {tuple(param.shape)}"
+            )
+        if tensor.dtype not in _OF_CODES:
+            if scale is not None:
+                raise ValueError(
+                    f"loaded state dict has '{name}_scale' for param {index}, but '{name}' is "
+                    f"{tensor.dtype}: torch.optim, say, has converted codes as if they were numbers"
+                )
             continue
         if not isinstance(scale, Tensor) or not is_scale_of(scale, tensor):
             found = (

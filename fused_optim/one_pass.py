@@ -130,6 +130,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
     _emas: ema.Emas  # param -> entry; there once it is needed
     _found_inf_to_report: Tensor  # there while a GradScaler waits for it
     _is_swapped = False
+    _has_some_params = False  # of a model, the rest being another process's
 
     max_grad_norm = _Option()
     write_clipped_grads = _Option()
@@ -151,8 +152,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
         self.write_clipped_grads = options.get("write_clipped_grads", False)
         self.skip_nonfinite = options.get("skip_nonfinite", False)
         self.zero_grads = options.get("zero_grads", False)
-        if (self.max_grad_norm is not None or self.skip_nonfinite) and sharding.is_distributed():
-            sharding.refuse_partial_optimizer()
+        if sharding.is_distributed() and sharding.is_built_for_some_params():
+            self._has_some_params = True
+            if self.max_grad_norm is not None or self.skip_nonfinite:
+                sharding.refuse_some_params()
         if self._one_pass is not None or self._ema_options is not None:
             # GradScaler then leaves unscaling and skipping to step().
             self._step_supports_amp_scaling = True
@@ -267,7 +270,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
                 state_dict = state_dict if result is None else result
             matched = ema.match(state_dict, self.param_groups)
             before = [{key: g[key] for key in ema.OPTIONS if key in g} for g in self.param_groups]
-            super().load_state_dict(state_dict)
+            with self._without("_optimizer_load_state_dict_post_hooks") as post_hooks:
+                self._load(state_dict)
         for group, options in zip(self.param_groups, before):
             for key, value in options.items():
                 group.setdefault(key, value)
@@ -277,6 +281,11 @@ class OnePassOptimizer(torch.optim.Optimizer):
             for param, entry in matched
             if id(param) in groups
         }
+        for hook in post_hooks:
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {
@@ -312,6 +321,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         checks = report is not None or (one_pass.skip_nonfinite and not is_checked)
         if not checks and one_pass.max_grad_norm is None:
             return None
+        if self._has_some_params:
+            sharding.refuse_some_params()
         if sharding.is_distributed():
             sharding.refuse_hidden_shards(p for g in self.param_groups for p in g["params"])
         return self._measured

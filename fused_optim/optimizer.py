@@ -328,6 +328,13 @@ class FusedOptimizer(PackedOptimizer):
                 raise RuntimeError(refusal)
             chosen.setdefault(g, []).append(param)
             numbers.setdefault(g, []).append(formats.first_number(self.param_groups, g) + i)
+        if len(fallbacks) > 1 and self._share_memory_in_other_formats(fallbacks):
+            left = []
+            for fallback in fallbacks:  # each sees what the one before it has written
+                self._step_with_stock([fallback], launcher)
+                left += self._grads_left
+            self._grads_left = left
+            return
         grad_scale = getattr(self, "grad_scale", None)
         whole = self.param_groups
         scaling = {

@@ -28,7 +28,7 @@ class PackedOptimizer(OnePassOptimizer):
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
         given = {key: value for key, value in options.items() if key in formats.OPTIONS}
         formats.check(given)
-        if any(given.get(key) is not None for key in ("state_dtype", "master")):
+        if given:
             self._format_options = given
         rest = {key: value for key, value in options.items() if key not in formats.OPTIONS}
         self._take_one_pass(rest)  # type: ignore[arg-type]
@@ -106,11 +106,11 @@ class PackedOptimizer(OnePassOptimizer):
             if formats.master_of(param, group) is None or not formats.applies(param, group):
                 param.copy_(value)
                 continue
-            if param not in self.state:
-                self.state[param] = {}
-            states = self.state[param]
             key = (group.get("rounding_seed", 0), number, 0)
-            formats.encode_param(param, group, value.to("cpu", torch.float32), states, key)
+            stream, rest = formats.encode_param(param, group, value, key)
+            param.copy_(stream)
+            if rest is not None:
+                self.state[param] = {**self.state.get(param, {}), formats.REMAINDER: rest}
 
     def state_dict_for_stock(self) -> dict[str, Any]:
         """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
@@ -141,33 +141,60 @@ class PackedOptimizer(OnePassOptimizer):
         Raises:
             ValueError: as torch.optim's; or the saved states contradict themselves. Nothing was loaded.
         """
-        names = self._description()["states"] if backends.codec() is not None else []
-        for index, states in state_dict["state"].items():
-            if isinstance(states, dict):
-                formats.check_saved(states, names, index)
-        for group in state_dict["param_groups"]:
-            formats.check({key: group[key] for key in formats.OPTIONS if key in group})
-        before = [{key: g[key] for key in formats.OPTIONS if key in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        converted = {}
+        if backends.codec() is not None:
+            for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+                converted |= self._convert_saved(state_dict["state"], saved_group, group)
+        before = [{key: g[key] for key in formats.OPTIONS if key in g} for g in self.param_groups]
+        super()._load(state_dict)
         for group, options in zip(self.param_groups, before):
             for key, value in options.items():
                 group.setdefault(key, value)
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
-            for index, param in zip(saved_group["params"], group["params"]):
-                states = state_dict["state"].get(index)
-                if states is None or not formats.applies(param, group):
-                    continue
-                # torch.optim has cast them to the param's dtype.
-                self.state[param] = {
-                    **self.state[param],
-                    **{
-                        key: value.detach().to(param.device, copy=True)
-                        for key, value in states.items()
-                        if isinstance(value, Tensor) and key != "step"
-                    },
-                }
-                converted = self._convert_state(param, group, self.state[param])
-                self.state[param] = {k: v for k, v in converted.items() if v is not None}
+        for param, states in converted.items():
+            # torch.optim has cast all of them but step to the param's dtype.
+            step = {key: value for key, value in self.state[param].items() if key == "step"}
+            self.state[param] = {**states, **step}
+
+    def _convert_saved(
+        self, saved: dict[Any, Any], saved_group: dict[str, Any], group: dict[str, Any]
+    ) -> dict[Tensor, dict[str, Any]]:
+        """The saved states of this group's params, in the formats that the group will then ask for."""
+        formats.check({key: saved_group[key] for key in formats.OPTIONS if key in saved_group})
+        names = self._description()["states"]
+        wanted = {
+            **{key: group[key] for key in formats.OPTIONS if key in group},
+            **{key: value for key, value in saved_group.items() if key != "params"},
+        }
+        converted = {}
+        for index, param in zip(saved_group["params"], group["params"]):
+            states = saved.get(index)
+            if not isinstance(states, dict) or not formats.applies(param, wanted):
+                continue
+            formats.check_saved(states, names, index, param)
+            copies = {
+                key: value.detach().to(param.device, copy=True)
+                if isinstance(value, Tensor) and key != "step"
+                else value
+                for key, value in states.items()
+            }
+            copies = self._convert_state(param, wanted, copies)
+            converted[param] = {key: value for key, value in copies.items() if value is not None}
+        return converted
+
+    def _share_memory_in_other_formats(self, fallbacks: list[tuple[int, int, str]]) -> bool:
+        seen = set()
+        for g, i, _ in fallbacks:
+            group = self.param_groups[g]
+            param = group["params"][i]
+            if formats.applies(param, group):
+                storage = param.untyped_storage().data_ptr()
+                if storage in seen:
+                    return True
+                seen.add(storage)
+        return False
 
     @contextlib.contextmanager
     def _in_float32(self, groups: list[dict[str, Any]], numbers: list[list[int]]) -> Iterator[None]:
@@ -179,7 +206,7 @@ class PackedOptimizer(OnePassOptimizer):
             groups: copies of param groups with some of their params, into which the others are put.
             numbers: of each of these params, among all params.
         """
-        replaced = []
+        replaced: list[tuple[Tensor, dict[str, Any], int, Tensor]] = []
         rule = self._description() if any(k in g for g in groups for k in formats.OPTIONS) else {}
         try:
             for group, group_numbers in zip(groups, numbers):
@@ -203,36 +230,33 @@ class PackedOptimizer(OnePassOptimizer):
                     group["params"] = [*group["params"][:i], stand_in, *group["params"][i + 1 :]]
                     replaced.append((param, group, number, stand_in))
             yield
-            for param, group, number, stand_in in replaced:
-                self._take_back(param, group, number, stand_in, rule)
+            # Nothing is written before all of it is there.
+            for param, stream, entry in [self._encoded(*one, rule) for one in replaced]:
+                with torch.no_grad():
+                    param.copy_(stream)
+                self.state[param] = entry
         finally:
             for _, _, _, stand_in in replaced:
                 self.state.pop(stand_in, None)
 
-    def _take_back(
+    def _encoded(
         self,
         param: Tensor,
         group: dict[str, Any],
         number: int,
         stand_in: Tensor,
         rule: dict[str, Any],
-    ) -> None:
-        if param not in self.state:
-            self.state[param] = {}
-        states = {**self.state[param], **self.state.get(stand_in, {})}
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(param, what is to be written to it, its states), of what torch.optim has made of the stand-in."""
+        states = {**self.state.get(param, {}), **self.state.get(stand_in, {})}
         for name in rule["states"]:
             states.pop(f"{name}_scale", None)
         if not rule["has_step"] and formats.counts_steps(param, group):
-            states["step"] = states.get("step", torch.tensor(0.0)) + 1
+            states["step"] = states.get("step", torch.tensor(0.0, device="cpu")) + 1
         step = int(states["step"]) if "step" in states else 0
         key = (group.get("rounding_seed", 0), number, step)
-        formats.encode_param(param, group, stand_in.detach(), states, key)
         # As on a kernel: with random bits where the format has some.
-        encoded = formats.encode_states(param, group, states, rule, key)
-        entry = self.state[param]
-        entry.update({key: value for key, value in encoded.items() if value is not None})
-        for name in [name for name in entry if name in encoded and encoded[name] is None]:
-            del entry[name]
-        for name in rule["states"]:
-            if f"{name}_scale" in entry and encoded.get(f"{name}_scale") is None:
-                del entry[f"{name}_scale"]
+        stream, rest = formats.encode_param(param, group, stand_in.detach(), key)
+        states = formats.encode_states(param, group, states, rule, key)
+        states[formats.REMAINDER] = rest
+        return param, stream, {key: value for key, value in states.items() if value is not None}

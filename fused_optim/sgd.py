@@ -99,6 +99,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         The first step writes it. On a device, GradScaler may skip that without the host knowing; its
         values are zeros then.
         """
+        if group["momentum"] == 0:  # there is none, but a state of another kind
+            return {}
         grad = param.grad
         assert grad is not None
         if group["weight_decay"] == 0:

@@ -61,15 +61,20 @@ def refuse_hidden_shards(params: Iterable[Tensor]) -> None:
             )
 
 
-def refuse_partial_optimizer() -> None:
-    """Raise RuntimeError while ZeroRedundancyOptimizer is building an optimizer for some of the params."""
+def is_built_for_some_params() -> bool:
+    """Whether ZeroRedundancyOptimizer is building the optimizer at this moment."""
     frame = sys._getframe(1)
     while frame is not None:
-        builder = type(frame.f_locals.get("self")).__name__
-        if builder == "ZeroRedundancyOptimizer":
-            raise RuntimeError(
-                "max_grad_norm and skip_nonfinite need all grads, but ZeroRedundancyOptimizer gives each "
-                "process an optimizer for some of the params; clip with "
-                "torch.nn.utils.clip_grad_norm_() before its step()"
-            )
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            return True
         frame = frame.f_back
+    return False
+
+
+def refuse_some_params() -> None:
+    """Raise RuntimeError for an optimizer that `is_built_for_some_params`."""
+    raise RuntimeError(
+        "max_grad_norm and skip_nonfinite need all grads, but ZeroRedundancyOptimizer gives each "
+        "process an optimizer for some of the params; clip with "
+        "torch.nn.utils.clip_grad_norm_() before its step()"
+    )

@@ -106,8 +106,7 @@ def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
         states = run.opt.state[param]
         key = (0, number, int(states.get("step", 0)))
         expected = dict(plain.opt.state[twin])
-        expected_param = param.detach().clone()
-        formats.encode_param(expected_param, group, twin.detach(), expected, key)
+        expected_param, rest = formats.encode_param(param.detach(), group, twin.detach(), key)
         expected = formats.encode_states(expected_param, group, expected, rule, key)
         for key in rule["states"]:
             if f"{key}_scale" in states:
@@ -116,7 +115,7 @@ def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
                 assert_same_bits([states[key]], [expected[key]])
         assert_same_bits([param.detach()], [expected_param])
         if "param_remainder" in states:
-            assert_same_bits([states["param_remainder"]], [expected["param_remainder"]])
+            assert_same_bits([states["param_remainder"]], [rest])
 
 
 @each_optimizer

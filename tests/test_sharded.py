@@ -77,7 +77,12 @@ def _hidden_shards() -> None:
     linear = torch.nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="ZeroRedundancyOptimizer gives each process"):
         ZeroRedundancyOptimizer(linear.parameters(), fused_optim.AdamW, max_grad_norm=1.0)
-    ZeroRedundancyOptimizer(linear.parameters(), fused_optim.AdamW)
+    zero = ZeroRedundancyOptimizer(linear.parameters(), fused_optim.AdamW)
+    zero.optim.max_grad_norm = 1.0
+    for param in linear.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="ZeroRedundancyOptimizer gives each process"):
+        zero.optim.step()
     for keeps_params in (False, True):
         module = torch.nn.Linear(4, 4)
         model = FullyShardedDataParallel(
