@@ -7,13 +7,20 @@
 #include <immintrin.h>
 #endif
 
-// bfloat16 is the upper half of a float32; rounded to nearest even, NaN kept (and made quiet).
-inline float bf16_to_float(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float from_bits(uint32_t bits) {
   float value;
-  std::memcpy(&value, &wide, 4);
+  std::memcpy(&value, &bits, 4);
   return value;
 }
+
+// bfloat16 is the upper half of a float32; rounded to nearest even, NaN kept (and made quiet).
+inline float bf16_to_float(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline uint32_t round_bits_to_bf16(uint32_t bits) {  // the result in the upper half
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -28,22 +35,17 @@ inline float f16_to_float(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu;
   uint32_t bits;
   if (magnitude < 0x0400u) {
-    const float exact = float(magnitude) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &exact, 4);
+    bits = bits_of(float(magnitude) * 5.9604644775390625e-8f);  // 2^-24
   } else if (magnitude < 0x7c00u) {
     bits = (magnitude << 13) + 0x38000000u;  // exponent bias 127 - 15
   } else {
     bits = 0x7f800000u | (magnitude << 13) | (magnitude > 0x7c00u ? 0x00400000u : 0u);
   }
-  bits |= sign;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return from_bits(bits | sign);
 }
 
 inline uint16_t float_to_f16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
+  const uint32_t bits = bits_of(value);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));

@@ -2,18 +2,6 @@
 // float32. The same arithmetic as in triton_kernels/formats.py. Included inside a namespace, like formats.h.
 constexpr int GROUP = 64;
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 constexpr uint32_t INF = 0x7f800000u, MAGNITUDE = 0x7fffffffu;
 constexpr uint32_t F16_NORMAL = 0x38800000u;     // 2^-14, the smallest normal float16
 constexpr uint32_t F16_OVERFLOW = 0x47800000u;   // 2^16

@@ -22,7 +22,7 @@ SMALLEST_INT8 = 4096  # elements; smaller states stay float32
 REMAINDER = "param_remainder"
 _FIRST_STATE = 2  # the stream of a rule's first state, csrc/kernel.h
 _PARAM = 0
-_CONVERTING = 2**64 - 1  # in place of the param's number in the random bits' key
+CONVERTING = 2**64 - 1  # in place of the param's number in the random bits' key
 
 States = dict[str, Any]
 

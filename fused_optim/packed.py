@@ -26,7 +26,11 @@ class PackedOptimizer(OnePassOptimizer):
 
     def _take_options(self, options: KernelOptions) -> None:
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
-        given = {key: value for key, value in options.items() if key in formats.OPTIONS}
+        given = {
+            key: value
+            for key, value in options.items()
+            if key in formats.OPTIONS and value is not None
+        }
         formats.check(given)
         if given:
             self._format_options = given
@@ -66,7 +70,7 @@ class PackedOptimizer(OnePassOptimizer):
     ) -> dict[str, Any]:
         """The same states in the formats of the group; None: there is no such state any more."""
         step = states.get("step")
-        key = (group.get("rounding_seed", 0), formats._CONVERTING, 0 if step is None else int(step))
+        key = (group.get("rounding_seed", 0), formats.CONVERTING, 0 if step is None else int(step))
         return formats.encode_states(param, group, states, self._description(), key)
 
     def master_params(self) -> list[Tensor]:

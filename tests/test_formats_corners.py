@@ -223,3 +223,9 @@ def test_adagrad_starts_from_its_initial_value_unrounded():
     for master, twin in zip(half.opt.master_params(), full.params):
         assert torch.equal(master, twin.detach())
     assert half.params[1].numel() < formats.SMALLEST_INT8
+
+
+def test_none_given_is_none_not_given():
+    param = nn.Parameter(torch.ones(5000))
+    opt = fused_optim.AdamW([param], state_dtype=None, master=None)
+    assert opt.param_groups[0].keys() == torch.optim.AdamW([param]).param_groups[0].keys()
