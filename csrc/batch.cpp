@@ -27,9 +27,9 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
     numbers.add(row.variant);
     numbers.add(row.grad_sign);
     numbers.add(row.ema);
+    numbers.add(row.step);
     if (key.prepared_on_device) {
       numbers.add(row.ema_warmup);
-      numbers.add(row.step);
       for (int64_t address : row.addresses) addresses.add(address);
     }
     last_ = row;
@@ -38,11 +38,21 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
   bool aligned = true;  // wide accesses need 16 bytes
   for (int s : streams)
     aligned = aligned && (reinterpret_cast<uintptr_t>(slice.streams[s]) & 15) == 0;
+  aligned = aligned && (reinterpret_cast<uintptr_t>(slice.remainder) & 15) == 0;
   numels.add(slice.numel);
   tensors.add(aligned ? slice.numel : -slice.numel);
+  const auto address = [](const void* memory) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(memory));
+  };
   tensors.add(key.prepared_on_device ? n_tensors_ : n_rows_ - 1);  // prepare writes a row per tensor
   for (int s : streams)
-    tensors.add(static_cast<int64_t>(reinterpret_cast<intptr_t>(slice.streams[s])));
+    tensors.add(address(slice.streams[s]));
+  if (key.packed()) {
+    const Packing& packing = *slice.packing;
+    tensors.add(0);
+    for (int s : streams) tensors.add(address(s == PARAM ? slice.remainder : packing.scales[s]));
+    for (int s : streams) tensors.add(static_cast<int64_t>(packing.seeds[s]));
+  }
   if (key.prepared_on_device) {
     steps.add(step);
     steps.add(waiting);

@@ -3,6 +3,7 @@
 // triton_kernels/prepare.py.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -15,11 +16,15 @@ namespace fused_optim {
 struct BatchKey {
   Device device;
   std::array<Dtype, MAX_STREAMS> dtypes;  // N_DTYPES: there is no such stream
+  std::array<Storage, MAX_STREAMS> storages;
   unsigned options;                       // those that decide which states there are
   bool prepared_on_device;                // the host does not know the step, or a hyperparameter
   bool operator==(const BatchKey& other) const {
-    return device == other.device && dtypes == other.dtypes && options == other.options &&
-           prepared_on_device == other.prepared_on_device;
+    return device == other.device && dtypes == other.dtypes && storages == other.storages &&
+           options == other.options && prepared_on_device == other.prepared_on_device;
+  }
+  bool packed() const {
+    return std::any_of(storages.begin(), storages.end(), [](Storage storage) { return storage != PLAIN; });
   }
 };
 
@@ -53,7 +58,7 @@ struct Row {
   double values[MAX_HYPERS];
   int64_t addresses[MAX_HYPERS];  // of options that are tensors on the device; 0: the value holds
   unsigned variant;
-  double grad_sign, step;
+  double grad_sign, step;  // step: 0 if no number depends on it, or a device knows it
   double ema;         // the EMA's weight, or its decay where a device makes that of it
   double ema_warmup;  // whether that decay is warmed up
   bool operator==(const Row& other) const;

@@ -267,7 +267,6 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   task.packing = -1;
   for (Storage storage : packing.storage)
     if (storage != PLAIN) task.packing = static_cast<int>(packings_.size());
-  if (task.packing >= 0 && device) return reject("packed tensors on a device");
   const int64_t numel = now.numel = p.numel();
   const int64_t* strides[MAX_STREAMS] = {};
   bool all_same = true, any_f64 = false, one_order = p.contiguous();
@@ -303,7 +302,9 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
         return reject("elements of one tensor share memory");
     Layout layout;
     if (!layout.build(p.ndim, p.shape, strides, task.streams)) {
-      if (task.packing >= 0) return reject("a packed tensor, whose grad or states lie in another order");
+      // Scales and random bits follow the order of the memory, in which a device copies the others.
+      if (task.packing >= 0 && !(device && p.reach() == numel))
+        return reject("a packed tensor, whose grad or states lie in another order");
       hints_hold_ = false;  // strides may have changed although pointers have not
       task.layout = static_cast<int>(layouts_.size());
       layouts_.push_back(std::move(layout));
@@ -327,8 +328,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     on.key.device = p.device;
     on.key.options = variant & rule_.deciding;
     on.key.prepared_on_device = prepared_on_device;
-    for (int s = 0; s < MAX_STREAMS; s++)
+    for (int s = 0; s < MAX_STREAMS; s++) {
       on.key.dtypes[s] = task.streams >> s & 1 ? views[s].dtype : N_DTYPES;
+      on.key.storages[s] = packing.storage[s];
+    }
     const double* values = prepared_on_device ? group.options : hypers_.data() + group.hypers;
     std::copy(values, values + MAX_HYPERS, on.row.values);
     if (by_address)
@@ -336,7 +339,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     on.row.variant = variant;
     on.row.grad_sign = group.grad_sign;
     if (averages) average_on_device(on, *ema);
-    on.row.step = prepared_on_device && !write.on_device ? write.value : 0;
+    on.row.step = (prepared_on_device || task.packing >= 0) && !write.on_device ? write.value : 0;
     on.step = write.on_device ? tagged(write.data, write.dtype) : 0;
     on.waiting = waiting;
     on.tensors[PARAM] = param;
@@ -358,8 +361,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (group.param_indices != nullptr && index < PyList_GET_SIZE(group.param_indices))
       ordinal = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(group.param_indices, index));
     if (PyErr_Occurred()) throw PythonError();
-    for (int s = 0; s < MAX_STREAMS; s++)
-      random_key(group.seed, ordinal, s, static_cast<uint64_t>(write.value), packing.keys[s]);
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      packing.seeds[s] = random_seed(group.seed, ordinal, s);
+      random_key(packing.seeds[s], static_cast<uint64_t>(write.value), packing.keys[s]);
+    }
     packings_.push_back(packing);
     std::copy(packing.scales + STATES, packing.scales + STATES + MAX_STATES, now.packed);
     now.packed[MAX_STATES] = remainder;

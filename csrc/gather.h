@@ -67,8 +67,9 @@ class Finder {
   Py_ssize_t indexed_ = 0;  // the dict's size then
 };
 
-// Of the random bits for one stream of one param (its number among all) in one step.
-void random_key(uint64_t seed, uint64_t param, int stream, uint64_t step, uint32_t* key);
+// Of the keys for one stream of one param (its number among all), and of its random bits in one step.
+uint64_t random_seed(uint64_t seed, uint64_t param, int stream);
+void random_key(uint64_t random_seed, uint64_t step, uint32_t* key);
 
 // What a stream of a contiguous tensor stands for, without a step: fills `values` with slice.numel of them, or
 // the stream (with its scales or its remainder) from them.

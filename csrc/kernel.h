@@ -28,6 +28,7 @@ enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 struct Packing {
   Storage storage[MAX_STREAMS];
   uint16_t* scales[MAX_STREAMS];     // bfloat16, one for 64 elements
+  uint64_t seeds[MAX_STREAMS];    // of the keys, of which the step makes others each time
   uint32_t keys[MAX_STREAMS][2];  // of the random bits
 };
 

@@ -93,34 +93,35 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
   run({task}, {}, num_threads);
 }
 
+// In the order of Storage.
+constexpr const char* STORAGES[] = {"plain", "stochastic", "signed8", "root8", "split8", "split16"};
+
 // Addresses of contiguous CPU memory; `extra` is that of scales or of a remainder, or 0.
 void transcode(bool packs, const std::string& storage, const std::string& dtype, uintptr_t stream,
                uintptr_t extra, uintptr_t values, int64_t numel, std::array<uint64_t, 4> key,
                int num_threads) {
-  static constexpr const char* STORAGES[] = {"plain",  "stochastic", "signed8",
-                                             "root8", "split8",     "split16"};
-  static constexpr const char* DTYPES[] = {"float32", "float64", "bfloat16", "float16",
-                                           "",        "int8",    "uint8",    "int16"};
-  const auto index = [](const auto& names, const std::string& name) {
-    for (size_t i = 0; i < std::size(names); i++)
-      if (name == names[i]) return i;
+  const auto find = [](const std::string& name, int n, const auto& name_of_one) {
+    for (int i = 0; i < n; i++)
+      if (name == name_of_one(i)) return i;
     throw std::invalid_argument("unknown: " + name);
   };
   const int s = static_cast<int>(key[2]);
   if (s != PARAM && (s < STATES || s >= STATES + MAX_STATES))
     throw std::invalid_argument("stream " + std::to_string(s) + " cannot be packed");
   Packing packing = {};
-  packing.storage[s] = static_cast<Storage>(index(STORAGES, storage));
+  packing.storage[s] = static_cast<Storage>(
+      find(storage, std::size(STORAGES), [](int i) { return STORAGES[i]; }));
   Slice slice = {};
   slice.packing = &packing;
   slice.numel = numel;
   slice.streams[s] = reinterpret_cast<void*>(stream);
-  slice.dtypes[s] = static_cast<Dtype>(index(DTYPES, dtype));
+  slice.dtypes[s] = static_cast<Dtype>(
+      find(dtype, std::size(ITEMSIZE), [](int i) { return name_of(static_cast<Dtype>(i)); }));
   if (s == PARAM)
     slice.remainder = reinterpret_cast<void*>(extra);
   else
     packing.scales[s] = reinterpret_cast<uint16_t*>(extra);
-  random_key(key[0], key[1], s, key[3], packing.keys[s]);
+  random_key(random_seed(key[0], key[1], s), key[3], packing.keys[s]);
   float* const floats = reinterpret_cast<float*>(values);
   py::gil_scoped_release no_gil;
   packs ? pack(slice, s, floats, num_threads) : unpack(slice, s, floats, num_threads);
@@ -171,13 +172,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("key",
                              [](const Batch& batch) {
                                const BatchKey& key = batch.key;
-                               py::tuple dtypes(batch.streams.size());
+                               py::tuple dtypes(batch.streams.size()), storages(batch.streams.size());
                                for (size_t i = 0; i < batch.streams.size(); i++) {
                                  const Dtype dtype = key.dtypes[batch.streams[i]];
                                  dtypes[i] = dtype == N_DTYPES ? py::object(py::none())
                                                                : py::str(name_of(dtype));
+                                 storages[i] = STORAGES[key.storages[batch.streams[i]]];
                                }
-                               return py::make_tuple(key.device.type, key.device.index, dtypes,
+                               return py::make_tuple(key.device.type, key.device.index, dtypes, storages,
                                                      key.options, key.prepared_on_device);
                              })
       .def_property_readonly("n_tensors", &Batch::n_tensors)

@@ -20,11 +20,13 @@ uint64_t splitmix(uint64_t x) {
 
 }  // namespace
 
-void random_key(uint64_t seed, uint64_t param, int stream, uint64_t step, uint32_t* key) {
-  uint64_t k = splitmix(seed);
-  k = splitmix(k ^ param);
-  k = splitmix(k ^ static_cast<uint64_t>(stream));
-  k = splitmix(k ^ step);
+uint64_t random_seed(uint64_t seed, uint64_t param, int stream) {
+  return splitmix(splitmix(splitmix(seed) ^ param) ^ static_cast<uint64_t>(stream));
+}
+
+// triton_kernels/formats.py has the same.
+void random_key(uint64_t random_seed, uint64_t step, uint32_t* key) {
+  const uint64_t k = splitmix(random_seed ^ step);
   key[0] = static_cast<uint32_t>(k);
   key[1] = static_cast<uint32_t>(k >> 32);
 }

@@ -19,7 +19,8 @@ std::string describe(const int64_t* shape, int ndim) {
 }
 
 const char* name_of(Dtype dtype) {
-  constexpr const char* NAMES[] = {"float32", "float64", "bfloat16", "float16", "other"};
+  constexpr const char* NAMES[] = {"float32", "float64", "bfloat16", "float16",
+                                     "other",   "int8",    "uint8",    "int16"};
   return NAMES[dtype];
 }
 

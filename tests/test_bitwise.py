@@ -30,7 +30,7 @@ NUMEL = ROWS * COLUMNS
 SMALL = 1009
 N_STEPS = 2  # the first, which creates the states, and one more
 Streams = dict[str, Tensor]
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+BITS = {1: torch.int8, 8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,8 @@ def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
 def bits(tensor: Tensor) -> Tensor:
     """The bits of every element in logical order, with one NaN for all."""
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
-    tensor[tensor.isnan()] = float("nan")
+    if tensor.is_floating_point():
+        tensor[tensor.isnan()] = float("nan")
     return tensor.view(BITS[tensor.dtype.itemsize])
 
 

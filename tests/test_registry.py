@@ -86,6 +86,7 @@ def test_triton_lists_the_same_rules_states_and_hypers_in_the_same_order() -> No
         assert list(rule.options) == RULES[name]["options"]
         assert list(rule.hypers) == RULES[name]["hypers"]
         assert sum(rule.deciding) == RULES[name]["deciding"]
+        assert rule.squares == RULES[name]["squares"]
         assert rule.update.fn.__name__ == getattr(prepare, name).fn.__name__ == name
 
 

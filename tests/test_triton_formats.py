@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from fused_optim.cli import codegen
+from fused_optim.cli import codegen, kernels
 from fused_optim.cli.machine_code import Needs, complaints
 from fused_optim.triton_kernels import formats, specialize
 
@@ -190,7 +190,7 @@ def compiled(format, target):
         {(index(name),): [["tt.divisibility", 16]] for name in tensors},
     )
     options = {"num_warps": NUM_WARPS, **specialize.COMPILE_OPTIONS}
-    return triton.compile(source, target=codegen.gpu_target(target), options=options)
+    return triton.compile(source, target=kernels.gpu_target(target), options=options)
 
 
 @compiles

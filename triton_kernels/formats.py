@@ -42,16 +42,28 @@ U8_INF = tl.constexpr(255)
 
 
 @triton.jit
+def random_key(seed, step):
+    """Two uint32 for the random bits of one stream in one step: a round of splitmix64 (S. Vigna)."""
+    x = (seed ^ step) + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
 def random16(first, key0, key1, BLOCK: tl.constexpr):
     """16 random bits for each element, uint32: one hash serves two elements that lie 16 apart.
 
-    first: of the block's elements, a multiple of BLOCK; key0, key1: uint32.
+    first: of the block's elements, a multiple of 32; key0, key1: uint32.
     """
-    # Of element e the hash is number e // 32 * 16 + e % 16. In one block its upper half is the same.
+    # Of element e the hash is number e // 32 * 16 + e % 16, whose upper half may change within the block.
     number = first.to(tl.uint64) // 2
-    base = number.to(tl.uint32) + key0 + (number >> 32).to(tl.uint32) * 0x9E3779B9
+    lower = number.to(tl.uint32)
     lane = tl.arange(0, BLOCK).to(tl.uint32)
-    x = base + ((lane >> 5 << 4) | (lane & 15))
+    x = lower + ((lane >> 5 << 4) | (lane & 15))
+    upper = (number >> 32).to(tl.uint32) * 0x9E3779B9
+    x = x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper)
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= key1

@@ -3,11 +3,13 @@
 A launch steps all tensors that share a device, the dtypes of their streams and the set of their
 states. What differs between them comes from tables in device memory:
 
-tensors  int64 [n_tensors, 2 + n_streams]: numel, negative if some stream is not aligned to 16 bytes
-         or not; the row of `hypers`; the address of each stream
+tensors  int64 [n_tensors, columns]: numel, negative if some stream is not aligned to 16 bytes; the row
+         of `hypers`; the address of each stream. If some stream is packed, also: of which element of the
+         whole param the tensor's first one is; for each stream the address of its scales, or of the
+         param's remainder; for each stream the seed of its keys
 chunks   int32 [n_chunks, 2]: which tensor, and which CHUNK elements of it, one program takes
-hypers   float64 [n_rows, ROW]: the rule's hypers, the variant's bits, the sign of the grad, and the
-         weight of the EMA
+hypers   float64 [n_rows, ROW]: the rule's hypers, the variant's bits, the sign of the grad, the weight
+         of the EMA, and, for keys, the step
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .formats import random_key
 from .rules import divide, lerp
+from .streams import decode, encode, load, store, without_remainder, zero
 
 # The columns of `hypers`: at most so many hypers, then what every rule has.
 MAX_HYPERS = tl.constexpr(8)
 VARIANT = tl.constexpr(8)
 GRAD_SIGN = tl.constexpr(9)
 EMA_WEIGHT = tl.constexpr(10)
-ROW = tl.constexpr(11)
+STEP = tl.constexpr(11)
+ROW = tl.constexpr(12)
 # The columns of `tensors`.
 NUMEL = tl.constexpr(0)
 HYPERS_ROW = tl.constexpr(1)
@@ -35,92 +40,59 @@ ZEROED = tl.constexpr(3)
 
 
 @triton.jit
-def decode(value, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    if INTERPRETED and value.dtype == tl.bfloat16:
-        # The interpreter's own cast is wrong for subnormals (Triton 3.6 and 3.9).
-        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(COMPUTE)
-
-
-@triton.jit
-def encode(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        # To nearest even with NaN kept: the interpreter's own cast truncates.
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        bits = tl.where(value != value, bits | 0x400000, rounded) >> 16
-        value = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def load(address, mask, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    return decode(tl.load(address, mask=mask), COMPUTE, INTERPRETED)
-
-
-@triton.jit
-def store(address, value, mask, INTERPRETED: tl.constexpr):
-    tl.store(address, encode(value, address.dtype.element_ty, INTERPRETED), mask=mask)
-
-
-@triton.jit
-def zero(address, mask, BLOCK: tl.constexpr):
-    tl.store(address, tl.zeros([BLOCK], address.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def update_block(
-    streams,
-    index,
-    mask,
-    hypers,
-    variant,
-    grad_sign,
-    grad_scale,
-    clip,
-    ema_weight,
-    RULE: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    DTYPES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    GRAD_WRITE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    streams, extras, keys, first, first_random, mask, numel, hypers, variant, grad_sign, grad_scale,
+    clip, ema_weight,
+    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     EMA: tl.constexpr = len(DTYPES) - 1
-    param = load(streams[0] + index, mask, COMPUTE, INTERPRETED)
-    grad = load(streams[1] + index, mask, COMPUTE, INTERPRETED)
+    index = first + tl.arange(0, BLOCK)
+    values = ()
+    for s in tl.static_range(EMA + 1):
+        if DTYPES[s] is not None:
+            value = load(
+                streams[s], extras[s], first, mask,
+                STORAGES[s], DTYPES[s], COMPUTE, BLOCK, INTERPRETED,
+            )  # fmt: skip
+            values = values + (value,)
+        else:
+            values = values + (values[0],)
+    param = values[0]
+    grad = values[1]
     states = ()
     for s in tl.static_range(2, EMA):
-        if DTYPES[s] is not None:
-            states = states + (load(streams[s] + index, mask, COMPUTE, INTERPRETED),)
-        else:
-            states = states + (grad,)
-    if DTYPES[EMA] is not None:
-        ema = load(streams[EMA] + index, mask, COMPUTE, INTERPRETED)
+        states = states + (values[s],)
     if GRAD_WRITE == UNSCALED:
         grad = divide(grad, grad_scale)
-        store(streams[1] + index, grad, mask, INTERPRETED)
+        tl.store(streams[1] + index, encode(grad, DTYPES[1], INTERPRETED), mask=mask)
     if clip is not None:
         if GRAD_WRITE == CLIPPED:
-            store(streams[1] + index, clip * grad, mask, INTERPRETED)
+            tl.store(streams[1] + index, encode(clip * grad, DTYPES[1], INTERPRETED), mask=mask)
         grad = grad_sign * clip * grad
     else:
         grad = grad_sign * grad
     if GRAD_WRITE == ZEROED:
         zero(streams[1] + index, mask, BLOCK)
     param, states = RULE(param, grad, states, hypers, variant, OPTIONS)
-    stored = encode(param, DTYPES[0], INTERPRETED)
-    tl.store(streams[0] + index, stored, mask=mask)
+    stored = store(
+        streams[0], extras[0], param, first, mask, numel, keys[0], first_random,
+        STORAGES[0], DTYPES[0], BLOCK, INTERPRETED,
+    )  # fmt: skip
     for s in tl.static_range(2, EMA):
         if DTYPES[s] is not None:
-            store(streams[s] + index, states[s - 2], mask, INTERPRETED)
+            store(
+                streams[s], extras[s], states[s - 2], first, mask, numel, keys[s], first_random,
+                STORAGES[s], DTYPES[s], BLOCK, INTERPRETED,
+            )  # fmt: skip
     if DTYPES[EMA] is not None:
-        param = decode(stored, COMPUTE, INTERPRETED)
+        if STORAGES[0] == "plain":
+            param = decode(stored, COMPUTE, INTERPRETED)
+        else:
+            param = without_remainder(stored, DTYPES[0])
         # An average of what is not finite would keep that: the first one copies.
-        ema = tl.where(ema_weight == 1, param, lerp(ema, param, ema_weight))
-        store(streams[EMA] + index, ema, mask, INTERPRETED)
+        ema = tl.where(ema_weight == 1, param, lerp(values[EMA], param, ema_weight))
+        tl.store(streams[EMA] + index, encode(ema, DTYPES[EMA], INTERPRETED), mask=mask)
 
 
 @triton.jit
@@ -144,6 +116,10 @@ def multi_tensor(
     OPTIONS: tl.constexpr,
     N_HYPERS: tl.constexpr,
     DTYPES: tl.constexpr,
+    CODES: tl.constexpr,
+    STORAGES: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -154,12 +130,17 @@ def multi_tensor(
 
     Grads are divided by grad_scale, and multiplied by clip, which is to unscale too unless GRAD_WRITE
     is UNSCALED.
+
+    Args:
+        DTYPES, CODES, STORAGES, EXTRAS: of each stream the dtype, that of its elements in memory, its
+            storage (see streams.py), and that of its scales or remainder, or None.
+        COLUMNS: of `tensors`.
     """
     program = tl.program_id(0).to(tl.int64)
     if found_inf is not None and GRAD_WRITE != ZEROED:
         if tl.load(found_inf) != 0:
             return
-    tensor = tensors + tl.load(chunks + 2 * program).to(tl.int64) * (STREAMS + len(DTYPES))
+    tensor = tensors + tl.load(chunks + 2 * program).to(tl.int64) * COLUMNS
     begin = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     if found_inf is not None and GRAD_WRITE == ZEROED:
         if tl.load(found_inf) != 0:
@@ -181,55 +162,52 @@ def multi_tensor(
         factor = tl.load(clip).to(COMPUTE)
     else:
         factor = None
+    N: tl.constexpr = len(DTYPES)
+    IS_PACKED: tl.constexpr = COLUMNS > STREAMS + N
+    if IS_PACKED:
+        step = tl.load(row + STEP).to(tl.uint64)
+        whole = tl.load(tensor + STREAMS + N)
+    else:
+        step = None
+        whole = begin
     streams = ()
     aligned = ()
-    for s in tl.static_range(len(DTYPES)):
+    extras = ()
+    aligned_extras = ()
+    keys = ()
+    for s in tl.static_range(N):
         if DTYPES[s] is not None:
-            address = tl.load(tensor + STREAMS + s).to(tl.pointer_type(DTYPES[s]))
+            address = tl.load(tensor + STREAMS + s).to(tl.pointer_type(CODES[s]))
             streams = streams + (address,)
             aligned = aligned + (tl.multiple_of(address, 16),)
         else:
             streams = streams + (streams[0],)
             aligned = aligned + (aligned[0],)
+        if EXTRAS[s] is not None:
+            extra = tl.load(tensor + STREAMS + N + 1 + s).to(tl.pointer_type(EXTRAS[s]))
+            extras = extras + (extra,)
+            aligned_extras = aligned_extras + (tl.multiple_of(extra, 16),)
+        else:
+            extras = extras + (streams[0],)
+            aligned_extras = aligned_extras + (aligned[0],)
+        if STORAGES[s] != "plain":
+            seed = tl.load(tensor + STREAMS + 2 * N + 1 + s)
+            keys = keys + (random_key(seed.to(tl.uint64, bitcast=True), step),)
+        else:
+            keys = keys + (numel,)
     for start in range(0, CHUNK, BLOCK):
         first = begin + start
-        index = first + tl.arange(0, BLOCK)
         # A mask would split the accesses, so a whole block goes without one.
         if first + BLOCK <= numel:
             update_block(
-                aligned,
-                index,
-                None,
-                rule_hypers,
-                variant,
-                grad_sign,
-                scale,
-                factor,
-                ema_weight,
-                RULE,
-                OPTIONS,
-                DTYPES,
-                COMPUTE,
-                GRAD_WRITE,
-                BLOCK,
-                INTERPRETED,
-            )
+                aligned, aligned_extras, keys, first, whole + first, None, numel, rule_hypers, variant,
+                grad_sign, scale, factor, ema_weight,
+                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, BLOCK, INTERPRETED,
+            )  # fmt: skip
         elif first < tl.abs(numel):
+            mask = first + tl.arange(0, BLOCK) < tl.abs(numel)
             update_block(
-                streams,
-                index,
-                index < tl.abs(numel),
-                rule_hypers,
-                variant,
-                grad_sign,
-                scale,
-                factor,
-                ema_weight,
-                RULE,
-                OPTIONS,
-                DTYPES,
-                COMPUTE,
-                GRAD_WRITE,
-                BLOCK,
-                INTERPRETED,
-            )
+                streams, extras, keys, first, whole + first, mask, tl.abs(numel), rule_hypers, variant,
+                grad_sign, scale, factor, ema_weight,
+                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, BLOCK, INTERPRETED,
+            )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .multi_tensor import load
+from .streams import decode
 
 # As in csrc/kernel.h: a chunk is cut into parts, and lane l of a part sums every NORM_LANES-th element.
 NORM_PARTS = tl.constexpr(4)
@@ -83,7 +83,8 @@ def norm(
             values = ()
             for i in tl.static_range(AHEAD):
                 index = lane + start + i * NORM_LANES
-                values = values + (load(aligned + index, None, tl.float64, INTERPRETED),)
+                value = tl.load(aligned + index)
+                values = values + (decode(value, tl.float64, INTERPRETED),)
             for i in tl.static_range(AHEAD):
                 sums += values[i] * values[i]
                 if DTYPE == tl.float64:
@@ -93,7 +94,7 @@ def norm(
             if start < rest:
                 index = lane + start
                 mask = index < rest
-                value = load(grad + index, mask, tl.float64, INTERPRETED)
+                value = decode(tl.load(grad + index, mask=mask), tl.float64, INTERPRETED)
                 value = tl.where(mask, value, 0.0)
                 sums += value * value
                 if DTYPE == tl.float64:

@@ -10,8 +10,8 @@ steps          int64 [n_tensors, 4]: address of the step, or 0; address of a flo
                whether SGD's momentum has started, or 0 if it has; address of the number of steps that
                went into the EMA, or 0; the row of the next two
 option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the variant's bits, the sign of the
-               grad, the EMA's decay, whether that is warmed up, and the step for tensors without an
-               address of one
+               grad, the EMA's decay, the step for tensors without an address of one, and whether the
+               EMA's decay is warmed up
 addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
 
 An address is of a float32, or of a float64 where its lowest bit is set.
@@ -22,12 +22,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, VARIANT
+from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, STEP, VARIANT
 from .rules import FIRST_STEP
 
 EMA_DECAY = tl.constexpr(10)
-EMA_WARMUP = tl.constexpr(11)
-STEP = tl.constexpr(12)
+EMA_WARMUP = tl.constexpr(12)
 OPTIONS_ROW = tl.constexpr(13)
 STEPS_ROW = tl.constexpr(4)
 
@@ -143,6 +142,7 @@ def prepare(
         tl.store(hypers + tensor * ROW + i, prepared[i], mask=mask)
     tl.store(hypers + tensor * ROW + VARIANT, variant, mask=mask)
     tl.store(hypers + tensor * ROW + GRAD_SIGN, grad_sign, mask=mask)
+    tl.store(hypers + tensor * ROW + STEP, step, mask=mask)
     if AVERAGES:  # as csrc/ema.cpp
         n_address = tl.load(steps + 2, mask=mask, other=0)
         decay = tl.load(option_values + row * OPTIONS_ROW + EMA_DECAY, mask=mask, other=0.0)

@@ -143,6 +143,7 @@ class Rule:
         hypers: names of the numbers that one element needs, in the order of `hypers`.
         states: names of the states, in the order of `states`.
         deciding: option -> bits of the states that there are only with it.
+        squares: bits of the states that are like a second moment.
     """
 
     update: Callable[..., Any]
@@ -150,6 +151,7 @@ class Rule:
     hypers: tuple[str, ...]
     states: tuple[str, ...]
     deciding: dict[int, int]
+    squares: int
 
     def states_with(self, options: int) -> list[bool]:
         """Whether each state is there, given the deciding options."""
@@ -168,6 +170,7 @@ RULES = {
         ("lr", "momentum", "dampening_comp", "weight_decay"),
         ("momentum_buffer",),
         {MOMENTUM.value: 0b1},
+        0b0,
     ),
     "adagrad": Rule(
         adagrad,
@@ -175,6 +178,7 @@ RULES = {
         ("decayed_lr", "eps", "weight_decay"),
         ("sum",),
         {},
+        0b1,
     ),
     "rmsprop": Rule(
         rmsprop,
@@ -182,6 +186,7 @@ RULES = {
         ("lr", "alpha", "alpha_comp", "eps", "weight_decay", "momentum"),
         ("square_avg", "momentum_buffer", "grad_avg"),
         {MOMENTUM.value: 0b10, CENTERED.value: 0b100},
+        0b1,
     ),
     "adam": Rule(
         adam,
@@ -197,5 +202,6 @@ RULES = {
         ),
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
         {AMSGRAD.value: 0b100},
+        0b110,
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import triton.language as tl
 
 from . import prepare
-from .multi_tensor import KEPT
+from .multi_tensor import KEPT, STREAMS
 from .rules import RULES
 
 # Storage types that a kernel reads, by the name that torch gives them.
@@ -17,6 +17,15 @@ DTYPES = {
     "float64": tl.float64,
     "bfloat16": tl.bfloat16,
     "float16": tl.float16,
+}
+# Of what is packed: the dtype of its elements in memory (None: of those with the bits of its own), and of its
+# scales or remainder.
+PACKED = {
+    "stochastic": (None, None),
+    "signed8": (tl.int8, tl.uint16),
+    "root8": (tl.uint8, tl.uint16),
+    "split8": (None, tl.int8),
+    "split16": (None, tl.int16),
 }
 # Tensors that one program of `prepare` takes: one per thread.
 PREPARE_BLOCK = 128
@@ -34,6 +43,8 @@ class Specialization:
         options: the deciding options, see rules.py.
         dtypes: names of the storage types of param, grad, all states of the rule, and the EMA; None:
             there is no such state, or no EMA.
+        storages: of the same streams, see streams.py; what is packed has the dtype that it stands for, or
+            that of its codes.
         grad_write: what is left in the grads, see multi_tensor.py.
         warp_size: threads of a warp: 32, or 64 on AMD's gfx9.
         interpreted: for Triton's interpreter.
@@ -42,6 +53,7 @@ class Specialization:
     rule: str
     options: int
     dtypes: tuple[str | None, ...]
+    storages: tuple[str, ...]
     grad_write: int = KEPT.value
     warp_size: int = 32
     interpreted: bool = False
@@ -80,11 +92,25 @@ class Specialization:
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of `multi_tensor`, in the order of its signature."""
         rule = RULES[self.rule]
+        dtypes, codes, extras = [], [], []
+        for name, storage in zip(self.dtypes, self.storages):
+            code, extra = PACKED.get(storage, (None, None))
+            dtype = code or (name and DTYPES[name])
+            dtypes.append(dtype)
+            # Bit patterns, which are what formats.py computes with.
+            codes.append(tl.uint16 if code is None and storage != "plain" else dtype)
+            extras.append(extra)
+        n_streams = len(dtypes)
+        is_packed = any(storage != "plain" for storage in self.storages)
         return {
             "RULE": rule.update,
             "OPTIONS": self.options,
             "N_HYPERS": len(rule.hypers),
-            "DTYPES": tuple(dtype and DTYPES[dtype] for dtype in self.dtypes),
+            "DTYPES": tuple(dtypes),
+            "CODES": tuple(codes),
+            "STORAGES": self.storages,
+            "EXTRAS": tuple(extras),
+            "COLUMNS": STREAMS.value + n_streams + (2 * n_streams + 1 if is_packed else 0),
             "COMPUTE": self.compute,
             "CHUNK": self.chunk,
             "BLOCK": self.block,

@@ -32,12 +32,12 @@ class Batch(Protocol):
     """All tensors of one launch (csrc/batch.h); the tables' columns stand in multi_tensor and prepare.
 
     Attributes:
-        key: DLPack device type and index, dtype names of the streams, deciding options, and whether
-            the hypers have to be prepared on the device.
+        key: DLPack device type and index, dtypes and storages of the streams by name, deciding
+            options, and whether the hypers have to be prepared on the device.
     """
 
     @property
-    def key(self) -> tuple[int, int, tuple[str | None, ...], int, bool]: ...
+    def key(self) -> tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]: ...
     @property
     def n_tensors(self) -> int: ...
 

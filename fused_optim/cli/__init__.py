@@ -131,9 +131,10 @@ def _codegen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         return EXIT_USAGE
 
     from fused_optim.cli import codegen
+    from fused_optim.cli.kernels import select
 
     try:
-        kernels, targets = codegen.select(args.rule, args.target)
+        kernels, targets = select(args.rule, args.target)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.touch()

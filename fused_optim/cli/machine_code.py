@@ -36,7 +36,7 @@ class Measured:
     Attributes:
         registers: per thread (AMD: vector registers).
         stack_nbytes, local_nbytes, shared_nbytes: per thread, per thread, per program.
-        spills: instructions that move a register to memory or back (AMD: registers).
+        spills: instructions that move a register to memory or back (AMD: vector registers).
         loads, stores: bits of one access -> accesses without a mask in the machine code (AMD: with
             or without one, and the loop is unrolled).
         fused: multiplications fused into an addition, which saves a rounding.
@@ -196,7 +196,7 @@ def measure_amd(ttir: str, amdgcn: str) -> Measured:
         stack_nbytes=metadata("private_segment_fixed_size"),
         local_nbytes=0,
         shared_nbytes=metadata("group_segment_fixed_size"),
-        spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        spills=metadata("vgpr_spill_count"),  # scalar registers are kept in vector registers
         loads=accesses("global_load"),
         stores=accesses("global_store"),
         fused=max(0, fused - in_sequences),
