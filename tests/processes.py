@@ -58,6 +58,8 @@ def fresh_python(
     return subprocess.run(
         [sys.executable, "-c", program],
         env=_environment(environment),
+        # Away from the repository, where the source tree would shadow an installed wheel.
+        cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -155,3 +155,14 @@ def test_import_loads_neither_triton_nor_the_benchmarks_packages() -> None:
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     assert fresh_python(program).stdout.split() == ["fused_optim"]
+
+
+@pytest.mark.parametrize("run", [python, fresh_python])
+def test_programs_see_the_package_under_test(run) -> None:
+    """The installed wheel too, where a source tree lies in the present folder."""
+    import fused_optim
+
+    assert (
+        run("import fused_optim; print(fused_optim.__file__)").stdout.strip()
+        == fused_optim.__file__
+    )
