@@ -141,11 +141,11 @@ def test_isa_switch_in_process_refuses_unknown_names() -> None:
 def test_import_adds_under_50_ms_to_torchs() -> None:
     program = """
 import time, torch
-begin = time.perf_counter()
+begin = time.process_time()
 import fused_optim
-print(time.perf_counter() - begin)
+print(time.process_time() - begin)
 """
-    # One of a few: a busy machine says nothing about the package.
+    # In CPU seconds, and one of a few: a busy machine says nothing about the package.
     assert any(float(fresh_python(program).stdout) < 0.05 for _ in range(3))
 
 
