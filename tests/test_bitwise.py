@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import CASE_IDS, CASES, DEVICE, DTYPES, Case
 from marks import needs_cpu_kernels
+from processes import python
 from torch import Tensor
-from twins import python
 
 from fused_optim import _C
 

@@ -27,28 +27,28 @@ def has_all_states(kernel: Kernel) -> bool:
     )
 
 
-def is_here(kernel: Kernel, target: str) -> bool:
-    """Of what is packed, those with all states, and all of SGD: the formats are the same code for all."""
+def is_chosen(kernel: Kernel, target: str) -> bool:
+    """Of what is packed, Adam's with all states and all of SGD's: the formats are the same code for all."""
     if kernel.dtypes in kernels.PACKED:
-        is_chosen = has_all_states(kernel) or (kernel.rule == "sgd" and target == "sm_90")
-        return is_chosen and target in ("sm_90", "gfx942")
-    return target == "sm_90"
+        if kernel.rule == "adam":
+            return target in ("sm_90", "gfx942") and has_all_states(kernel)
+        return target == "sm_90" and kernel.rule == "sgd"
+    if target == "sm_90":
+        return kernel.scaled or kernel.rule == "sgd" or kernel.dtypes in (None, "float32")
+    return kernel.scaled and not kernel.one_pass and has_all_states(kernel)
 
 
 KERNELS, TARGETS = kernels.select(None, None)
 # To save time, the machine code is read only for sm_90 and for sm_100, where ptxas has packed arithmetic
-# of its own, and the others than sm_90 take the largest kernels: those that unscale, with all options
-# that bring states. Of those for all in one pass, Adam's has the most streams, and SGD's the fewest. The
-# command does all.
+# of its own. For sm_90, what does not unscale has the streams of what does and one less to write: beside
+# SGD's it is there in float32 alone. The other targets take the largest kernels: those that unscale, with
+# all options that bring states. Of those for all in one pass, Adam's has the most streams, and SGD's the
+# fewest. The command does all.
 JOBS = [
     (kernel, target, target in ("sm_90", "sm_100"))
     for target in TARGETS
     for kernel in KERNELS
-    if (
-        is_here(kernel, target)
-        or (kernel.scaled and not kernel.one_pass and has_all_states(kernel))
-    )
-    and (kernel.rule in ("sgd", "adam") or not kernel.one_pass)
+    if is_chosen(kernel, target) and (kernel.rule in ("sgd", "adam") or not kernel.one_pass)
 ]
 COMPILE_LIMIT_S = 2.0
 # The masked and the whole block each have the formats, too.

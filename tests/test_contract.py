@@ -6,12 +6,13 @@ import pytest
 import torch
 from cases import BACKEND, CASES, DEVICE, Case
 from marks import not_interpreted
+from processes import python
 from torch import Tensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, python, run_both
+from twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, run_both
 
 import fused_optim
 

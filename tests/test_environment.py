@@ -3,7 +3,8 @@
 import pytest
 import torch
 from marks import needs_cpu_kernels
-from twins import ONE_EACH, python
+from processes import fresh_python, python
+from twins import ONE_EACH
 
 PREAMBLE = """
 import torch
@@ -36,7 +37,9 @@ def test_unknown_value_is_an_error_that_names_the_accepted_ones(
 
 
 def test_importing_reads_no_environment() -> None:
-    done = python("import fused_optim", FUSED_OPTIM_ISA="quantum", FUSED_OPTIM_BACKEND="quantum")
+    done = fresh_python(
+        "import fused_optim", FUSED_OPTIM_ISA="quantum", FUSED_OPTIM_BACKEND="quantum"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -102,7 +105,7 @@ print("equal")
 
 @needs_cpu_kernels
 def test_forced_triton_refuses_cpu_params_without_its_interpreter() -> None:
-    done = python(USES["step"], FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="")
+    done = fresh_python(USES["step"], FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="")
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr and "TRITON_INTERPRET=1" in done.stderr, done.stderr
 
@@ -113,7 +116,7 @@ def test_forced_triton_serves_cpu_params_in_its_interpreter() -> None:
         PREAMBLE
         + "run = Run(ONE_EACH[0], ONE_EACH[0].fused); run.step(2); print(run.opt.last_step)"
     )
-    done = python(program, FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="1")
+    done = fresh_python(program, FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="1")
     assert "{'triton': 5}" in done.stdout, done.stderr
 
 
@@ -138,13 +141,12 @@ def test_isa_switch_in_process_refuses_unknown_names() -> None:
 def test_import_adds_under_50_ms_to_torchs() -> None:
     program = """
 import time, torch
-begin = time.perf_counter()
+begin = time.process_time()
 import fused_optim
-print(time.perf_counter() - begin)
+print(time.process_time() - begin)
 """
-    # The fastest of a few: a busy machine says nothing about the package.
-    seconds = [float(python(program).stdout) for _ in range(3)]
-    assert min(seconds) < 0.05, seconds
+    # In CPU seconds, and one of a few: a busy machine says nothing about the package.
+    assert any(float(fresh_python(program).stdout) < 0.05 for _ in range(3))
 
 
 def test_import_loads_neither_triton_nor_the_benchmarks_packages() -> None:
@@ -152,4 +154,15 @@ def test_import_loads_neither_triton_nor_the_benchmarks_packages() -> None:
         "import torch, sys; before = set(sys.modules); import fused_optim; "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
-    assert python(program).stdout.split() == ["fused_optim"]
+    assert fresh_python(program).stdout.split() == ["fused_optim"]
+
+
+@pytest.mark.parametrize("run", [python, fresh_python])
+def test_programs_see_the_package_under_test(run) -> None:
+    """The installed wheel too, where a source tree lies in the present folder."""
+    import fused_optim
+
+    assert (
+        run("import fused_optim; print(fused_optim.__file__)").stdout.strip()
+        == fused_optim.__file__
+    )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import BACKEND, CASES, DEVICE, Case
 from marks import needs_8_gib, needs_cpu_kernels, not_interpreted
-from twins import ONE_EACH, Run, python
+from processes import fresh_python, python
+from twins import ONE_EACH, Run
 
 # 16 Mi elements: a temporary of one tensor's size would take 64 MiB, 8 times what is allowed.
 MEASURE = """
@@ -97,7 +98,7 @@ def test_released_grads_never_exist_at_once(n_iterations: int, environment: dict
     growths = []
     for released in (False, True):
         program = TRAIN.format(released=released, n_iterations=n_iterations)
-        done = python(program, **environment)
+        done = fresh_python(program, **environment)
         assert done.returncode == 0, done.stderr
         growths.append(int(done.stdout))
     ordinary, released = growths

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from cases import DEVICE
+from processes import python
 from torch import Tensor
-from twins import python
 
 import fused_optim
 from fused_optim import backends

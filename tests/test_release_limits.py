@@ -7,8 +7,8 @@ import pytest
 import torch
 from cases import BACKEND, DEVICE
 from marks import needs_cpu_kernels
+from processes import python
 from torch import Tensor, nn
-from twins import python
 
 import fused_optim
 from fused_optim import release_gradients

@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 from cases import DEVICE
-from twins import python
+from processes import fresh_python
 
 import fused_optim
 
@@ -102,5 +102,5 @@ def spawn() -> None:
 
 
 def test_two_processes() -> None:
-    result = python("import test_sharded; test_sharded.spawn()", timeout=300)
+    result = fresh_python("import test_sharded; test_sharded.spawn()", timeout=300)
     assert result.returncode == 0, result.stderr

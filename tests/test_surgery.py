@@ -9,10 +9,10 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case
+from cases import DEVICE, Case
 from marks import not_interpreted
 from surgeries import SURGERIES, Surgery, tensors_of
-from twins import FEW_CASES, SHAPES, Run, by_id, run_both, step_or_leave_untouched
+from twins import FEW_CASES, SHAPES, STATE_CASES, Run, by_id, run_both, step_or_leave_untouched
 
 JUNK = 7.0
 
@@ -54,7 +54,7 @@ def assert_served(run: Run, backend: str) -> None:
 
 
 @every_surgery
-@pytest.mark.parametrize("case", CASES, ids=by_id)
+@pytest.mark.parametrize("case", STATE_CASES, ids=by_id)
 def test_surgery(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery]))
     if surgery.served and ours.error is None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from cases import CASES, Case
 from marks import needs_cpu_kernels
-from twins import FEW_CASES, ONE_EACH, Run, assert_same_run, by_id, python
+from processes import fresh_python, python
+from twins import FEW_CASES, ONE_EACH, Run, assert_same_run, by_id
 
 pytestmark = needs_cpu_kernels
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
@@ -144,31 +145,30 @@ FORK = """
 import os, sys, torch
 from twins import ONE_EACH, Run, assert_same_run
 from test_threads import LARGE, stepped
-case = next(case for case in ONE_EACH if case.optimizer == {optimizer!r})
-expected = stepped(case, 6, "stock")
-run = stepped(case, 3)
-child = os.fork()
-if child == 0:
+for case in ONE_EACH:
+    expected = stepped(case, 6, "stock")
+    run = stepped(case, 3)
+    child = os.fork()
+    if child == 0:
+        run.step(3)
+        fresh = stepped(case, 6)
+        # Torch's own reductions would hang here.
+        torch.set_num_threads(1)
+        assert_same_run(run, expected)
+        assert_same_run(fresh, expected)
+        os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7, (case, status)
     run.step(3)
-    fresh = stepped(case, 6)
-    # Torch's own reductions would hang here.
-    torch.set_num_threads(1)
     assert_same_run(run, expected)
-    assert_same_run(fresh, expected)
-    os._exit(7)
-_, status = os.waitpid(child, 0)
-assert os.waitstatus_to_exitcode(status) == 7, status
-run.step(3)
-assert_same_run(run, expected)
-print("both")
+    print(case.optimizer)
 """
 
 
 @needs_fork
-@each_optimizer
-def test_forked_child_and_its_parent_go_on_stepping(case: Case) -> None:
-    done = python(FORK.format(optimizer=case.optimizer), timeout=240)
-    assert done.stdout.split() == ["both"], done.stderr
+def test_forked_child_and_its_parent_go_on_stepping() -> None:
+    done = fresh_python(FORK, timeout=240)
+    assert done.stdout.split() == [case.optimizer for case in ONE_EACH], done.stderr
 
 
 @needs_fork
@@ -187,7 +187,7 @@ for _ in range(2):
     stepped(case, 1)
 os._exit(7)
 """
-    assert python(program, timeout=240).returncode == 7
+    assert fresh_python(program, timeout=240).returncode == 7
 
 
 def _step_in_child(case_id: str, queue: multiprocessing.Queue) -> None:
@@ -224,7 +224,9 @@ def test_multiprocessing_children(method: str, tmp_path) -> None:
     # spawn imports the main module again, so it has to be a file.
     main = tmp_path / "main_module.py"
     main.write_text(MULTIPROCESSING.format(method=method))
-    done = python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')", timeout=240)
+    done = fresh_python(
+        f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')", timeout=240
+    )
     assert done.stdout.strip() == "[0, 0]", done.stderr
 
 
@@ -253,7 +255,7 @@ print("loaded")
 
 @needs_fork
 def test_data_loader_workers_step() -> None:
-    done = python(DATA_LOADER, timeout=240)
+    done = fresh_python(DATA_LOADER, timeout=240)
     assert done.stdout.split() == ["loaded"], done.stderr
 
 

@@ -1,10 +1,6 @@
 """One program, run with the stock optimizer and with ours from the same seed, and compared."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from cases import CASES, DEVICE, Case
@@ -41,6 +37,20 @@ def _fullest() -> list[Case]:
 
 FEW_CASES = _fullest()
 ONE_EACH = list({case.optimizer: case for case in FEW_CASES}.values())
+
+
+def _kinds() -> list[Case]:
+    """FEW_CASES, and one for each set of states and of options that are tensors."""
+    chosen = {}
+    for case in CASES:
+        options = {key: value for key, value in case.options if value}
+        deciding = options.keys() & {"amsgrad", "centered", "momentum", "nesterov"}
+        chosen.setdefault((case.optimizer, frozenset(deciding), case.tensor_options), case)
+    return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
+
+
+# Where numbers like lr and eps make no difference.
+STATE_CASES = _kinds()
 
 
 def by_id(case: Case) -> str:
@@ -259,15 +269,3 @@ def _bits(value: object) -> object:
 
 def assert_untouched(opt: Optimizer, before: list) -> None:
     assert snapshot(opt) == before, "something was written before the error was raised"
-
-
-def python(program: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess:
-    """`program` in a fresh interpreter that can import what the tests import."""
-    path = os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
