@@ -29,6 +29,7 @@ struct Packing {
   Storage storage[MAX_STREAMS];
   uint16_t* scales[MAX_STREAMS];     // bfloat16, one for 64 elements
   uint32_t keys[MAX_STREAMS][2];  // of the random bits
+  int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
 };
 
 // What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.

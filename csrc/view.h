@@ -32,7 +32,7 @@ struct Names {
   PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
       *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
       *ema_warmup, *counted, *state_dtype, *master, *rounding_seed, *param_remainder,
-      *param_indices;
+      *param_indices, *local_tensor, *spec, *placements, *mesh, *shape;
 };
 extern Names names;
 
@@ -51,6 +51,8 @@ const char* name_of(Dtype dtype);
 inline bool is_plain(PyObject* object) {
   return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
 }
+
+bool is_dtensor(PyObject* tensor);  // shard.cpp
 
 struct Device {
   int32_t type, index;  // type: dlpack::CPU also for the host memory that a GPU can read
