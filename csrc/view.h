@@ -79,7 +79,7 @@ struct View {
     return count;
   }
   bool same_shape(const View& other) const;
-  bool same_strides(const View& other) const;
+  bool same_strides(const View& other) const;  // of one shape
   bool contiguous() const;
   int64_t reach() const;  // elements from `data` to behind the last one; numel() > 0
 };
@@ -120,7 +120,9 @@ inline bool View::same_shape(const View& other) const {
 }
 
 inline bool View::same_strides(const View& other) const {
-  return std::equal(strides, strides + ndim, other.strides);
+  for (int d = 0; d < ndim; d++)
+    if (strides[d] != other.strides[d] && shape[d] > 1) return false;
+  return true;
 }
 
 inline bool View::contiguous() const {

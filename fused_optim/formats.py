@@ -312,9 +312,13 @@ def _fits(tensor: Tensor, scale: Tensor | None, wanted: Format, param: Tensor) -
         return False
     if wanted.storage == "plain":
         return scale is None
-    if tensor.stride() != like.stride() or (scale is None) != (wanted.storage == "stochastic"):
+    if not _lies_like(tensor, like) or (scale is None) != (wanted.storage == "stochastic"):
         return False
     return scale is None or is_scale_of(scale, tensor)
+
+
+def _lies_like(a: Tensor, b: Tensor) -> bool:
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
 
 
 def is_scale_of(scale: Tensor, stream: Tensor) -> bool:
@@ -339,7 +343,7 @@ def _convert_remainder(
     _check_remainder(rest, whole)
     rest = converted[REMAINDER] = sharding.sharded_like(rest, whole)
     rest = sharding.part_of(rest)
-    if rest.dtype == dtype and rest.stride() == _like(param, dtype, "meta").stride():
+    if rest.dtype == dtype and _lies_like(rest, _like(param, dtype, "meta")):
         return
     wide = rest.to(torch.int32)
     if rest.dtype != dtype:
