@@ -136,6 +136,15 @@ class PackedOptimizer(OnePassOptimizer):
         ]
         return saved
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with states as they are stored.
+
+        8-bit states of sharded params (DTensors, FullyShardedDataParallel's), and all that
+        torch.distributed.checkpoint asks for, are float32: codes of 64 elements mean nothing to a process
+        that holds other ones. Loading finds the same codes again where the groups are the same.
+        """
+        return super().state_dict()
+
     def _saved(self) -> dict[str, Any]:
         saved = super()._saved()
         if not any(key in group for group in self.param_groups for key in formats.OPTIONS):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,3 +133,36 @@ def test_a_checkpoint_of_8_bits_loads_into_other_formats(tmp_path, alone):
         decoded = formats.decode_states(opt.state[param], ["exp_avg", "exp_avg_sq"])
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(stock.state[other][key], decoded[key])
+
+
+def test_the_example_resumes_on_another_number_of_processes(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "examples" / "fsdp2_train.py"
+    options = ["--steps", "2", "--state-dtype", "int8", "--master", "split8", "--checkpoint"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    run = subprocess.run(
+        [sys.executable, *torchrun, "--", str(script), *options, str(tmp_path)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert run.returncode == 0, run.stderr
+    # Alone, as torchrun would start it, but where torch is imported already.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(sys, "argv", [str(script), *options, str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    lines = [*run.stdout.splitlines(), *capsys.readouterr().out.splitlines()]
+    before, after = (line for line in lines if line.startswith("step"))
+    assert before.startswith("step 2: loss") and after.startswith("step 4: loss")
+    assert float(after.split()[-1]) < float(before.split()[-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
