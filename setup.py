@@ -15,6 +15,7 @@ SOURCES = [
     "csrc/group.cpp",
     "csrc/ema.cpp",
     "csrc/packing.cpp",
+    "csrc/shard.cpp",
     "csrc/state.cpp",
     "csrc/device.cpp",
     "csrc/view.cpp",

@@ -49,7 +49,7 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
     tensors.add(address(slice.streams[s]));
   if (key.packed()) {
     const Packing& packing = *slice.packing;
-    tensors.add(0);
+    tensors.add(packing.offset);
     for (int s : streams) tensors.add(address(s == PARAM ? slice.remainder : packing.scales[s]));
     for (int s : streams) tensors.add(static_cast<int64_t>(packing.seeds[s]));
   }

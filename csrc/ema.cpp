@@ -19,9 +19,10 @@ void Plan::read_ema(Group& group) {
 }
 
 // Whether the average is made for a param like this one, where it is now.
-static bool fits(PyObject* ema, PyObject* param) {
+bool Plan::ema_fits(PyObject* ema, PyObject* param) {
   View view, p;
-  if (is_plain(ema) && is_plain(param) && view.read(ema) && p.read(param))
+  PyObject *part = part_of(ema, param), *param_part = part_of(param, param);
+  if (part != nullptr && param_part != nullptr && view.read(part) && p.read(param_part))
     return view.same_shape(p) && view.device == p.device;
   return true;  // torch says what is wrong
 }
@@ -30,7 +31,7 @@ static bool fits(PyObject* ema, PyObject* param) {
 Plan::EmaTask* Plan::gather_ema(Group& group, PyObject* param, const StepContext& context,
                                 Hint& hint) {
   PyObject* entry = emas_.find(context.emas, param, hint.ema_position);
-  const bool is_new = entry == nullptr || !fits(PyList_GET_ITEM(entry, 0), param);
+  const bool is_new = entry == nullptr || !ema_fits(PyList_GET_ITEM(entry, 0), param);
   if (is_new) {
     entry = check(PyObject_CallFunctionObjArgs(context.create_ema, param, group.dict,
                                                entry == nullptr ? Py_None : entry, nullptr));
@@ -49,7 +50,8 @@ Plan::EmaTask* Plan::gather_ema(Group& group, PyObject* param, const StepContext
                         group.ema_warmup, -1});
   EmaTask& ema = ema_tasks_.back();
   View p, n;
-  const bool on_device = context.device_types != 0 && is_plain(param) && p.read(param) &&
+  PyObject* part = part_of(param, param);
+  const bool on_device = context.device_types != 0 && part != nullptr && p.read(part) &&
                          (context.device_types >> p.device.type & 1);
   if (on_device && is_plain(counted) && n.read(counted) && n.device == p.device &&
       n.numel() == 1 && (n.dtype == F32 || n.dtype == F64)) {
@@ -87,7 +89,6 @@ void Plan::average_on_device(DeviceTask& task, const EmaTask& ema) {
   task.row.ema = prepared ? ema.decay : ema.weight;
   task.row.ema_warmup = prepared && ema.warmup ? 1 : 0;
   task.n_averaged = prepared ? ema.on_device : 0;
-  task.tensors[EMA] = ema.tensor;
 }
 
 // A new reference: a list of (param, entry, weight), or None. (decay, warmup) stands for the weight where the

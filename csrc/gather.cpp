@@ -71,21 +71,23 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   hold(param);
   EmaTask* ema = group.has_ema ? gather_ema(group, param, context, hint) : nullptr;
 
-  if (!is_plain(param)) {
-    if (!PyObject_TypeCheck(param, torch.tensor)) raise(PyExc_TypeError, where() + "not a tensor");
-    PyObject* grad = hold(check(PyObject_GetAttrString(param, "grad")));
-    return grad == Py_None ? void() : stock("a tensor subclass");
-  }
-  PyObject* grad = hold(check(torch.grad->get(param, torch.grad->closure)));
+  if (!is_plain(param) && !PyObject_TypeCheck(param, torch.tensor))
+    raise(PyExc_TypeError, where() + "not a tensor");
+  PyObject* parts[MAX_STREAMS] = {part_of(param, param)};  // plain tensors, where the streams are DTensors
+  PyObject* grad = hold(check(parts[PARAM] == nullptr ? PyObject_GetAttrString(param, "grad")
+                                                      : torch.grad->get(param, torch.grad->closure)));
   if (grad == Py_None) return;
+  if (parts[PARAM] == nullptr) return stock("a tensor subclass");
   if (group.stock_reason != nullptr) return stock(group.stock_reason);
-  if (!is_plain(grad)) return stock("a tensor subclass");
+  parts[GRAD] = part_of(grad, param);
+  if (parts[GRAD] == nullptr)
+    return stock(is_dtensor(param) ? "the grad is sharded otherwise than the param" : "a tensor subclass");
 
   View views[MAX_STREAMS];
   View& p = views[PARAM];
   View& g = views[GRAD];
-  if (!p.read(param)) return stock("the param is not a strided tensor");
-  if (!g.read(grad)) return stock("the grad is not a strided tensor");
+  if (!p.read(parts[PARAM])) return stock("the param is not a strided tensor");
+  if (!g.read(parts[GRAD])) return stock("the grad is not a strided tensor");
   const auto on_device = [&](const View& view) {
     return (context.device_types >> view.device.type & 1) != 0;
   };
@@ -102,14 +104,15 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   if (p.complex || g.complex) return stock("a complex tensor");
   if (p.dtype == N_DTYPES || g.dtype == N_DTYPES) return stock("no kernel for this dtype");
   // A lazy negation is a bit that DLPack does not show.
-  if (call_bool(torch.is_neg, grad)) return stock("the grad is lazily negated");
+  if (call_bool(torch.is_neg, parts[GRAD])) return stock("the grad is lazily negated");
 
   // States: those there are, or new ones that enter `state` when the step can no longer fail.
   unsigned variant = group.variant;
   const unsigned used = rule_.states(variant);
   PyObject* states = nullptr;
   bool fresh = false, pends = false;
-  const bool packs = group.packs && p.dtype != F64 && p.numel() > 0;
+  const Place place = group.packs ? place_of(param, p, context) : Place{};
+  const bool packs = group.packs && p.dtype != F64 && place.numel > 0;
   const bool has_step = packs ? counts_steps(group, p) : rule_.has_step;
   const auto pend = [&](bool converted) {
     Py_INCREF(param);
@@ -147,7 +150,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
       Py_INCREF(states);
       hold(states);
     }
-    if (packs && !read_packing(group, p, used, states, packing, remainder)) {
+    if (packs && !read_packing(group, param, p, place, used, states, packing, remainder)) {
       if (fresh) {
         unpend();
         return stock("states of another layout than the param's");
@@ -156,7 +159,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
                                                   nullptr));
       pend(true);
       packing = {};
-      if (!read_packing(group, p, used, states, packing, remainder)) {
+      if (!read_packing(group, param, p, place, used, states, packing, remainder)) {
         unpend();
         return stock("states of another layout than the param's");
       }
@@ -182,13 +185,15 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (!PyObject_TypeCheck(tensor, torch.tensor))  // stock would write step and param, then raise this
       raise(PyExc_AttributeError, where() + "state '" + rule_.state_names[s] + "' is a " +
                                       Py_TYPE(tensor)->tp_name + ", not a tensor");
-    if (!is_plain(tensor)) return reject("a tensor subclass");
     Py_INCREF(tensor);
     state_tensors[s] = hold(tensor);
+    PyObject* const part = parts[STATES + s] = part_of(tensor, param);
+    if (part == nullptr)
+      return reject(is_dtensor(param) ? "a state is sharded otherwise than the param" : "a tensor subclass");
     View& view = views[STATES + s];
     const auto name = [&] { return where() + "state '" + rule_.state_names[s] + "' "; };
-    if (!view.read(tensor)) {
-      if (!on_one_device(tensor, param))
+    if (!view.read(part)) {
+      if (!on_one_device(part, parts[PARAM]))
         raise(PyExc_RuntimeError, name() + "is on another device than the param");
       return reject("a state is not a strided tensor");
     }
@@ -252,7 +257,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   Task task = {};
   task.streams = 0b11 | used << STATES;
   if (ema != nullptr) {
-    if (is_plain(ema->tensor) && views[EMA].read(ema->tensor) &&
+    parts[EMA] = part_of(ema->tensor, param);
+    if (parts[EMA] != nullptr && views[EMA].read(parts[EMA]) &&
         views[EMA].dtype != N_DTYPES && views[EMA].same_shape(p) && views[EMA].device == p.device &&
         (views[EMA].dtype == F64) == (p.dtype == F64)) {
       task.streams |= 1u << EMA;
@@ -281,7 +287,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     any_f64 |= view.dtype == F64;
     one_order = one_order && view.same_strides(p);
     if (numel > 0 && view.data == nullptr) {
-      if (s == GRAD && call_bool(torch.is_zerotensor, grad)) return reject("a zero tensor");
+      if (s == GRAD && call_bool(torch.is_zerotensor, parts[GRAD])) return reject("a zero tensor");
       raise(PyExc_RuntimeError, where() + (s == GRAD ? "the grad" : s == PARAM ? "the param" : "a state") +
                                     " has no memory: its storage was freed");
     }
@@ -289,11 +295,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (s == GRAD) continue;
     if (view.data == hint.data[s] && numel == hint.numel) continue;
     hints_hold_ = false;
-    PyObject* tensor = s == PARAM ? param : s == EMA ? ema->tensor : state_tensors[s - STATES];
-    if (numel > 0 && !storage_holds(tensor, view))
+    if (numel > 0 && !storage_holds(parts[s], view))
       raise(PyExc_RuntimeError, where() + (s == PARAM ? "the param" : "a state") +
                                     " is larger than its storage, which was resized");
-    if (call_bool(torch.is_neg, tensor)) return reject("a tensor is lazily negated");
+    if (call_bool(torch.is_neg, parts[s])) return reject("a tensor is lazily negated");
   }
   if (!all_same && any_f64) return reject("float64 mixed with other dtypes");
   if (!one_order && numel > 0) {
@@ -342,9 +347,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     on.row.step = (prepared_on_device || task.packing >= 0) && !write.on_device ? write.value : 0;
     on.step = write.on_device ? tagged(write.data, write.dtype) : 0;
     on.waiting = waiting;
-    on.tensors[PARAM] = param;
-    on.tensors[GRAD] = grad;
-    std::copy(state_tensors, state_tensors + MAX_STATES, on.tensors + STATES);
+    std::copy(parts, parts + MAX_STREAMS, on.tensors);
     task.device = static_cast<int>(device_tasks_.size());
     device_tasks_.push_back(on);
   } else {
@@ -357,20 +360,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     task.kernel = current_isa().kernels[rule_index_][format][variant];
     task.hypers = group.hypers;
   }
-  if (task.packing >= 0) {
-    if (group.param_indices != nullptr && index < PyList_GET_SIZE(group.param_indices))
-      ordinal = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(group.param_indices, index));
-    if (PyErr_Occurred()) throw PythonError();
-    for (int s = 0; s < MAX_STREAMS; s++) {
-      packing.seeds[s] = random_seed(group.seed, ordinal, s);
-      random_key(packing.seeds[s], static_cast<uint64_t>(write.value), packing.keys[s]);
-    }
-    packings_.push_back(packing);
-    std::copy(packing.scales + STATES, packing.scales + STATES + MAX_STATES, now.packed);
-    now.packed[MAX_STATES] = remainder;
-    hints_hold_ = hints_hold_ && std::equal(std::begin(now.packed), std::end(now.packed), hint.packed);
-    task.slice.remainder = remainder;
-  }
+  if (task.packing >= 0)
+    enter_packing(group, index, ordinal, write.value, packing, remainder, hint, now, task);
   task.slice.numel = numel;
   task.slice.grad_sign = group.grad_sign;
   task.slice.grad_scale = context.grad_scale;
@@ -378,9 +369,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   task.slice.grad_write = context.grad_write();
   task.known_grad = now.data[GRAD] == hint.data[GRAD] && numel == hint.numel;
   if (context.measures()) {
-    NormTask norm = {g.data, g.dtype, numel, -1};
+    // What others hold of a DTensor is in its norm too, which is not a matter of kernels.
+    NormTask norm = {g.data, g.dtype, is_dtensor(grad) ? 0 : numel, -1};
     Layout layout;
-    if (task.layout >= 0 && !layout.build(p.ndim, p.shape, strides, 1u << GRAD)) {
+    if (norm.numel > 0 && task.layout >= 0 && !layout.build(p.ndim, p.shape, strides, 1u << GRAD)) {
       if (device) {
         norm.grad = nullptr;
       } else {

@@ -24,6 +24,7 @@ struct StepContext {
   // (param, group, states) -> dict of the states in the formats that the group asks for, not yet in `state`;
   // None: there is no such state any more.
   PyObject* convert_state;
+  PyObject* place_of;      // DTensor -> (numel, first), a Place; if it has formats
   PyObject* run_stock;     // (list of (group index, param index, reason)) -> None; if there are any
   // What serves tensors on devices (fused_optim.triton_kernels.launch.Launcher), or None; and the
   // DLPack device types that it serves, as bits.
@@ -35,8 +36,9 @@ struct StepContext {
   bool skip_on_device;   // whether the step is skipped is not known to the host
   PyObject* resolve;     // () -> the grad scale (0: none), or None if the step is skipped
   // (sum of the squares of the CPU tasks' grads, whether one of them is not finite, fallbacks or None,
-  // launcher if it has tasks, else None, whether the host has to know the outcome) -> the coefficient that
-  // clips the CPU tasks' grads, or None if the host knows that the step is skipped. None: nothing is measured.
+  // launcher if it has tasks, else None, whether the host has to know the outcome, list of those of the
+  // tasks' grads that are DTensors, which no sum here includes) -> the coefficient that clips the CPU tasks'
+  // grads, or None if the host knows that the step is skipped. None: nothing is measured.
   PyObject* measured;
   bool writes_clipped, zeroes;  // what is left in the grads
   PyObject* emas;        // dict: param -> [ema, n_averaged]
@@ -104,6 +106,10 @@ class Plan {
     void* packed[MAX_STATES + 1] = {};  // scales and remainder
   };
   enum StateFormat { STATE_AS_STOCK, STATE_F32, STATE_BF16, STATE_INT8 };
+  struct Place {  // of what this process holds of a param
+    int64_t numel;  // of the whole param
+    int64_t first;  // random bits are drawn as for the elements of the whole from this one on
+  };
   struct StepWrite {
     void* data;  // null: no step is counted
     Dtype dtype;
@@ -171,8 +177,16 @@ class Plan {
   void read_ema(Group& group);
   void read_formats(Group& group);
   bool counts_steps(const Group& group, const View& param) const;
-  bool read_packing(const Group& group, const View& param, unsigned used, PyObject* states,
-                    Packing& packing, void*& remainder);
+  bool read_packing(const Group& group, PyObject* param, const View& view, const Place& place,
+                    unsigned used, PyObject* states, Packing& packing, void*& remainder);
+  // What this process holds of a param or of another tensor of its sharding: the tensor itself if both are
+  // plain; null if it is another kind of tensor, or sharded otherwise. Lives to the end of the step.
+  PyObject* part_of(PyObject* tensor, PyObject* param);
+  Place place_of(PyObject* param, const View& part, const StepContext& context);
+  bool ema_fits(PyObject* ema, PyObject* param);
+  // Random bits' keys of a packed task.
+  void enter_packing(Group& group, int64_t index, uint64_t ordinal, double step, Packing& packing,
+                     void* remainder, const Hint& before, Hint& now, Task& task);
   void read_option(Group& group, size_t option, PyObject* value, const StepContext& context);
   void know_options(Group& group);
   void check_lr(const Group& group);

@@ -30,6 +30,7 @@ struct Packing {
   uint16_t* scales[MAX_STREAMS];     // bfloat16, one for 64 elements
   uint64_t seeds[MAX_STREAMS];    // of the keys, of which the step makes others each time
   uint32_t keys[MAX_STREAMS][2];  // of the random bits
+  int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
 };
 
 // What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.

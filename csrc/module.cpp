@@ -99,7 +99,7 @@ constexpr const char* STORAGES[] = {"plain", "stochastic", "signed8", "root8", "
 // Addresses of contiguous CPU memory; `extra` is that of scales or of a remainder, or 0.
 void transcode(bool packs, const std::string& storage, const std::string& dtype, uintptr_t stream,
                uintptr_t extra, uintptr_t values, int64_t numel, std::array<uint64_t, 4> key,
-               int num_threads) {
+               int num_threads, int64_t offset) {
   const auto find = [](const std::string& name, int n, const auto& name_of_one) {
     for (int i = 0; i < n; i++)
       if (name == name_of_one(i)) return i;
@@ -121,6 +121,7 @@ void transcode(bool packs, const std::string& storage, const std::string& dtype,
     slice.remainder = reinterpret_cast<void*>(extra);
   else
     packing.scales[s] = reinterpret_cast<uint16_t*>(extra);
+  packing.offset = offset;
   random_key(random_seed(key[0], key[1], s), key[3], packing.keys[s]);
   float* const floats = reinterpret_cast<float*>(values);
   py::gil_scoped_release no_gil;
@@ -153,13 +154,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&>(), py::arg("rule"))
       .def("step",
            [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-              py::object convert_state,
+              py::object convert_state, py::object place_of,
               py::object run_stock, py::object launcher, unsigned device_types, int num_threads,
               double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve,
               py::object measured, bool writes_clipped, bool zeroes, py::object emas,
               py::object create_ema) {
              const StepContext context = {
-                 create_state.ptr(), convert_state.ptr(), run_stock.ptr(), launcher.ptr(), device_types,
+                 create_state.ptr(), convert_state.ptr(), place_of.ptr(), run_stock.ptr(), launcher.ptr(), device_types,
                  num_threads,        grad_scale,      scale_on_device, skip_on_device,
                  resolve.ptr(),      measured.ptr(),  writes_clipped,  zeroes,
                  emas.ptr(),         create_ema.ptr()};
@@ -205,6 +206,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("openmp_library", &openmp_library);
   m.def("transcode", &transcode, py::arg("packs"), py::arg("storage"), py::arg("dtype"),
         py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"), py::arg("key"),
-        py::arg("num_threads"));
+        py::arg("num_threads"), py::arg("offset") = 0);
   m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));
 }

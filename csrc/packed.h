@@ -28,6 +28,16 @@ inline void random16(const uint32_t* key, int64_t first, uint32_t* __restrict ra
     }
 }
 
+// The same from any element on: a shard may begin within a group.
+inline void random_of(const uint32_t* key, int64_t first, uint32_t* __restrict random) {
+  const int64_t within = first % GROUP;
+  if (within == 0) return random16(key, first, random);
+  alignas(64) uint32_t both[2 * GROUP];
+  random16(key, first - within, both);
+  random16(key, first - within + GROUP, both + GROUP);
+  std::memcpy(random, both + within, GROUP * sizeof(uint32_t));
+}
+
 // Rounded up to bfloat16, at least `smallest`; 0 stays 0. Not negative.
 inline float scale_of(float largest, float share, float smallest) {
   if (largest == 0) return 0;

@@ -66,7 +66,7 @@ struct Packed {
     }
     alignas(64) uint32_t random[GROUP];
     const bool is_random = storage != SIGNED8 && storage != SPLIT16;
-    if (is_random) random16(packing.keys[s], slice.first + i, random);
+    if (is_random) random_of(packing.keys[s], packing.offset + slice.first + i, random);
     auto* const wide = static_cast<uint16_t*>(slice.streams[s]) + i;
     char* const codes = static_cast<char*>(slice.streams[s]) + i;
     auto* const rest8 = static_cast<int8_t*>(slice.remainder);

@@ -88,9 +88,10 @@ bool Plan::counts_steps(const Group& group, const View& param) const {
 }
 
 // False if what is in `states` is not what the group asks for.
-bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObject* states,
-                        Packing& packing, void*& remainder) {
+bool Plan::read_packing(const Group& group, PyObject* param, const View& p, const Place& place,
+                        unsigned used, PyObject* states, Packing& packing, void*& remainder) {
   const int64_t numel = p.numel();
+  packing.offset = place.first;
   const auto get = [&](PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(states, key);
     if (value == nullptr && PyErr_Occurred()) throw PythonError();
@@ -99,6 +100,9 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
   const auto lies_alike = [&](const View& view) {
     return view.same_shape(p) && view.same_strides(p) && view.device == p.device;
   };
+  const auto has_memory = [](PyObject* tensor, const View& view) {
+    return view.numel() == 0 || (view.data != nullptr && storage_holds(tensor, view));
+  };
   const bool half = p.dtype == BF16 || p.dtype == F16;
   PyObject* rest = get(names.param_remainder);
   const bool splits = half && (group.master == SPLIT8 || group.master == SPLIT16);
@@ -106,9 +110,9 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
   if (half) packing.storage[PARAM] = group.master;
   if (splits) {
     View view;
-    if (!is_plain(rest) || !view.read(rest) || !lies_alike(view) ||
-        view.whole != (group.master == SPLIT8 ? I8 : I16) || view.data == nullptr ||
-        !storage_holds(rest, view))
+    PyObject* part = part_of(rest, param);
+    if (part == nullptr || !view.read(part) || !lies_alike(view) ||
+        view.whole != (group.master == SPLIT8 ? I8 : I16) || !has_memory(part, view))
       return false;
     remainder = view.data;
     Py_INCREF(rest);
@@ -119,19 +123,20 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
     if (!(used >> s & 1)) continue;
     PyObject* tensor = get(state_keys_[s]);
     View view;
-    if (tensor == nullptr || !is_plain(tensor) || !view.read(tensor) || !view.same_shape(p) ||
+    PyObject* part = tensor == nullptr ? nullptr : part_of(tensor, param);
+    if (part == nullptr || !view.read(part) || !view.same_shape(p) ||
         view.device != p.device)
       continue;  // gather_param says what is wrong
     const bool is_square = rule_.square_states >> s & 1;
     PyObject* scale = get(scale_keys_[s]);
-    const bool is_int8 = group.state_format == STATE_INT8 && numel >= SMALLEST_INT8;
+    const bool is_int8 = group.state_format == STATE_INT8 && place.numel >= SMALLEST_INT8;
     if (is_int8 != (scale != nullptr)) return false;
     if (is_int8) {
       View scales;
       if (view.whole != (is_square ? U8 : I8) || !lies_alike(view) || !is_plain(scale) ||
           !scales.read(scale) || scales.dtype != BF16 || scales.ndim != 1 || !scales.contiguous() ||
           scales.shape[0] != (numel + GROUP - 1) / GROUP || scales.device != p.device ||
-          scales.data == nullptr || !storage_holds(scale, scales))
+          !has_memory(scale, scales))
         return false;
       packing.storage[STATES + s] = is_square ? ROOT8 : SIGNED8;
       packing.scales[STATES + s] = static_cast<uint16_t*>(scales.data);
@@ -147,6 +152,22 @@ bool Plan::read_packing(const Group& group, const View& p, unsigned used, PyObje
     }
   }
   return true;
+}
+
+void Plan::enter_packing(Group& group, int64_t index, uint64_t ordinal, double step, Packing& packing,
+                         void* remainder, const Hint& before, Hint& now, Task& task) {
+  if (group.param_indices != nullptr && index < PyList_GET_SIZE(group.param_indices))
+    ordinal = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(group.param_indices, index));
+  if (PyErr_Occurred()) throw PythonError();
+  for (int s = 0; s < MAX_STREAMS; s++) {
+    packing.seeds[s] = random_seed(group.seed, ordinal, s);
+    random_key(packing.seeds[s], static_cast<uint64_t>(step), packing.keys[s]);
+  }
+  packings_.push_back(packing);
+  std::copy(packing.scales + STATES, packing.scales + STATES + MAX_STATES, now.packed);
+  now.packed[MAX_STATES] = remainder;
+  hints_hold_ = hints_hold_ && std::equal(std::begin(now.packed), std::end(now.packed), before.packed);
+  task.slice.remainder = remainder;
 }
 
 namespace {

@@ -162,7 +162,7 @@ void Plan::move_overlapping_to_stock(bool anew) {
       }
       for (int s = 0; s < MAX_STREAMS && tasks_[t].slice.numel > 0; s++)
         if (tasks_[t].written >> s & 1) written_.add(range_of(t, s));
-      if (tasks_[t].packing >= 0) add_packing(t);
+      if (tasks_[t].packing >= 0 && tasks_[t].slice.numel > 0) add_packing(t);
     }
     written_.sort(mark);
   }
@@ -249,8 +249,11 @@ bool Plan::resolve(const StepContext& context) {
 // The norm pass. False: the step is skipped.
 bool Plan::measure(const StepContext& context) {
   std::vector<NormTask> on_cpu;
-  for (size_t t = 0; t < tasks_.size(); t++)
+  PyObject* sharded = hold(check(PyList_New(0)));
+  for (size_t t = 0; t < tasks_.size(); t++) {
     if (tasks_[t].device < 0) on_cpu.push_back(norm_tasks_[t]);
+    if (!is_plain(grads_[t]) && PyList_Append(sharded, grads_[t]) != 0) throw PythonError();
+  }
   Sum sum;
   Py_BEGIN_ALLOW_THREADS
   sum = sum_of_squares(on_cpu, layouts_, context.num_threads);
@@ -258,9 +261,9 @@ bool Plan::measure(const StepContext& context) {
   const bool waits = !on_cpu.empty() ||
                      (context.skip_on_device && (fallbacks_ != nullptr || host_counts()));
   PyObject* clip = hold(check(PyObject_CallFunction(
-      context.measured, "dOOOO", sum.squares, sum.nonfinite ? Py_True : Py_False,
+      context.measured, "dOOOOO", sum.squares, sum.nonfinite ? Py_True : Py_False,
       fallbacks_ == nullptr ? Py_None : fallbacks_,
-      on_cpu.size() == tasks_.size() ? Py_None : context.launcher, waits ? Py_True : Py_False)));
+      on_cpu.size() == tasks_.size() ? Py_None : context.launcher, waits ? Py_True : Py_False, sharded)));
   if (clip == Py_None) return false;
   const double value = number(clip);
   for (Task& task : tasks_) task.slice.clip = value;
@@ -284,13 +287,18 @@ void Plan::commit(PyObject* state, const StepContext& context) {
   if (tasks_.empty()) return count_emas();
   // Raw-pointer writes are invisible to autograd, so its version counters are bumped by hand.
   PyObject* changed = hold(check(PyList_New(0)));
-  for (size_t t = 0; t < tasks_.size(); t++)
-    if (PyList_Append(changed, params_[t]) != 0 ||
-        ((tasks_[t].written >> GRAD & 1) && PyList_Append(changed, grads_[t]) != 0))
+  const auto change = [&](PyObject* tensor) {
+    PyObject* part = part_of(tensor, tensor);
+    if (PyList_Append(changed, tensor) != 0 ||
+        (part != nullptr && part != tensor && PyList_Append(changed, part) != 0))
       throw PythonError();
+  };
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    change(params_[t]);
+    if (tasks_[t].written >> GRAD & 1) change(grads_[t]);
+  }
   for (const EmaTask& ema : ema_tasks_)
-    if (ema.task >= 0 && is_plain(ema.tensor) && PyList_Append(changed, ema.tensor) != 0)
-      throw PythonError();
+    if (ema.task >= 0) change(ema.tensor);
   Py_DECREF(check(PyObject_CallOneArg(torch.increment_version, changed)));
   std::vector<PyObject*> entries;  // of `state`, for the new states
   for (const Pending& fresh : pending_) {

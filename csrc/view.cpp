@@ -89,7 +89,9 @@ void bind_torch() {
            interned("launch"),     interned("moved"),   interned("waiting"),
            interned("any_waiting"), interned("ema_decay"), interned("ema_warmup"),
            interned("counted"), interned("state_dtype"), interned("master"),
-           interned("rounding_seed"), interned("param_remainder"), interned("param_indices")};
+           interned("rounding_seed"), interned("param_remainder"), interned("param_indices"),
+           interned("_local_tensor"), interned("_spec"), interned("placements"), interned("mesh"),
+           interned("shape")};
   PyObject* module = check(PyImport_ImportModule("torch"));
   const auto get = [](PyObject* from, const char* name) {
     return check(PyObject_GetAttrString(from, name));

@@ -32,7 +32,7 @@ struct Names {
   PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
       *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
       *ema_warmup, *counted, *state_dtype, *master, *rounding_seed, *param_remainder,
-      *param_indices;
+      *param_indices, *local_tensor, *spec, *placements, *mesh, *shape;
 };
 extern Names names;
 
@@ -51,6 +51,8 @@ const char* name_of(Dtype dtype);
 inline bool is_plain(PyObject* object) {
   return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
 }
+
+bool is_dtensor(PyObject* tensor);  // shard.cpp
 
 struct Device {
   int32_t type, index;  // type: dlpack::CPU also for the host memory that a GPU can read
@@ -77,7 +79,7 @@ struct View {
     return count;
   }
   bool same_shape(const View& other) const;
-  bool same_strides(const View& other) const;
+  bool same_strides(const View& other) const;  // of one shape
   bool contiguous() const;
   int64_t reach() const;  // elements from `data` to behind the last one; numel() > 0
 };
@@ -118,7 +120,9 @@ inline bool View::same_shape(const View& other) const {
 }
 
 inline bool View::same_strides(const View& other) const {
-  return std::equal(strides, strides + ndim, other.strides);
+  for (int d = 0; d < ndim; d++)
+    if (strides[d] != other.strides[d] && shape[d] > 1) return false;
+  return true;
 }
 
 inline bool View::contiguous() const {

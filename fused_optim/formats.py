@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends
+from fused_optim import backends, codes, sharding
 
 # Keys of a param group; in it only if the user gave some.
 OPTIONS = ("state_dtype", "master", "rounding_seed")
@@ -30,12 +30,14 @@ States = dict[str, Any]
 class FormatOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer of this package, beside torch.optim's; options of param groups.
 
-    They hold for ordinary float32, bfloat16 and float16 params; all others keep torch.optim's states.
+    They hold for float32, bfloat16 and float16 params, DTensors among them; other tensor subclasses and
+    dtypes keep torch.optim's states.
 
     Attributes:
         state_dtype: of all states but ``step``. None: torch.optim's. torch.float32. torch.bfloat16: those
             like a second moment are rounded stochastically. "int8": 8 bits an element and a bfloat16 scale
-            for 64 of them, states of at least 4,096 elements; smaller ones are float32.
+            for 64 of them, states of at least 4,096 elements, whatever a process holds of them; smaller
+            ones are float32.
         master: of bfloat16 and float16 params. None: rounded to nearest, as torch.optim does. "stochastic":
             rounded up or down so that the mean is exact. "split8" and "split16": beside the param are kept
             8 or 16 more bits, ``param_remainder``; 16 make a bfloat16 param an exact float32.
@@ -74,7 +76,7 @@ def applies(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether the group has options of formats, and they concern this param."""
     return (
         ("state_dtype" in group or "master" in group)
-        and type(param) in (Tensor, nn.Parameter)
+        and type(sharding.part_of(param)) in (Tensor, nn.Parameter)
         and param.layout == torch.strided
         and param.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and param.numel() > 0
@@ -119,7 +121,13 @@ def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
 
 
 def _transcode(
-    packs: bool, format: Format, stream: Tensor, extra: Tensor | None, values: Tensor, key: tuple
+    packs: bool,
+    format: Format,
+    stream: Tensor,
+    extra: Tensor | None,
+    values: Tensor,
+    key: tuple,
+    first: int = 0,
 ) -> None:
     codec = backends.codec()
     assert codec is not None
@@ -133,6 +141,7 @@ def _transcode(
         stream.numel(),
         key,
         torch.get_num_threads(),
+        first,
     )
 
 
@@ -157,12 +166,13 @@ def decode(format: Format, stream: Tensor, extra: Tensor | None) -> Tensor:
 
 
 def encode(
-    format: Format, like: Tensor, values: Tensor, key: tuple[int, int, int, int]
+    format: Format, like: Tensor, values: Tensor, key: tuple[int, int, int, int], first: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """(stream, its scales or remainder), laid out like a tensor and on its device.
 
     Args:
         key: of the random bits: (seed, number of the param, stream, step).
+        first: they are those of the elements from this one on.
     """
     if values.shape != like.shape:
         raise ValueError(f"values of shape {tuple(values.shape)} for {tuple(like.shape)}")
@@ -179,8 +189,16 @@ def encode(
         )
     elif format.storage in _SPLITS:
         extra = _like(like, _SPLITS[format.storage])
-    _transcode(True, format, stream, extra, values, key)
+    _transcode(True, format, stream, extra, values, key, first)
     return stream.to(like.device), None if extra is None else extra.to(like.device)
+
+
+def decode_codes(states: States, names: list[str]) -> States:
+    """Float32 in place of 8 bits; without scales."""
+    coded = [name for name in names if states.get(f"{name}_scale") is not None]
+    scales = [f"{name}_scale" for name in coded]
+    decoded = decode_states({key: states[key] for key in coded + scales}, coded)
+    return {key: value for key, value in {**states, **decoded}.items() if key not in scales}
 
 
 def decode_states(states: States, names: list[str]) -> States:
@@ -190,11 +208,14 @@ def decode_states(states: States, names: list[str]) -> States:
         value, scale = states.get(name), states.get(f"{name}_scale")
         if not isinstance(value, Tensor):
             continue
+        part = sharding.part_of(value)
         if scale is not None and value.dtype in _OF_CODES:
-            format = Format(_OF_CODES[value.dtype], value.dtype)
-            decoded[name] = decode(format, value, scale).to(value.device)
+            values = decode(Format(_OF_CODES[value.dtype], value.dtype), part, scale)
         elif value.dtype in (torch.bfloat16, torch.float16):
-            decoded[name] = decode(PLAIN_FLOAT32, value, None).to(value.device)
+            values = decode(PLAIN_FLOAT32, part, None)
+        else:
+            continue
+        decoded[name] = sharding.rebuilt(values.to(part.device), value)
     return decoded
 
 
@@ -209,7 +230,9 @@ def decode_param(param: Tensor, states: States) -> Tensor:
         return param.detach().to(torch.float32, copy=True)
     _check_remainder(rest, param)
     storage = "split8" if rest.dtype == torch.int8 else "split16"
-    return decode(Format(storage, param.dtype), param, rest).to(param.device)
+    part, rest = sharding.part_of(param), sharding.part_of(rest)
+    values = decode(Format(storage, param.dtype), part, rest).to(part.device)
+    return sharding.rebuilt(values, param)
 
 
 def _check_remainder(rest: Any, param: Tensor) -> None:
@@ -228,8 +251,12 @@ def encode_param(
 ) -> tuple[Tensor, Tensor | None]:
     """What the param and its remainder, if it has one, become of float32 values."""
     seed, number, step = key
-    storage = master_of(param, group) or "plain"
-    return encode(Format(storage, param.dtype), param, values, (seed, number, _PARAM, step))
+    format = Format(master_of(param, group) or "plain", param.dtype)
+    part, values = sharding.part_of(param), sharding.part_of(sharding.sharded_like(values, param))
+    first = sharding.place_of(param)[1]
+    stream, rest = encode(format, part, values, (seed, number, _PARAM, step), first)
+    stream = sharding.rebuilt(stream, param)
+    return stream, None if rest is None else sharding.rebuilt(rest, param)
 
 
 @torch.no_grad()
@@ -259,8 +286,15 @@ def encode_states(
         scale = states.get(scale_key)
         if not _fits(tensor, scale, wanted, param):
             values = decode_states({name: tensor, scale_key: scale}, [name])[name]
-            stream = _FIRST_STATE + s
-            converted[name], scale = encode(wanted, param, values, (seed, number, stream, step))
+            if values.layout != torch.strided:
+                values = values.to_dense()
+            values = sharding.part_of(sharding.sharded_like(values, param))
+            of_stream = seed, number, _FIRST_STATE + s, step
+            part, first = sharding.part_of(param), sharding.place_of(param)[1]
+            stream, scale = encode(wanted, part, values, of_stream, first)
+            if scale is not None and number == CONVERTING:
+                codes.restore(values, stream, scale)
+            converted[name] = sharding.rebuilt(stream, param)
         if scale is not None or scale_key in states:
             converted[scale_key] = scale
     _convert_remainder(param, group, states, converted)
@@ -270,18 +304,25 @@ def encode_states(
 
 
 def _fits(tensor: Tensor, scale: Tensor | None, wanted: Format, param: Tensor) -> bool:
+    if tensor.shape != param.shape or not sharding.is_sharded_like(tensor, param):
+        return False
+    tensor, param = sharding.part_of(tensor), sharding.part_of(param)
     like = _like(param, wanted.dtype, "meta")
     if tensor.dtype != wanted.dtype or tensor.shape != param.shape or tensor.device != param.device:
         return False
     if wanted.storage == "plain":
         return scale is None
-    if tensor.stride() != like.stride() or (scale is None) != (wanted.storage == "stochastic"):
+    if not _lies_like(tensor, like) or (scale is None) != (wanted.storage == "stochastic"):
         return False
     return scale is None or is_scale_of(scale, tensor)
 
 
-def is_scale_of(scale: Tensor, codes: Tensor) -> bool:
-    n_groups = (codes.numel() + GROUP - 1) // GROUP
+def _lies_like(a: Tensor, b: Tensor) -> bool:
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
+
+
+def is_scale_of(scale: Tensor, stream: Tensor) -> bool:
+    n_groups = (sharding.part_of(stream).numel() + GROUP - 1) // GROUP
     return scale.dtype == torch.bfloat16 and scale.shape == (n_groups,) and scale.is_contiguous()
 
 
@@ -294,11 +335,15 @@ def _convert_remainder(
             converted[REMAINDER] = None
         return
     dtype = _SPLITS[master]
+    whole, param = param, sharding.part_of(param)
     if rest is None:
-        converted[REMAINDER] = _like(param, dtype, param.device).zero_()
+        zeros = _like(param, dtype, param.device).zero_()
+        converted[REMAINDER] = sharding.rebuilt(zeros, whole)
         return
-    _check_remainder(rest, param)
-    if rest.dtype == dtype and rest.stride() == _like(param, dtype, "meta").stride():
+    _check_remainder(rest, whole)
+    rest = converted[REMAINDER] = sharding.sharded_like(rest, whole)
+    rest = sharding.part_of(rest)
+    if rest.dtype == dtype and _lies_like(rest, _like(param, dtype, "meta")):
         return
     wide = rest.to(torch.int32)
     if rest.dtype != dtype:
@@ -311,7 +356,7 @@ def _convert_remainder(
             wide = torch.div(wide + unit // 2, unit, rounding_mode="floor").clamp(-128, 127)
         else:
             wide = wide * unit
-    converted[REMAINDER] = _like(param, dtype, param.device).copy_(wide)
+    converted[REMAINDER] = sharding.rebuilt(_like(param, dtype, param.device).copy_(wide), whole)
 
 
 def check_saved(states: States, names: list[str], index: Any, param: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -235,7 +235,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which can load it; averages, if there are any, under the key "ema"."""
         with self._without("_optimizer_state_dict_post_hooks") as hooks:
-            saved = super().state_dict()
+            saved = self._saved()
         averages = ema.save(self.param_groups, self._all_emas())
         if averages:
             saved["ema"] = averages
@@ -284,6 +284,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
         for hook in post_hooks:
             hook(self)
 
+    def _saved(self) -> dict[str, Any]:
+        return super().state_dict()
+
     def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
 
@@ -328,16 +331,22 @@ class OnePassOptimizer(torch.optim.Optimizer):
         return self._measured
 
     def _measured(
-        self, squares: float, nonfinite: bool, fallbacks: list | None, launcher: Any, waits: bool
+        self,
+        squares: float,
+        nonfinite: bool,
+        fallbacks: list | None,
+        launcher: Any,
+        waits: bool,
+        sharded: Sequence[Tensor] = (),
     ) -> float | None:
         """What the grads that CPU kernels read sum up to -> the clip coefficient, None to skip.
 
-        A launcher that steps some tensors measures their grads; the host waits for that if `waits`, or
-        if it has to.
+        A launcher that steps some tensors measures their grads; the host waits for that if `waits`, or if it
+        has to. Grads of fallbacks and `sharded` ones are measured here.
         """
         one_pass = self._one_pass
         assert one_pass is not None
-        grads = [self.param_groups[g]["params"][i].grad for g, i, _ in fallbacks or ()]
+        grads = [self.param_groups[g]["params"][i].grad for g, i, _ in fallbacks or ()] + [*sharded]
         if launcher is not None:
             on_device = launcher.measure(grads, waits)
             if on_device is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_optim import backends, ema, formats, grads
+from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
 
 try:
@@ -208,6 +208,7 @@ class FusedOptimizer(PackedOptimizer):
                 self.state,
                 self._create_packed,
                 self._convert_state,
+                sharding.place_of,
                 lambda fallbacks: step_with_stock(fallbacks, launcher),
                 launcher,
                 device_types,

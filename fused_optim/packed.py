@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends, formats
+from fused_optim import backends, formats, sharding
 from fused_optim.formats import FormatOptions
 from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
 
@@ -136,6 +136,39 @@ class PackedOptimizer(OnePassOptimizer):
         ]
         return saved
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with states as they are stored.
+
+        8-bit states of sharded params (DTensors, FullyShardedDataParallel's), and all that
+        torch.distributed.checkpoint asks for, are float32: codes of 64 elements mean nothing to a process
+        that holds other ones. Loading finds the same codes again where the groups are the same.
+        """
+        return super().state_dict()
+
+    def _saved(self) -> dict[str, Any]:
+        saved = super()._saved()
+        if not any(key in group for group in self.param_groups for key in formats.OPTIONS):
+            return saved
+        # Groups of 64 elements lie elsewhere in other processes' parts.
+        for_any = sharding.is_for_distributed_checkpoint()
+        names = self._description()["states"]
+        states = dict(saved["state"])
+        for saved_group, group in zip(saved["param_groups"], self.param_groups):
+            for index, param in zip(saved_group["params"], group["params"]):
+                if (
+                    index in states
+                    and formats.applies(param, group)
+                    and (for_any or sharding.is_sharded(param))
+                ):
+                    # Those that were made in the constructor are not in the formats yet.
+                    converted = self._convert_state(param, group, states[index])
+                    states[index] = {
+                        key: value
+                        for key, value in formats.decode_codes(converted, names).items()
+                        if value is not None
+                    }
+        return {**saved, "state": states}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
 
@@ -194,7 +227,7 @@ class PackedOptimizer(OnePassOptimizer):
             group = self.param_groups[g]
             param = group["params"][i]
             if formats.applies(param, group):
-                storage = param.untyped_storage().data_ptr()
+                storage = sharding.part_of(param).untyped_storage().data_ptr()
                 if storage in seen:
                     return True
                 seen.add(storage)

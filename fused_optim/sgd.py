@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_optim import sharding
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.packed import KernelOptions
 
@@ -105,6 +106,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         assert grad is not None
         if group["weight_decay"] == 0:
             return {"momentum_buffer": torch.zeros_like(grad, requires_grad=False)}
+        whole, grad, param = grad, sharding.part_of(grad), sharding.part_of(param)
         shapes = [
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
             for t in (grad, param)
@@ -113,7 +115,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         buffer = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=param.device
         )
-        return {"momentum_buffer": buffer.zero_()}
+        return {"momentum_buffer": sharding.rebuilt(buffer.zero_(), whole)}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; without the momentum of which GradScaler has skipped every step."""

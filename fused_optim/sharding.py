@@ -1,7 +1,8 @@
-"""Grads of which each process holds a part: their norm, and where it cannot be known."""
+"""Tensors of which each process holds a part: DTensors, and norms that cannot be known."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,124 @@ def is_distributed() -> bool:
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size() > 1
     )
+
+
+def is_dtensor(tensor: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return module is not None and type(tensor) is module.DTensor
+
+
+def part_of(tensor: Any) -> Any:
+    """The plain tensor that this process holds of a DTensor; any other tensor is returned as it is."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def rebuilt(part: Tensor, whole: Any) -> Tensor:
+    """A tensor of the shape and the sharding of another one, of which this process holds this part."""
+    if not is_dtensor(whole):
+        return part
+    return type(whole).from_local(
+        part,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+@torch.no_grad()
+def sharded_like(tensor: Any, param: Any) -> Tensor:
+    """The same values in the sharding of a param; each process has all of a plain tensor."""
+    if tensor.shape != param.shape:
+        raise ValueError(f"values of shape {tuple(tensor.shape)} for {tuple(param.shape)}")
+    if not is_dtensor(param):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    if is_sharded_like(tensor, param):
+        return tensor
+    if is_dtensor(tensor):
+        tensor = tensor.full_tensor()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def is_sharded_like(tensor: Any, param: Any) -> bool:
+    if not is_dtensor(param) or not is_dtensor(tensor):
+        return not is_dtensor(param) and not is_dtensor(tensor)
+    return tensor.placements == param.placements and tensor.device_mesh == param.device_mesh
+
+
+def place_of(param: Any) -> tuple[int, int]:
+    """Where the part of a param that this process holds lies in the whole.
+
+    Returns:
+        The number of elements of the whole, and which of its elements the part's first one is, as far as
+        random bits are concerned. Of parts that are no contiguous run of a contiguous whole (columns of a
+        matrix, say), the n-th has the elements from (n + 1) * numel on, numel rounded up to groups of 64:
+        no two parts have the same ones.
+    """
+    if not is_dtensor(param):
+        return param.numel(), 0
+    mesh, placements = param.device_mesh, param.placements
+    first = _first_element(
+        mesh,
+        tuple(mesh.get_coordinate() or ()),
+        placements,
+        param.shape,
+        param.stride(),
+        param._local_tensor.is_contiguous(),
+    )
+    return param.numel(), first
+
+
+@functools.lru_cache(maxsize=4096)  # 30 us
+def _first_element(
+    mesh: Any,
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    part_is_contiguous: bool,
+) -> int:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    number, kinds = 0, set()
+    for i, placement in enumerate(placements[: len(coordinate)]):
+        if not placement.is_replicate():
+            number = number * mesh.size(i) + coordinate[i]
+            kinds.add(type(placement))
+    if not kinds:
+        return 0
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    row_major = torch.empty(shape, device="meta").stride()
+    cut = [d for d in range(len(shape)) if sizes[d] != shape[d]]
+    is_run = all(size == 1 for size in sizes[: cut[-1]]) if cut else True
+    if kinds == {Shard} and part_is_contiguous and strides == row_major and is_run:
+        return sum(offset * stride for offset, stride in zip(offsets, strides))
+    return (number + 1) * ((shape.numel() + 63) // 64 * 64)
+
+
+def is_sharded(param: Any) -> bool:
+    """Whether this process may hold but a part of the param, and the tensor tells of that."""
+    return is_dtensor(param) or is_fsdp1s(param)
+
+
+def is_fsdp1s(param: Any) -> bool:
+    """Whether FullyShardedDataParallel has marked it: a flat param, or with use_orig_params a view of one."""
+    return getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False)
+
+
+def is_for_distributed_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint asks for a state_dict at this moment."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class ShardedSquares:
@@ -52,8 +171,7 @@ class ShardedSquares:
 def refuse_hidden_shards(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError if other processes hold parts of the model that no tensor here tells of."""
     for param in params:
-        # FullyShardedDataParallel's mark on its flat params and, with use_orig_params, on views of them.
-        if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+        if is_fsdp1s(param):
             raise RuntimeError(
                 "max_grad_norm and skip_nonfinite need all grads, but FullyShardedDataParallel hides the "
                 "shards of other processes; use torch.distributed.fsdp.fully_shard, whose params "

@@ -182,7 +182,7 @@ class Totals(OnDevice):
     def read(self) -> tuple[float, bool]:
         """The sum of the squares, and whether some grad is not finite. Waits for the device."""
         assert self._partials is not None
-        sums, flags = self._partials[: 2 * self._n_partials].cpu().view(2, -1)
+        sums, flags = self._partials[: 2 * self._n_partials].cpu().view(2, self._n_partials)
         return sums.sum().item(), bool(flags.any())
 
     def decide(self, clip: float) -> None:
