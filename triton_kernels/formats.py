@@ -55,12 +55,12 @@ def random_key(seed, step):
 def random16(first, key0, key1, BLOCK: tl.constexpr):
     """16 random bits for each element, uint32: one hash serves two elements that lie 16 apart.
 
-    first: of the block's elements, a multiple of 32; key0, key1: uint32.
+    first: of the block's elements; key0, key1: uint32.
     """
     # Of element e the hash is number e // 32 * 16 + e % 16, whose upper half may change within the block.
-    number = first.to(tl.uint64) // 2
+    number = first.to(tl.uint64) // 32 * 16
     lower = number.to(tl.uint32)
-    lane = tl.arange(0, BLOCK).to(tl.uint32)
+    lane = (first % 32).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
     x = lower + ((lane >> 5 << 4) | (lane & 15))
     upper = (number >> 32).to(tl.uint32) * 0x9E3779B9
     x = x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper)
