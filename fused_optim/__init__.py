@@ -8,6 +8,7 @@ from fused_optim.formats import FormatOptions
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.patching import patch, patched, unpatch
 from fused_optim.release import release_gradients
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
@@ -27,6 +28,9 @@ __all__ = [
     "RMSprop",
     "StepReport",
     "config",
+    "patch",
+    "patched",
     "release_gradients",
     "show_config",
+    "unpatch",
 ]
