@@ -94,6 +94,11 @@ class Plan {
   // reference.
   PyObject* step(PyObject* groups, PyObject* state, const StepContext& context);
 
+  // What step() would do, without doing it: (list of (group index, param index, whether on a device, bytes
+  // that its kernel reads and writes, whether it averages, whether its streams lie in several orders),
+  // fallbacks or None). A new reference.
+  PyObject* explain(PyObject* groups, PyObject* state, const StepContext& context);
+
  private:
   // Where a param's state was found, and what it consisted of.
   struct Hint {

@@ -166,6 +166,24 @@ PYBIND11_MODULE(_C, m) {
                  emas.ptr(),         create_ema.ptr()};
              return py::reinterpret_steal<py::object>(
                  plan.step(groups.ptr(), state.ptr(), context));
+           })
+      .def("explain",
+           [](Plan& plan, py::list groups, py::dict state, py::object create_state,
+              py::object convert_state, py::object place_of, py::object launcher, unsigned device_types,
+              bool writes_clipped, bool zeroes, py::dict emas, py::object create_ema) {
+             StepContext context = {};
+             context.create_state = create_state.ptr();
+             context.convert_state = convert_state.ptr();
+             context.place_of = place_of.ptr();
+             context.launcher = launcher.ptr();
+             context.device_types = device_types;
+             context.measured = Py_None;
+             context.writes_clipped = writes_clipped;
+             context.zeroes = zeroes;
+             context.emas = emas.ptr();
+             context.create_ema = create_ema.ptr();
+             return py::reinterpret_steal<py::object>(
+                 plan.explain(groups.ptr(), state.ptr(), context));
            });
   bind_table<int64_t>(m, "IntTable");
   bind_table<double>(m, "FloatTable");

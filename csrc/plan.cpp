@@ -77,6 +77,46 @@ void Plan::release() {
   emas_.end();
 }
 
+namespace {
+
+// That a kernel reads and writes for one tensor; a step count is not worth counting.
+int64_t moved_nbytes(const Task& task, const Packing* packing) {
+  int64_t nbytes = 0;
+  for (int s = 0; s < MAX_STREAMS; s++) {
+    if (!(task.streams >> s & 1)) continue;
+    const int times = task.written >> s & 1 ? 2 : 1;
+    nbytes += times * task.slice.numel * ITEMSIZE[task.slice.dtypes[s]];
+    if (packing == nullptr) continue;
+    if (packing->scales[s] != nullptr) nbytes += times * ((task.slice.numel + 63) / 64) * 2;
+    if (s == PARAM && task.slice.remainder != nullptr)
+      nbytes += times * task.slice.numel * (packing->storage[PARAM] == SPLIT8 ? 1 : 2);
+  }
+  return nbytes;
+}
+
+}  // namespace
+
+PyObject* Plan::explain(PyObject* groups, PyObject* state, const StepContext& context) {
+  struct Release {
+    Plan& plan;
+    ~Release() { plan.release(); }
+  } release_at_end{*this};
+  release();
+  Py_CLEAR(fallbacks_);
+  gather(groups, state, context);
+  PyObject* served = hold(check(PyList_New(0)));
+  for (size_t t = 0; t < tasks_.size(); t++) {
+    const Task& task = tasks_[t];
+    const Packing* packing = task.packing >= 0 ? &packings_[task.packing] : nullptr;
+    PyObject* entry = hold(check(Py_BuildValue(
+        "(LLOLOO)", static_cast<long long>(origins_[t].group), static_cast<long long>(origins_[t].index),
+        task.device >= 0 ? Py_True : Py_False, static_cast<long long>(moved_nbytes(task, packing)),
+        task.streams >> EMA & 1 ? Py_True : Py_False, task.layout >= 0 ? Py_True : Py_False)));
+    if (PyList_Append(served, entry) != 0) throw PythonError();
+  }
+  return check(Py_BuildValue("(OO)", served, fallbacks_ == nullptr ? Py_None : fallbacks_));
+}
+
 PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& context) {
   struct Release {
     Plan& plan;

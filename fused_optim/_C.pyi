@@ -19,6 +19,19 @@ class Plan:
         skip_on_device: bool,
         resolve: Callable[[], float | None],
     ) -> tuple[int, int, list[tuple[int, int, str]] | None]: ...
+    def explain(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        create_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]],
+        convert_state: Callable[[Tensor, dict[str, Any], dict[str, Any]], dict[str, Any]],
+        launcher: Any,
+        device_types: int,
+        writes_clipped: bool,
+        zeroes: bool,
+        emas: dict[Tensor, list[Any]],
+        create_ema: Callable[[Tensor, dict[str, Any], list[Any] | None], list[Any]],
+    ) -> tuple[list[tuple[int, int, bool, int, bool, bool]], list[tuple[int, int, str]] | None]: ...
 
 def rules() -> dict[str, dict[str, Any]]: ...
 def prepare(rule: str, options: list[float], step: float) -> list[float]: ...

@@ -4,10 +4,12 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
+from fused_optim.explain import ExplainedRow, Explanation
 from fused_optim.formats import FormatOptions
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.patching import patch, patched, unpatch
 from fused_optim.release import release_gradients
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
@@ -19,6 +21,8 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "ExplainedRow",
+    "Explanation",
     "Fallback",
     "FormatOptions",
     "FusedOptimizer",
@@ -27,6 +31,9 @@ __all__ = [
     "RMSprop",
     "StepReport",
     "config",
+    "patch",
+    "patched",
     "release_gradients",
     "show_config",
+    "unpatch",
 ]

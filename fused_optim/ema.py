@@ -53,12 +53,12 @@ def create(param: Tensor, group: dict[str, Any], entry: Entry | None = None) -> 
             n_averaged = n_averaged.to(param.device)
         return [entry[0].to(param.device), n_averaged]
     return [
-        torch.empty_like(param, dtype=_dtype(param, group), requires_grad=False).copy_(param),
+        torch.empty_like(param, dtype=dtype_of(param, group), requires_grad=False).copy_(param),
         0,
     ]
 
 
-def _dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+def dtype_of(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     wanted = group.get("ema_dtype")
     # float32 means what is coarser; whole and complex numbers stay what they are.
     coarser = param.dtype in (torch.bfloat16, torch.float16)
@@ -177,7 +177,7 @@ def match(
 @torch.no_grad()
 def load(param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> Entry:
     """An entry for this param with a saved average."""
-    average = torch.empty_like(param, dtype=_dtype(param, group), requires_grad=False)
+    average = torch.empty_like(param, dtype=dtype_of(param, group), requires_grad=False)
     return [average.copy_(saved["ema"]), int(saved["n_averaged"])]
 
 

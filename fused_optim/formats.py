@@ -93,7 +93,7 @@ class Format:
 
 PLAIN_FLOAT32 = Format("plain", torch.float32)
 _OF_CODES = {torch.int8: "signed8", torch.uint8: "root8"}
-_SPLITS = {"split8": torch.int8, "split16": torch.int16}
+SPLITS = {"split8": torch.int8, "split16": torch.int16}
 
 
 def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
@@ -187,8 +187,8 @@ def encode(
         extra = torch.empty(
             (stream.numel() + GROUP - 1) // GROUP, dtype=torch.bfloat16, device="cpu"
         )
-    elif format.storage in _SPLITS:
-        extra = _like(like, _SPLITS[format.storage])
+    elif format.storage in SPLITS:
+        extra = _like(like, SPLITS[format.storage])
     _transcode(True, format, stream, extra, values, key, first)
     return stream.to(like.device), None if extra is None else extra.to(like.device)
 
@@ -236,7 +236,7 @@ def decode_param(param: Tensor, states: States) -> Tensor:
 
 
 def _check_remainder(rest: Any, param: Tensor) -> None:
-    if isinstance(rest, Tensor) and rest.shape == param.shape and rest.dtype in _SPLITS.values():
+    if isinstance(rest, Tensor) and rest.shape == param.shape and rest.dtype in SPLITS.values():
         return
     found = f"{tuple(rest.shape)} of {rest.dtype}" if isinstance(rest, Tensor) else repr(rest)
     raise ValueError(
@@ -330,11 +330,11 @@ def _convert_remainder(
     param: Tensor, group: dict[str, Any], states: States, converted: States
 ) -> None:
     master, rest = master_of(param, group), states.get(REMAINDER)
-    if master not in _SPLITS:
+    if master not in SPLITS:
         if REMAINDER in states:
             converted[REMAINDER] = None
         return
-    dtype = _SPLITS[master]
+    dtype = SPLITS[master]
     whole, param = param, sharding.part_of(param)
     if rest is None:
         zeros = _like(param, dtype, param.device).zero_()

@@ -9,7 +9,18 @@ import fused_optim
 
 
 @pytest.mark.parametrize(
-    "name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "release_gradients"]
+    "name",
+    [
+        "SGD",
+        "Adagrad",
+        "RMSprop",
+        "Adam",
+        "AdamW",
+        "release_gradients",
+        "patch",
+        "patched",
+        "Explanation",
+    ],
 )
 def test_docstring_example(name: str) -> None:
     names = {"torch": torch, "fused_optim": fused_optim}

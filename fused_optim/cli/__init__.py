@@ -1,4 +1,4 @@
-"""The command line: python -m fused_optim info | bench | codegen."""
+"""The command line: python -m fused_optim info | run | bench | codegen; or fused-optim info | ..."""
 
 import argparse
 import importlib.util
@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import fused_optim
+from fused_optim.packed import KernelOptions
 
 # Exit statuses: argparse itself ends with 2 on a bad command line, a shell with 130 after Ctrl-C.
 EXIT_FELL_BACK = 1
@@ -27,15 +30,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "info":
         fused_optim.show_config()
         return 0
+    if args.command == "run":
+        return _run(args)
     if args.command == "codegen":
         return _codegen(parser, args)
     return _bench(parser, args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fused_optim", description=__doc__)
+    is_script = Path(sys.argv[0]).stem == "fused-optim"
+    prog = "fused-optim" if is_script else "python -m fused_optim"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set, threads and backends")
+    run = commands.add_parser(
+        "run",
+        help="run a program, unmodified, with these optimizers in place of torch.optim's",
+        description="Runs a script as `python script.py args` would, or a module as `python -m` would. "
+        "Wherever it makes an Adam, AdamW, SGD, RMSprop or Adagrad of torch.optim, it gets ours. When it "
+        "ends, each of its processes that took steps prints to stderr how many, how long they took, and "
+        "which tensors no kernel could serve. The exit status is the program's.",
+    )
+    run.set_defaults(refuse=run.error)
+    run.add_argument("--quiet", action="store_true", help="count and print nothing")
+    run.add_argument(
+        "--state-dtype",
+        choices=["float32", "bfloat16", "int8"],
+        help="how all optimizers keep their states; default: as torch.optim does",
+    )
+    run.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module's name")
+    run.add_argument("program", metavar="PROGRAM", help="a script, or a folder with a __main__.py")
+    run.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
     bench = commands.add_parser(
         "bench",
         help="time the optimizers against torch.optim and peers",
@@ -78,6 +103,21 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fused_optim.cli.run import run
+
+    options: KernelOptions = {}
+    if args.state_dtype is not None:
+        is_int8 = args.state_dtype == "int8"
+        options["state_dtype"] = "int8" if is_int8 else getattr(torch, args.state_dtype)
+    if not args.is_module and not Path(args.program).is_dir():
+        try:
+            Path(args.program).open("rb").close()
+        except OSError as error:
+            args.refuse(str(error))
+    return run(args.program, args.args, is_module=args.is_module, quiet=args.quiet, options=options)
 
 
 def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -1,0 +1,136 @@
+"""Runs a program as python itself would, with torch.optim patched."""
+
+import builtins
+import functools
+import io
+import multiprocessing.spawn
+import pkgutil
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.abc import InspectLoader
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import fused_optim
+from fused_optim.cli.recorder import Recorder
+from fused_optim.packed import KernelOptions
+
+# Where runpy's code is, frozen into Python or not; its frames are no news to who reads a traceback.
+_NOT_THE_PROGRAMS = (__file__, "<frozen runpy>", runpy.__file__)
+
+
+def run(
+    program: str, args: Sequence[str], *, is_module: bool, quiet: bool, options: KernelOptions
+) -> int:
+    """Run a program with its arguments; its exceptions, SystemExit too, are for the interpreter.
+
+    Args:
+        program: path of a script, or of a folder or zip file with a ``__main__.py``, or a module's name.
+        is_module: whether it is the latter.
+        quiet: nothing is counted and printed.
+        options: of :func:`fused_optim.patch`.
+
+    Returns:
+        The exit status of a program that ended without exception.
+    """
+    _arm(quiet, options, is_child=False)
+    sys.argv = ["-m" if is_module else program, *args]
+    try:
+        if is_module:
+            _replace_first_path(str(Path.cwd()))
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            _run_path(str(Path(program).absolute()))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        traceback = _of_program(error.__traceback__)
+        if traceback is None and isinstance(error, ImportError):
+            print(f"{sys.executable}: {error}", file=sys.stderr)
+            return 1
+        _show_only(traceback)
+        raise
+    return 0
+
+
+def _replace_first_path(path: str) -> None:
+    """Where Python has put the folder of what it was started with."""
+    if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):  # else it has not
+        sys.path[:1] = [path]
+
+
+def _run_path(path: str) -> None:
+    """As runpy.run_path, which would make sys.argv[0] absolute or leave __file__ relative.
+
+    The module stays in sys.modules, for what runs after its end: threads, exit handlers, pickle.
+    """
+    finder = pkgutil.get_importer(path)
+    if finder is None:
+        _replace_first_path(str(Path(path).resolve().parent))
+        module = ModuleType("__main__")
+        module.__file__ = path
+        module.__cached__ = None  # type: ignore[attr-defined]
+        module.__loader__ = SourceFileLoader("__main__", path)
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+    else:  # a folder or a zip file
+        spec = finder.find_spec("__main__")
+        if spec is None or not isinstance(spec.loader, InspectLoader):
+            raise ImportError(f"can't find '__main__' module in {path!r}")
+        _replace_first_path(path)
+        module = module_from_spec(spec)
+        code = spec.loader.get_code("__main__")
+        assert code is not None  # which only a module of the C language has not
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
+
+
+def _of_program(traceback: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback below our frames."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in _NOT_THE_PROGRAMS:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _show_only(traceback: TracebackType | None) -> None:
+    """Of the exception that is about to end the process; the program may have a hook of its own."""
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        hook(kind, error.with_traceback(traceback), traceback)
+
+    sys.excepthook = show
+
+
+def _arm(quiet: bool, options: KernelOptions, *, is_child: bool) -> None:
+    """Patch and count in this process, and in those that multiprocessing starts from it."""
+    fused_optim.patch(**options)
+    if not quiet:
+        Recorder(is_child=is_child).start()
+    original = multiprocessing.spawn.get_preparation_data
+
+    # A spawned child unpickles this before it imports the program.
+    @functools.wraps(original)
+    def with_ours(name: str) -> dict[str, Any]:
+        return {**original(name), "fused_optim": _InChild(quiet, options)}
+
+    multiprocessing.spawn.get_preparation_data = with_ours
+
+
+class _InChild:
+    """What, when unpickled, arms the process."""
+
+    def __init__(self, quiet: bool, options: KernelOptions) -> None:
+        self._quiet, self._options = quiet, options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arm_child, (self._quiet, self._options)
+
+
+def _arm_child(quiet: bool, options: KernelOptions) -> None:
+    _arm(quiet, options, is_child=True)

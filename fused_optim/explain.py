@@ -1,0 +1,346 @@
+"""What a step would do, told without doing it: :meth:`FusedOptimizer.explain`."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_optim import backends, formats
+from fused_optim.outlook import Outlook, ParamOutlook, local
+
+if TYPE_CHECKING:
+    from fused_optim.optimizer import FusedOptimizer
+
+# Of each stream of a measurement: with the others more than caches hold, a GPU's being the faster ones.
+CPU_PROBE_NBYTES = 64 * 2**20
+GPU_PROBE_NBYTES = 256 * 2**20
+N_PROBES = 7
+_ORDER = ("cpu", "triton", "stock", None)
+_MAX_LISTED = 8  # params of a row, in the table
+
+
+@dataclass(frozen=True)
+class ExplainedRow:
+    """Tensors of one param group that the step treats alike.
+
+    Attributes:
+        group: which of ``param_groups``.
+        indices: which of the group's params.
+        names: what they are called, if the optimizer was given named parameters; else empty.
+        backend: "cpu" or "triton", kernels; "stock", torch.optim's code; None: no step, there is no grad.
+        device: of the params.
+        format: dtypes of param, grad, states and average (EMA), and how they are stored.
+        reason: why no kernel steps them; None if one does.
+        numel: elements of all params together.
+        state_nbytes: of their states, steps and averages.
+        step_nbytes: read and written in a step, averages included; None where nobody knows: torch.optim's
+            code.
+        seconds: step_nbytes at the bandwidth of the device; None if that was not measured.
+    """
+
+    group: int
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    backend: str | None
+    device: torch.device
+    format: str
+    reason: str | None
+    numel: int
+    state_nbytes: int
+    step_nbytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What a step would do; as a string, a table.
+
+    Attributes:
+        optimizer: name of the class.
+        rows: param group by param group.
+        n_assumed_grads: how many params had no grad and were taken to get one like themselves.
+        n_assumed_states: how many had no states yet; they count as the step would make them.
+        bandwidths: device -> bytes per second, if it was measured.
+        measured_with: threads of the CPU.
+
+    Example:
+        >>> params = [torch.nn.Parameter(torch.ones(1000)), torch.nn.Parameter(torch.ones(2) * 1j)]
+        >>> explanation = fused_optim.AdamW(params).explain()
+        >>> explanation.tensors["stock"]
+        1
+        >>> [row.reason for row in explanation.rows]
+        [None, 'a complex tensor']
+        >>> explanation.state_nbytes, explanation.step_nbytes
+        (8040, 28000)
+        >>> print(str(explanation).splitlines()[0])
+        AdamW: 1 of 2 tensors on kernels, 1 by torch.optim's code
+    """
+
+    optimizer: str
+    rows: list[ExplainedRow]
+    n_assumed_grads: int
+    n_assumed_states: int
+    bandwidths: dict[torch.device, float]
+    measured_with: int
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """Backend -> number of tensors that it would step, as in :class:`StepReport`."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            if row.backend is not None:
+                counts[row.backend] = counts.get(row.backend, 0) + len(row.indices)
+        return counts
+
+    @property
+    def state_nbytes(self) -> int:
+        """Of all states, steps and averages."""
+        return sum(row.state_nbytes for row in self.rows)
+
+    @property
+    def step_nbytes(self) -> int:
+        """Read and written in a step, but for tensors that torch.optim's code steps."""
+        return sum(row.step_nbytes or 0 for row in self.rows)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step, but for tensors that torch.optim's code steps; None if no bandwidth was measured.
+
+        That is the time of the slowest device. Many small tensors take longer, about a microsecond each; a
+        model that caches hold takes less.
+        """
+        by_device: defaultdict[torch.device, float] = defaultdict(float)
+        for row in self.rows:
+            by_device[row.device] += row.seconds or 0.0
+        return max(by_device.values()) if self.bandwidths else None
+
+    def __str__(self) -> str:
+        return "\n".join([_summary(self), *_table(self.rows), *_notes(self)])
+
+    __repr__ = __str__  # which a notebook shows
+
+
+def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
+    """See :meth:`FusedOptimizer.explain`."""
+    outlook, n_threads = Outlook(optimizer), torch.get_num_threads()
+    bandwidths: dict[torch.device, float] = {}
+    alike: dict[Any, list[int]] = {}
+    for g, (group, params) in enumerate(zip(optimizer.param_groups, outlook.groups)):
+        for i, param in enumerate(params):
+            device = param.tensor.device
+            if measure and param.backend in ("cpu", "triton") and device not in bandwidths:
+                bandwidths[device] = _bandwidth(device, n_threads)
+            key = g, param.backend, device, _format(param, group), param.reason
+            alike.setdefault(key, []).append(i)
+    one_pass = optimizer._one_pass
+    sums_up = one_pass is not None and (
+        one_pass.max_grad_norm is not None or one_pass.skip_nonfinite
+    )
+    rows = []
+    for (g, backend, device, text, reason), indices in sorted(
+        alike.items(), key=lambda entry: (entry[0][0], _ORDER.index(entry[0][1]))
+    ):
+        members = [outlook.groups[g][i] for i in indices]
+        names = optimizer.param_groups[g].get("param_names")
+        moved = None if backend == "stock" else sum(_moved(param, sums_up) for param in members)
+        row = ExplainedRow(
+            group=g,
+            indices=tuple(indices),
+            names=() if names is None else tuple(names[i] for i in indices),
+            backend=backend,
+            device=device,
+            format=text,
+            reason=reason,
+            numel=sum(local(param.tensor).numel() for param in members),
+            state_nbytes=sum(map(_state_nbytes, members)),
+            step_nbytes=moved,
+            seconds=None
+            if moved is None or device not in bandwidths
+            else moved / bandwidths[device],
+        )
+        rows.append(row)
+    return Explanation(
+        type(optimizer).__name__,
+        rows,
+        outlook.n_assumed_grads,
+        outlook.n_assumed_states,
+        bandwidths,
+        n_threads,
+    )
+
+
+def _format(param: ParamOutlook, group: dict[str, Any]) -> str:
+    tensor, grad = param.tensor, param.tensor.grad
+    own = _dtype(tensor)
+    if formats.applies(tensor, group) and formats.master_of(tensor, group) is not None:
+        parts = [f"{own} {formats.master_of(tensor, group)}"]
+    else:
+        parts = [own]
+    if grad is not None and _dtype(grad) != own:
+        parts.append(f"grad {_dtype(grad)}")
+    states = [
+        _dtype(value)
+        for key, value in param.states.items()
+        if isinstance(value, Tensor)
+        and key not in ("step", formats.REMAINDER)
+        and not key.endswith("_scale")
+    ]
+    if set(states) - {own}:
+        parts.append(f"states {', '.join(dict.fromkeys(states))}")
+    if param.average is not None:
+        parts.append(f"EMA {_dtype(param.average)}")
+    if param.is_strided:
+        parts.append("in several orders")
+    return "; ".join(parts)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _nbytes(tensor: Tensor) -> int:
+    part = local(tensor)
+    if part.layout == torch.sparse_coo:
+        return _nbytes(part._values()) + _nbytes(part._indices())
+    return part.numel() * part.element_size()
+
+
+def _state_nbytes(param: ParamOutlook) -> int:
+    states = sum(_nbytes(value) for value in param.states.values() if isinstance(value, Tensor))
+    return states + (0 if param.average is None else _nbytes(param.average))
+
+
+def _moved(param: ParamOutlook, sums_up: bool) -> int:
+    """Bytes that the kernel moves, and those of passes of their own.
+
+    Args:
+        sums_up: whether the step reads all grads for their norm first.
+    """
+    moved = param.moved
+    if param.average is not None and not param.averages:
+        moved += _nbytes(param.tensor) + 2 * _nbytes(param.average)
+    if sums_up and param.tensor.grad is not None:
+        moved += _nbytes(param.tensor.grad)
+    return moved
+
+
+@functools.cache
+def _bandwidth(device: torch.device, n_threads: int) -> float:
+    """Bytes per second, measured once: on the CPU in a pass like AdamW's, on others in a copy."""
+    kernels = backends.codec()
+    seconds = []
+    if device.type == "cpu" and kernels is not None:
+        streams = [torch.zeros(CPU_PROBE_NBYTES // 4) for _ in range(4)]
+        for _ in range(N_PROBES):
+            began = time.perf_counter()
+            kernels.probe(streams, n_threads)
+            seconds.append(time.perf_counter() - began)
+        return 7 * CPU_PROBE_NBYTES / statistics.median(seconds)  # the last is only read
+    source = torch.zeros(GPU_PROBE_NBYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    with torch.cuda.device(device):
+        for _ in range(N_PROBES):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+    return 2 * GPU_PROBE_NBYTES / statistics.median(seconds)
+
+
+def _summary(explanation: Explanation) -> str:
+    counts = explanation.tensors
+    n_stock = counts.get("stock", 0)
+    n_kernels = sum(counts.values()) - n_stock
+    total = f"of {n_kernels + n_stock:,} tensors"
+    stock = f", {n_stock:,} by torch.optim's code" if n_stock else ""
+    return f"{explanation.optimizer}: {n_kernels:,} {total} on kernels{stock}"
+
+
+def _table(rows: list[ExplainedRow]) -> list[str]:
+    head = ("group", "by", "tensors", "elements", "states", "moved a step", "time", "stored as")
+    cells: list[tuple[str, ...]] = [head]
+    for row in rows:
+        where = "" if row.device.type == "cpu" else f" {row.device}"
+        cells.append(
+            (
+                str(row.group),
+                (row.backend or "-") + where,
+                f"{len(row.indices):,}",
+                f"{row.numel:,}",
+                _binary(row.state_nbytes),
+                "?" if row.step_nbytes is None else _binary(row.step_nbytes),
+                "-" if row.seconds is None else _milliseconds(row.seconds),
+                row.format,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for number, line in enumerate(cells):
+        padded = [
+            cell.ljust(width) if c in (1, 7) else cell.rjust(width)
+            for c, (cell, width) in enumerate(zip(line, widths))
+        ]
+        lines.append("  ".join(padded).rstrip())
+        if number > 0 and rows[number - 1].reason is not None:
+            lines.append(f"       {rows[number - 1].reason}: {_listed(rows[number - 1])}")
+    return lines
+
+
+def _listed(row: ExplainedRow) -> str:
+    shown = [
+        f"{index} ({name})" if name else str(index)
+        for index, name in zip(row.indices, row.names or [""] * len(row.indices))
+    ]
+    more = len(shown) - _MAX_LISTED
+    rest = f" and {more:,} more" if more > 0 else ""
+    return f"param{'s' if len(shown) > 1 else ''} {', '.join(shown[:_MAX_LISTED])}{rest}"
+
+
+def _notes(explanation: Explanation) -> list[str]:
+    lines = [
+        f"In all {_binary(explanation.state_nbytes)} of states and "
+        f"{_binary(explanation.step_nbytes)} moved a step"
+        + (", torch.optim's code not counted." if "stock" in explanation.tensors else ".")
+    ]
+    if explanation.n_assumed_grads:
+        lines.append(f"Assumed grads, like their params: {explanation.n_assumed_grads:,}.")
+    if explanation.n_assumed_states:
+        lines.append(
+            f"Params without states, counted as the step will make them: "
+            f"{explanation.n_assumed_states:,}."
+        )
+    for device, rate in explanation.bandwidths.items():
+        how = (
+            f"a pass over 4 float32 streams of {_binary(CPU_PROBE_NBYTES)} on "
+            f"{explanation.measured_with} threads"
+            if device.type == "cpu"
+            else f"a copy of {_binary(GPU_PROBE_NBYTES)}"
+        )
+        lines.append(f"Measured on {device}: {rate / 1e9:.1f} GB/s, {how}.")
+    if explanation.seconds is not None:
+        lines.append(
+            f"Predicted: {_milliseconds(explanation.seconds)} a step, by its memory traffic alone."
+        )
+    return lines
+
+
+def _binary(nbytes: int) -> str:
+    size, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{nbytes} B" if unit == "B" else f"{size:.4g} {unit}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,315 @@
+"""python -m fused_optim run: a program that knows nothing of us, in processes of their own."""
+
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import VARIANTS
+from marks import needs_cpu_kernels
+
+from fused_optim.cli import main
+
+pytestmark = needs_cpu_kernels
+
+RUN = ("-m", "fused_optim", "run")
+
+TRAINS = """
+import atexit, inspect, json, pickle, sys
+import torch
+from torch.optim import AdamW
+
+def of_main(): pass
+atexit.register(lambda: print("at exit", pickle.loads(pickle.dumps(of_main)) is of_main))
+
+class Shared(torch.optim.Adam):
+    pass
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.ones(3) for _ in range(4))
+        self.rotation = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+net = Net()
+optimizers = [AdamW(net.parameters()), torch.optim.AdamW(net.weights[:2]), Shared(net.weights)]
+for _ in range(3):
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+print(json.dumps({
+    "argv": sys.argv,
+    "path": sys.path[0],
+    "file": __file__,
+    "name": __name__,
+    "spec": __spec__,
+    "package": __package__,
+    "globals": sorted(globals()),
+    "main": sys.modules["__main__"].__dict__ is globals(),
+    "classes": [f"{type(o).__module__}.{type(o).__name__}" for o in optimizers],
+    "fused": "fused" in inspect.signature(AdamW).parameters,
+    "isinstance": all(isinstance(o, torch.optim.Adam) for o in optimizers),
+    "exp_avg": str(optimizers[0].state[net.weights[0]]["exp_avg"].dtype),
+}))
+sys.exit(7)
+"""
+
+
+def python(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+
+
+def both(
+    *args: object, cwd: Path, **env: str
+) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """As `python ARGS` does it, and as we do."""
+    return python(*args, cwd=cwd, **env), python(*RUN, *args, cwd=cwd, **env)
+
+
+def reports(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("fused_optim")]
+
+
+def without_reports(stderr: str) -> str:
+    return "".join(
+        line for line in stderr.splitlines(keepends=True) if not line.startswith("fused_optim")
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """One script run by Python and by us, through a link, with arguments that look like ours."""
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "real").mkdir()
+    (folder / "real" / "train.py").write_text(TRAINS)
+    (folder / "train.py").symlink_to(folder / "real" / "train.py")
+    return both("train.py", "--quiet", "--", "-m", "x y", "", cwd=folder)
+
+
+def test_program_finds_what_it_finds_in_python(trained) -> None:
+    plain, ours = trained
+    found, expected = (json.loads(done.stdout.splitlines()[0]) for done in (ours, plain))
+    assert found.pop("classes") == ["fused_optim.adamw.AdamW"] * 2 + ["__main__.Shared"]
+    assert expected.pop("classes") == ["torch.optim.adamw.AdamW"] * 2 + ["__main__.Shared"]
+    for seen in (
+        found,
+        expected,
+    ):  # Python has an empty dict of annotations ready, or not: releases differ
+        seen["globals"] = [key for key in seen["globals"] if key != "__annotations__"]
+    assert found == expected
+    assert found["argv"] == ["train.py", "--quiet", "--", "-m", "x y", ""]
+    assert ours.stdout.splitlines()[1:] == plain.stdout.splitlines()[1:] == ["at exit True"]
+
+
+def test_exit_status_is_the_programs(trained) -> None:
+    plain, ours = trained
+    assert plain.returncode == ours.returncode == 7
+
+
+def test_report_says_what_ran_where(trained) -> None:
+    _, ours = trained
+    lines = reports(ours.stderr)
+    assert lines == ours.stderr.splitlines()
+    assert re.fullmatch(
+        r"fused_optim: 2 AdamW: 6 steps, [\d.e-]+ s in step\(\), [\d.e-]+ ms each", lines[0]
+    )
+    # 4 of one optimizer and 2 of the other, in 3 steps each.
+    assert lines[1:] == [
+        "fused_optim:   tensors in a step: 3 on CPU kernels, 0.5 by torch.optim's code",
+        "fused_optim:   1 tensor by torch.optim's code: a complex tensor",
+        "fused_optim: Shared derives from torch.optim.Adam and keeps its step",
+    ]
+
+
+FAILS = """
+import sys
+def inner(): raise {error}
+try:
+    {{}}["key"]
+except KeyError:
+    inner()
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError('no')"])
+def test_exceptions_end_the_program_as_in_python(error: str, tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text(FAILS.format(error=error))
+    plain, ours = both("fails.py", cwd=tmp_path)
+    assert ours.returncode == plain.returncode != 0
+    assert "During handling" in plain.stderr
+    assert without_reports(ours.stderr) == plain.stderr
+    assert reports(ours.stderr) == [
+        "fused_optim: no step of Adam, AdamW, SGD, RMSprop or Adagrad in this process"
+    ]
+
+
+def test_syntax_errors_and_hooks_of_the_program(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("x = = 1\n")
+    plain, ours = both("broken.py", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert ours.returncode == plain.returncode == 1
+    assert reports(ours.stderr)[0].startswith("fused_optim [rank 1]: no step")
+    assert without_reports(ours.stderr) == plain.stderr
+    (tmp_path / "hooked.py").write_text(
+        "import sys, traceback\n"
+        "sys.excepthook = lambda t, e, tb: print(t, [f.name for f in traceback.extract_tb(tb)])\n"
+        "1 / 0\n"
+    )
+    plain, ours = both("hooked.py", cwd=tmp_path)
+    assert ours.returncode == plain.returncode == 1
+    assert ours.stdout == plain.stdout == "<class 'ZeroDivisionError'> ['<module>']\n"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "train").mkdir()
+    (folder / "train" / "__init__.py").touch()
+    (folder / "train" / "helper.py").touch()
+    (folder / "train" / "__main__.py").write_text(
+        "import sys\n"
+        "if __package__: from . import helper\n"
+        "else: import helper\n"
+        "print(sys.argv, sys.path[0], __name__, __file__, __package__, __spec__ and __spec__.name)\n"
+        "raise ValueError\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("args", [("-m", "train"), ("train",)])
+def test_modules_and_folders_run_as_in_python(args: tuple[str, ...], package: Path) -> None:
+    plain, ours = both(*args, "-m", "--help", cwd=package)
+    assert "['" in plain.stdout
+    assert ours.stdout == plain.stdout
+    assert ours.returncode == plain.returncode == 1
+    last = [done.stderr.splitlines()[-3:] for done in (plain, ours)]
+    assert "fused_optim/cli" not in ours.stderr
+    assert [line for line in last[1] if not line.startswith("fused_optim")] == last[0][-2:]
+
+
+def test_a_module_that_is_not_there(package: Path) -> None:
+    plain, ours = both("-m", "no_such_module", cwd=package)
+    assert ours.returncode == plain.returncode == 1
+    assert without_reports(ours.stderr) == plain.stderr
+
+
+@pytest.mark.parametrize("args", [(), ("no_such.py",), ("--state-dtype", "int4", "x.py"), ("-m",)])
+def test_bad_arguments(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *args])
+    assert caught.value.code == 2
+    assert "usage: python -m fused_optim run" in capsys.readouterr().err
+
+
+def test_quiet_and_state_dtype(trained, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAINS)
+    done = python(*RUN, "--quiet", "--state-dtype", "bfloat16", "train.py", cwd=tmp_path)
+    assert done.returncode == 7
+    assert done.stderr == ""
+    assert json.loads(done.stdout.splitlines()[0])["exp_avg"] == "torch.bfloat16"
+    assert json.loads(trained[1].stdout.splitlines()[0])["exp_avg"] == "torch.float32"
+
+
+STARTS_OTHERS = """
+import multiprocessing, os, sys
+import torch
+
+def train(n_steps):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p])
+    for _ in range(n_steps):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+def start(context, n_steps):
+    process = context.Process(target=train, args=(n_steps,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+if __name__ == "__main__":
+    train(1)
+    start(multiprocessing.get_context("fork"), 2)
+    start(multiprocessing.get_context("spawn"), 3)
+    start(multiprocessing.get_context("fork"), 0)
+    if os.fork() == 0:
+        train(4)
+        sys.exit()
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_process_that_stepped_says_so_once(tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text(STARTS_OTHERS)
+    done = python(*RUN, "starts.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"^(fused_optim.*): SGD: (\d+) step", done.stderr, re.MULTILINE)
+    assert [n for _, n in counts] == ["2", "3", "4", "1"]
+    assert [bool(re.fullmatch(r"fused_optim \[process \d+\]", who)) for who, _ in counts] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_skipped_steps_closures_and_all_classes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import time, torch\n"
+        f"for name in {sorted(VARIANTS)!r}:\n"
+        "    p = torch.nn.Parameter(torch.ones(3))\n"
+        "    optimizer = getattr(torch.optim, name)([p], skip_nonfinite=True)\n"
+        "    def closure():\n"
+        "        time.sleep(0.5 * (name == 'SGD'))\n"
+        "        p.grad = torch.ones(3)\n"
+        "        return 1.0\n"
+        "    assert optimizer.step(closure) == 1.0\n"
+        "    p.grad = torch.full((3,), float('nan'))\n"
+        "    optimizer.step()\n"
+    )
+    done = python(*RUN, "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = reports(done.stderr)
+    assert len(lines) == 2 * len(VARIANTS)
+    for name, line in zip(sorted(VARIANTS), lines[::2]):
+        found = re.match(rf"fused_optim: {name}: 2 steps, 1 of them skipped, ([\d.e-]+) s", line)
+        assert found, line
+        assert float(found[1]) < 0.5
+    assert set(lines[1::2]) == {
+        "fused_optim:   tensors in a step: 1 on CPU kernels, 0 by torch.optim's code"
+    }
+
+
+def test_console_script_is_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    entry = re.search(r'\[project\.scripts\]\nfused-optim = "(.+)"', project)
+    assert entry
+    assert callable(pkgutil.resolve_name(entry[1]))
+    module, function = entry[1].split(":")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "fused-optim"
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    (tmp_path / "fails.py").write_text("import sys\nprint(sys.path[0], sys.argv)\n1 / 0\n")
+    plain = python("fails.py", "a", cwd=tmp_path)
+    ours = python(script, "run", "fails.py", "a", cwd=tmp_path)
+    assert ours.stdout == plain.stdout
+    assert ours.returncode == plain.returncode == 1
+    assert without_reports(ours.stderr) == plain.stderr
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "usage: fused-optim run" in capsys.readouterr().out
