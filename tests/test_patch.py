@@ -243,6 +243,12 @@ def test_bad_options_patch_nothing(options: dict, error: type[Exception]) -> Non
     assert type(torch.optim.SGD(params())) is torch.optim.SGD
 
 
+def test_patching_leaves_step_alone() -> None:
+    before = fused_optim.FusedOptimizer.step
+    fused_optim.patch()
+    assert fused_optim.FusedOptimizer.step is before
+
+
 def test_same_results_as_unpatched_ours() -> None:
     results = []
     for build in (fused_optim.AdamW, torch.optim.AdamW):
