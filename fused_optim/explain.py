@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim import backends, formats
-from fused_optim.outlook import Outlook, ParamOutlook, local
+from fused_optim import backends, formats, sharding
+from fused_optim.outlook import Outlook, ParamOutlook
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
@@ -158,7 +158,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
             device=device,
             format=text,
             reason=reason,
-            numel=sum(local(param.tensor).numel() for param in members),
+            numel=sum(sharding.part_of(param.tensor).numel() for param in members),
             state_nbytes=sum(map(_state_nbytes, members)),
             step_nbytes=moved,
             seconds=None
@@ -206,7 +206,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    part = local(tensor)
+    part = sharding.part_of(tensor)
     if part.layout == torch.sparse_coo:
         return _nbytes(part._values()) + _nbytes(part._indices())
     return part.numel() * part.element_size()

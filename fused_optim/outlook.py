@@ -136,7 +136,7 @@ class Outlook:
         like.grad = like_grad.detach()
         # Where fused=True puts a step makes no difference here.
         created = self._optimizer._create_state(like, {**group, "fused": False})
-        created = {key: _as_real(key, value, tensor.device) for key, value in created.items()}
+        created = {key: _as_real(key, value, tensor) for key, value in created.items()}
         if formats.applies(tensor, group):
             created = self._convert(tensor, group, {**seen.states, **created})
         seen.states = {**seen.states, **created}
@@ -155,7 +155,7 @@ class Outlook:
             wanted = formats.of_state(tensor, group, bool(rule["squares"] >> s & 1))
             converted[name] = torch.empty_like(tensor, dtype=wanted.dtype, requires_grad=False)
             if wanted.storage in ("signed8", "root8"):
-                n_scales = (tensor.numel() + formats.GROUP - 1) // formats.GROUP
+                n_scales = (sharding.part_of(tensor).numel() + formats.GROUP - 1) // formats.GROUP
                 converted[f"{name}_scale"] = torch.empty(
                     n_scales, dtype=torch.bfloat16, device=tensor.device
                 )
@@ -176,18 +176,15 @@ class Outlook:
         return [average, 0]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
-
-
 def _on_meta(tensor: Tensor) -> Tensor:
-    part = local(tensor)
+    part = sharding.part_of(tensor)
     return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
 
 
-def _as_real(key: str, value: Tensor, device: torch.device) -> Tensor:
-    """On the param's device what is on the meta device; steps have a value."""
+def _as_real(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """On the param's device, and sharded as it is, what is on the meta device; steps have a value."""
+    device = param.device
     if key == "step":
         return torch.zeros_like(value, device=device if value.is_meta else value.device)
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return sharding.rebuilt(real, param)

@@ -376,3 +376,16 @@ def test_optimizers_know_their_dtensors_by_where_this_process_is(on_rank):
     for index in (0, 1):
         part = nn.Parameter(on_rank(index, 2).part(torch.zeros(4, 64), shard(0)))
         assert sharding.place_of(part) == (256, index * 128)
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=str)
+def test_explain_counts_the_part(on_rank, options) -> None:
+    rank = on_rank(1, 2)
+    part = Part("AdamW", rank, [shard(0)], torch.ones(128, 64), **options)
+    part.param.grad = rank.part(torch.ones(128, 64), shard(0))
+    for _ in range(2):  # before the first step and behind it
+        (row,) = part.opt.explain().rows
+        # Of 64 * 64 elements; a scale is for 64 of them.
+        nbytes = 4096 + 4096 // 64 * 2 if options else 4 * 4096
+        assert (row.backend, row.numel, row.state_nbytes) == ("cpu", 4096, 2 * nbytes + 4)
+        part.opt.step()
