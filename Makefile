@@ -40,6 +40,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pre-commit validate-config
 
 # The oldest Triton of the package's range, beside the one that constraints.txt pins.
 OLDEST_TRITON := build/triton-oldest
