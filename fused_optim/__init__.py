@@ -4,7 +4,6 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
-from fused_optim.explain import ExplainedRow, Explanation
 from fused_optim.formats import FormatOptions
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.one_pass import OnePassOptions
@@ -21,8 +20,6 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
-    "ExplainedRow",
-    "Explanation",
     "Fallback",
     "FormatOptions",
     "FusedOptimizer",

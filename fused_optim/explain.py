@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -242,7 +241,7 @@ def _bandwidth(device: torch.device, n_threads: int) -> float:
             began = time.perf_counter()
             kernels.probe(streams, n_threads)
             seconds.append(time.perf_counter() - began)
-        return 7 * CPU_PROBE_NBYTES / statistics.median(seconds)  # the last is only read
+        return 7 * CPU_PROBE_NBYTES / _median(seconds)  # the last is only read
     source = torch.zeros(GPU_PROBE_NBYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     with torch.cuda.device(device):
@@ -253,7 +252,12 @@ def _bandwidth(device: torch.device, n_threads: int) -> float:
             end.record()
             end.synchronize()
             seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * GPU_PROBE_NBYTES / statistics.median(seconds)
+    return 2 * GPU_PROBE_NBYTES / _median(seconds)
+
+
+def _median(seconds: list[float]) -> float:
+    """Without the module statistics: importing the package imports nothing but torch."""
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def _summary(explanation: Explanation) -> str:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_optim import backends, ema, formats, grads, sharding
-from fused_optim.explain import Explanation, explain
 from fused_optim.packed import PackedOptimizer
+
+if TYPE_CHECKING:
+    from fused_optim.explain import Explanation
 
 try:
     from torch._C._profiler import _RecordFunctionFast
@@ -103,6 +105,8 @@ class FusedOptimizer(PackedOptimizer):
         Raises:
             RuntimeError, ValueError: as the step would.
         """
+        from fused_optim.explain import explain  # which a step does not need
+
         return explain(self, measure=measure)
 
     @staticmethod

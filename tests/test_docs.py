@@ -1,6 +1,7 @@
 """The examples in docstrings run as written."""
 
 import doctest
+import pkgutil
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ import fused_optim
         "release_gradients",
         "patch",
         "patched",
-        "Explanation",
+        "explain.Explanation",
     ],
 )
 def test_docstring_example(name: str) -> None:
     names = {"torch": torch, "fused_optim": fused_optim}
-    found = doctest.DocTestFinder(recurse=False).find(getattr(fused_optim, name), globs=names)
+    found = doctest.DocTestFinder(recurse=False).find(
+        pkgutil.resolve_name(f"fused_optim.{name}"), globs=names
+    )
     runner = doctest.DocTestRunner()
     for example in found:
         runner.run(example)

@@ -24,7 +24,7 @@ def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in states + averages)
 
 
-def fallbacks(explanation: fused_optim.Explanation) -> set[tuple[int, int, str]]:
+def fallbacks(explanation: explain.Explanation) -> set[tuple[int, int, str]]:
     rows = [row for row in explanation.rows if row.backend == "stock"]
     return {(row.group, index, row.reason) for row in rows for index in row.indices}
 
