@@ -5,6 +5,7 @@ namespace fused_optim {
 namespace {
 
 #include "formats.h"
+#include "lanes.h"
 #include "packed.h"
 #include "packed_kernel.h"
 #include "rules.h"
@@ -67,12 +68,30 @@ inline void add_squares(const T* tile, double* sums) {
   for (int k = 0; k < TILE; k++) sums[k] += wide[k] * wide[k];
 }
 
-template <class Rule, unsigned VARIANT, int N, class T, class H>
+// ROOTS: of states like a second moment the square root is left, which their format stores. Most rules have
+// taken it, and the compiler sees that.
+template <class Rule, unsigned VARIANT, bool ROOTS, int N, class T, class H>
 inline void update_tile(T* __restrict param, const T* __restrict grad, T factor, T* __restrict state0,
                         T* __restrict state1, T* __restrict state2, const H& h) {
+  constexpr unsigned states = Rule::states(VARIANT);
 #pragma GCC unroll 1
-  for (int k = 0; k < N; k++)
-    Rule::template update<VARIANT, T>(param[k], factor * grad[k], state0[k], state1[k], state2[k], h);
+  for (int k = 0; k < N; k++) {
+    // In variables: GCC would store the param twice, as if a state could lie in the same place.
+    T p = param[k], s0 = 0, s1 = 0, s2 = 0;
+    if constexpr (states & 0b001) s0 = state0[k];
+    if constexpr (states & 0b010) s1 = state1[k];
+    if constexpr (states & 0b100) s2 = state2[k];
+    Rule::template update<VARIANT, T>(p, factor * grad[k], s0, s1, s2, h);
+    if constexpr (ROOTS) {
+      if constexpr (Rule::SQUARES & 0b001) s0 = std::sqrt(s0);
+      if constexpr (Rule::SQUARES & 0b010) s1 = std::sqrt(s1);
+      if constexpr (Rule::SQUARES & 0b100) s2 = std::sqrt(s2);
+    }
+    param[k] = p;
+    if constexpr (states & 0b001) state0[k] = s0;
+    if constexpr (states & 0b010) state1[k] = s1;
+    if constexpr (states & 0b100) state2[k] = s2;
+  }
 }
 
 template <class Rule, unsigned VARIANT, class Form>
@@ -89,58 +108,73 @@ void apply(const Slice& slice) {
   const T ema_weight = static_cast<T>(slice.ema_weight);
   void* const* streams = slice.streams;
   const Dtype* dtypes = slice.dtypes;
+  const Form form(slice);
+  // If one state like a second moment is stored as a root, all are.
+  bool takes_roots = false;
+  if constexpr (Form::roots)
+    for (int s = STATES; s < EMA; s++) takes_roots = takes_roots || slice.packing->storage[s] == ROOT8;
 
   // The CPU's own prefetchers stop at every page (measured: 5 to 10% on float32, 20 to 30% on 16 bits).
   // It may ask for addresses behind the last element, which is harmless; a short slice has nothing ahead.
   const int64_t ahead = slice.numel >= 4 * AHEAD ? AHEAD : 0;
   const auto fetch = [&](int stream, int64_t i) {
     const int itemsize = Form::itemsize(dtypes[stream]);
-    for (int k = 0; k < Form::tile; k += 64 / itemsize) prefetch(streams[stream], (i + ahead + k) * itemsize);
+    for (int k = 0; k < Form::tile * itemsize; k += 64) prefetch(streams[stream], (i + ahead) * itemsize + k);
   };
 
+  const int remainder_size = slice.remainder == nullptr ? 0 : slice.packing->storage[PARAM] == SPLIT8 ? 1 : 2;
   constexpr int N = Form::tile;
   const int64_t full = slice.numel / N * N;
   for (int64_t i = 0; i < full; i += N) {
     alignas(64) T param[N], grad[N], state[MAX_STATES][N];
     fetch(PARAM, i);
+    if (remainder_size != 0) prefetch(slice.remainder, (i + ahead) * remainder_size);
     fetch(GRAD, i);
     if constexpr (states & 0b001) fetch(STATES, i);
     if constexpr (states & 0b010) fetch(STATES + 1, i);
     if constexpr (states & 0b100) fetch(STATES + 2, i);
-    T* const p = Form::param_at(slice, i, param);
-    if (p == param) Form::load(slice, PARAM, i, param);
-    Form::load(slice, GRAD, i, grad);
-    if constexpr (states & 0b001) Form::load(slice, STATES, i, state[0]);
-    if constexpr (states & 0b010) Form::load(slice, STATES + 1, i, state[1]);
-    if constexpr (states & 0b100) Form::load(slice, STATES + 2, i, state[2]);
+    T* const p = Form::place(slice, PARAM, i, param);
+    T* const g = Form::place(slice, GRAD, i, grad);
+    if (p == param) form.load(slice, PARAM, i, param);
+    if (g == grad) form.load(slice, GRAD, i, grad);
+    if constexpr (states & 0b001) form.load(slice, STATES, i, state[0]);
+    if constexpr (states & 0b010) form.load(slice, STATES + 1, i, state[1]);
+    if constexpr (states & 0b100) form.load(slice, STATES + 2, i, state[2]);
     if (slice.grad_write == UNSCALED) {
       if (divides) divide<N>(grad, grad_scale);
-      Form::store(slice, GRAD, i, grad);
+      form.store(slice, GRAD, i, grad);
     }
     if (slice.grad_write == CLIPPED) {
       T clipped[N];
       multiply<N>(grad, clip, clipped);
-      Form::store(slice, GRAD, i, clipped);
+      form.store(slice, GRAD, i, clipped);
     }
     if (slice.grad_write == ZEROED) {
       const T zeros[N] = {};
-      Form::store(slice, GRAD, i, zeros);
+      form.store(slice, GRAD, i, zeros);
     }
-    update_tile<Rule, VARIANT, N>(p, grad, factor, state[0], state[1], state[2], h);
-    if (p == param) Form::store(slice, PARAM, i, param);
-    if constexpr (states & 0b001) Form::store(slice, STATES, i, state[0]);
-    if constexpr (states & 0b010) Form::store(slice, STATES + 1, i, state[1]);
-    if constexpr (states & 0b100) Form::store(slice, STATES + 2, i, state[2]);
+    if constexpr (Form::roots) {
+      if (takes_roots)
+        update_tile<Rule, VARIANT, true, N>(p, g, factor, state[0], state[1], state[2], h);
+      else
+        update_tile<Rule, VARIANT, false, N>(p, g, factor, state[0], state[1], state[2], h);
+    } else {
+      update_tile<Rule, VARIANT, false, N>(p, g, factor, state[0], state[1], state[2], h);
+    }
+    if (p == param) form.store(slice, PARAM, i, param);
+    if constexpr (states & 0b001) form.store(slice, STATES, i, state[0]);
+    if constexpr (states & 0b010) form.store(slice, STATES + 1, i, state[1]);
+    if constexpr (states & 0b100) form.store(slice, STATES + 2, i, state[2]);
     if (streams[EMA] != nullptr) {
       fetch(EMA, i);
       alignas(64) T ema[N];
-      Form::load(slice, EMA, i, ema);
-      if constexpr (Form::rounds) Form::load_stored(slice, PARAM, i, param);
+      form.load(slice, EMA, i, ema);
+      if constexpr (Form::rounds) form.load_stored(slice, PARAM, i, param);
       if (ema_weight == T(1))
         std::memcpy(ema, param, sizeof(ema));
       else
         lerp_tile<N>(ema, param, ema_weight);
-      Form::store(slice, EMA, i, ema);
+      form.store(slice, EMA, i, ema);
     }
   }
 
@@ -152,7 +186,6 @@ void apply(const Slice& slice) {
   padded.numel = N;
   padded.first = slice.first + full;
   alignas(64) unsigned char remainder[N * 2] = {};
-  const int remainder_size = slice.remainder == nullptr ? 0 : slice.packing->storage[PARAM] == SPLIT8 ? 1 : 2;
   if (remainder_size != 0) {
     std::memcpy(remainder, static_cast<char*>(slice.remainder) + full * remainder_size, rest * remainder_size);
     padded.remainder = remainder;

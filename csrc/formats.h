@@ -131,7 +131,9 @@ struct Uniform {
   static constexpr bool rounds = !std::is_same<storage, compute>::value;
   static constexpr int tile = TILE;
   static constexpr int itemsize(Dtype) { return sizeof(storage); }
-  static inline compute* param_at(const Slice&, int64_t, compute* buffer) { return buffer; }
+  static constexpr bool roots = false;
+  explicit Uniform(const Slice&) {}
+  static inline compute* place(const Slice&, int, int64_t, compute* buffer) { return buffer; }
   static inline void load_tile(const void* stream, int64_t i, Dtype, compute* to) {
     Stored::load(static_cast<const storage*>(stream) + i, to);
   }
@@ -151,7 +153,9 @@ struct Mixed {
   static constexpr bool rounds = true;
   static constexpr int tile = TILE;
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
-  static inline float* param_at(const Slice&, int64_t, float* buffer) { return buffer; }
+  static constexpr bool roots = false;
+  explicit Mixed(const Slice&) {}
+  static inline float* place(const Slice&, int, int64_t, float* buffer) { return buffer; }
   static inline void load_tile(const void* stream, int64_t i, Dtype dtype, float* to) {
     if (dtype == F32)
       Direct<float>::load(static_cast<const float*>(stream) + i, to);

@@ -9,34 +9,50 @@ constexpr uint32_t F16_BIAS = 0x38000000u;       // float32's exponent bias less
 
 // 16 random bits for each of the GROUP elements from `first` on, a multiple of GROUP: a hash of key and index,
 // as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a block of 32.
-inline void random16(const uint32_t* key, int64_t first, uint32_t* __restrict random) {
-  const uint64_t n = static_cast<uint64_t>(first) / 2;
-  const uint32_t start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
-  const uint32_t key1 = key[1];
-  for (uint32_t block = 0; block < GROUP / 32; block++)
-#pragma GCC unroll 1
-    for (uint32_t k = 0; k < 16; k++) {
-      uint32_t x = start + block * 16 + k;
-      x ^= x >> 16;
-      x *= 0x7feb352du;
-      x ^= key1;
-      x ^= x >> 15;
-      x *= 0x846ca68bu;
-      x ^= x >> 16;
-      random[block * 32 + k] = x & 0xffffu;
-      random[block * 32 + 16 + k] = x >> 16;
+struct Random {
+  uint32_t start, key1;
+  Random(const uint32_t* key, int64_t first) {
+    const uint64_t n = static_cast<uint64_t>(first) / 2;
+    start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
+    key1 = key[1];
+  }
+  // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has the same hash.
+  inline Bits operator()(int k) const {
+    static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    Bits x;
+    std::memcpy(&x, index, sizeof(x));
+    x += start + uint32_t(k / 32 * 16 + k % 16);
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= key1;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    return k & 16 ? x >> 16 : x & 0xffffu;
+  }
+  inline void fill(uint32_t* random) const {
+    for (int k = 0; k < GROUP; k += LANES) {
+      const Bits some = (*this)(k);
+      std::memcpy(random + k, &some, sizeof(some));
     }
-}
+  }
+};
 
 // The same from any element on: a shard may begin within a group.
-inline void random_of(const uint32_t* key, int64_t first, uint32_t* __restrict random) {
-  const int64_t within = first % GROUP;
-  if (within == 0) return random16(key, first, random);
-  alignas(64) uint32_t both[2 * GROUP];
-  random16(key, first - within, both);
-  random16(key, first - within + GROUP, both + GROUP);
-  std::memcpy(random, both + within, GROUP * sizeof(uint32_t));
-}
+struct RandomFromAnywhere {
+  alignas(64) uint32_t drawn[2 * GROUP];
+  int within;
+  RandomFromAnywhere(const uint32_t* key, int64_t first) : within(static_cast<int>(first % GROUP)) {
+    Random(key, first - within).fill(drawn);
+    Random(key, first - within + GROUP).fill(drawn + GROUP);
+  }
+  inline Bits operator()(int k) const {
+    Bits x;
+    std::memcpy(&x, drawn + within + k, sizeof(x));
+    return x;
+  }
+  inline void fill(uint32_t* random) const { std::memcpy(random, drawn + within, GROUP * sizeof(uint32_t)); }
+};
 
 // Rounded up to bfloat16, at least `smallest`; 0 stays 0. Not negative.
 inline float scale_of(float largest, float share, float smallest) {
@@ -45,23 +61,20 @@ inline float scale_of(float largest, float share, float smallest) {
   return scale > smallest ? scale : smallest;
 }
 
-inline uint32_t largest_of(const float* __restrict values, uint32_t mask) {
-  alignas(64) uint32_t lanes[GROUP];
+// Of the magnitudes; INF or more if some element is not finite.
+inline uint32_t largest_of(const float* values) {
+  uint32_t largest = 0;
 #pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) lanes[k] = bits_of(values[k] + 0.0f) & mask;  // -0 becomes 0
-#pragma GCC unroll 1
-  for (int k = 0; k < 32; k++) lanes[k] = lanes[k] > lanes[k + 32] ? lanes[k] : lanes[k + 32];
-#pragma GCC unroll 1
-  for (int k = 0; k < 16; k++) lanes[k] = lanes[k] > lanes[k + 16] ? lanes[k] : lanes[k + 16];
-  uint32_t top = 0;
-#pragma GCC unroll 1
-  for (int k = 0; k < 16; k++) top = lanes[k] > top ? lanes[k] : top;
-  return top;
+  for (int k = 0; k < GROUP; k++) {
+    const uint32_t magnitude = bits_of(values[k]) & MAGNITUDE;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
 }
 
-// What is finite (and not negative, if the mask leaves the sign), and 0 for the rest.
-inline void finite_of(const float* values, uint32_t mask, float* finite) {
-  for (int k = 0; k < GROUP; k++) finite[k] = (bits_of(values[k]) & mask) < INF ? values[k] : 0.0f;
+// What is finite, and 0 for the rest.
+inline void finite_of(const float* values, float* finite) {
+  for (int k = 0; k < GROUP; k++) finite[k] = (bits_of(values[k]) & MAGNITUDE) < INF ? values[k] : 0.0f;
 }
 
 // A scale's sign says that some codes of the group stand for NaN or an infinity: of the others, which is to say
@@ -81,30 +94,33 @@ struct Signed8 {
       }
   }
   // Returns the scale.
-  static inline float store(const float* __restrict from, int8_t* __restrict codes) {
-    const uint32_t largest = largest_of(from, MAGNITUDE);
+  static inline float store(const float* from, int8_t* codes) {
+    const uint32_t largest = largest_of(from);
     if (largest >= INF) return store_special(from, codes);
     return store_finite(from, from_bits(largest), codes);
   }
 
  private:
-  static inline float store_finite(const float* __restrict from, float largest, int8_t* __restrict codes) {
+  static inline float store_finite(const float* from, float largest, int8_t* codes) {
     const float scale = scale_of(largest, 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
     const float inverse = scale == 0 ? 0 : 1 / scale;
-    alignas(64) int32_t wide[GROUP];
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      // The sum's last bits are the nearest integer, to even; of a product just above 126 that is 126.
-      wide[k] = int32_t(bits_of(from[k] * inverse + 12582912.0f)) - 0x4b400000;
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += 4 * LANES) {
+      Bits parts[4];
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        // The sum's last bits are the nearest integer, to even; of a product just above 126 that is 126.
+        const Floats sum = load_floats(from + i + part * LANES) * inverse + 12582912.0f;  // 1.5 * 2^23
+        parts[part] = Bits(sum) & 0xffu;
+      }
+      pack8(parts, reinterpret_cast<uint8_t*>(codes) + i);
     }
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) codes[k] = int8_t(wide[k]);
     return scale;
   }
   __attribute__((noinline)) static float store_special(const float* from, int8_t* codes) {
     alignas(64) float finite[GROUP];
-    finite_of(from, MAGNITUDE, finite);
-    const float scale = store_finite(finite, from_bits(largest_of(finite, MAGNITUDE)), codes);
+    finite_of(from, finite);
+    const float scale = store_finite(finite, from_bits(largest_of(finite)), codes);
     for (int k = 0; k < GROUP; k++) {
       const uint32_t bits = bits_of(from[k]), magnitude = bits & MAGNITUDE;
       if (magnitude >= INF) codes[k] = magnitude > INF ? -128 : bits >> 31 ? -127 : 127;
@@ -115,6 +131,7 @@ struct Signed8 {
 
 // The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254 NaN (of a
 // negative number too: so is its root), 255 infinity; what is not 0 has a code that is not 0.
+// Stored are roots that someone has taken, in a step the rule.
 struct Root8 {
   static inline void load(const uint8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
@@ -129,64 +146,70 @@ struct Root8 {
         if (codes[k] == 255) to[k] = from_bits(INF);
       }
   }
-  static inline float store(const float* __restrict from, uint8_t* __restrict codes,
-                            const uint32_t* __restrict random) {
-    const uint32_t largest = largest_of(from, ~0u);
-    if (largest >= INF) return store_special(from, codes, random);
-    return store_finite(from, from_bits(largest), codes, random);
+  template <class Draw>
+  static inline float store(const float* roots, const Draw& random, uint8_t* codes) {
+    const uint32_t largest = largest_of(roots);
+    if (largest >= INF) return store_special(roots, random, codes);
+    return store_finite(roots, from_bits(largest), random, codes);
   }
 
  private:
-  static inline float store_finite(const float* __restrict from, float largest, uint8_t* __restrict codes,
-                                   const uint32_t* __restrict random) {
-    const float scale = scale_of(std::sqrt(largest), 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
+  template <class Draw>
+  static inline float store_finite(const float* roots, float largest, const Draw& random, uint8_t* codes) {
+    const float scale = scale_of(largest, 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
     const float inverse = scale == 0 ? 0 : 1 / scale;
-    alignas(64) int32_t wide[GROUP];
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      const float up = float(int32_t(random[k])) * 1.52587890625e-5f;  // 2^-16
-      int32_t code = int32_t(std::sqrt(from[k]) * inverse + up);
-      code = code > 253 ? 253 : code;
-      code = code < 1 ? 1 : code;
-      wide[k] = from[k] == 0 ? 0 : code;
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += 4 * LANES) {
+      Bits parts[4];
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        const int k = i + part * LANES;
+        const Floats root = load_floats(roots + k);
+        const Floats up = __builtin_convertvector(Ints(random(k)), Floats) * 1.52587890625e-5f;  // 2^-16
+        Ints code = __builtin_convertvector(root * inverse + up, Ints);
+        code = code > 253 ? 253 : code;
+        const Ints smallest = (root != 0.0f) & 1;
+        parts[part] = Bits(code > smallest ? code : smallest);
+      }
+      pack8(parts, codes + i);
     }
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) codes[k] = uint8_t(wide[k]);
     return scale;
   }
-  __attribute__((noinline)) static float store_special(const float* from, uint8_t* codes,
-                                                       const uint32_t* random) {
+  template <class Draw>
+  __attribute__((noinline)) static float store_special(const float* roots, const Draw& random,
+                                                       uint8_t* codes) {
     alignas(64) float finite[GROUP];
-    finite_of(from, ~0u, finite);
-    const float scale = store_finite(finite, from_bits(largest_of(finite, ~0u)), codes, random);
+    finite_of(roots, finite);
+    const float scale = store_finite(finite, from_bits(largest_of(finite)), random, codes);
     for (int k = 0; k < GROUP; k++) {
-      const uint32_t bits = bits_of(from[k] + 0.0f);
-      if (bits >= INF) codes[k] = bits == INF ? 255 : 254;
+      const uint32_t magnitude = bits_of(roots[k]) & MAGNITUDE;
+      if (magnitude >= INF) codes[k] = magnitude == INF ? 255 : 254;
     }
     return -scale;
   }
 };
 
-inline void store_nearest_bf16(const float* __restrict from, uint16_t* __restrict to) {
-  alignas(64) uint32_t bits[GROUP];
-#pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) bits[k] = round_bits_to_bf16(bits_of(from[k]));
-#pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) to[k] = uint16_t(bits[k] >> 16);
+// The upper halves, rounded as round_bits_to_bf16 does.
+inline void store_nearest_bf16(const float* from, uint16_t* to) {
+  const auto nearest = [from](int k) {
+    const Floats value = load_floats(from + k);
+    const Bits exact = Bits(value);
+    return (value != value ? exact | 0x400000u : exact + 0x7fffu + (exact >> 16 & 1u)) >> 16;
+  };
+#pragma GCC unroll 4
+  for (int k = 0; k < GROUP; k += 2 * LANES) pack16(nearest(k), nearest(k + LANES), to + k);
 }
 
 // Rounded up with the probability of the part that is cut off.
-inline void store_stochastic_bf16(const float* __restrict from, const uint32_t* __restrict random,
-                                  uint16_t* __restrict to) {
-  alignas(64) uint32_t bits[GROUP];
-#pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) {
-    const uint32_t exact = bits_of(from[k]);
-    const bool nan = int32_t(exact & MAGNITUDE) > int32_t(INF);
-    bits[k] = nan ? exact | 0x400000u : exact + random[k];
-  }
-#pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) to[k] = uint16_t(bits[k] >> 16);
+template <class Draw>
+inline void store_stochastic_bf16(const float* from, const Draw& random, uint16_t* to) {
+  const auto rounded = [&](int k) {
+    const Floats value = load_floats(from + k);
+    const Bits exact = Bits(value);
+    return (value != value ? exact | 0x400000u : exact + random(k)) >> 16;
+  };
+#pragma GCC unroll 8
+  for (int k = 0; k < GROUP; k += 2 * LANES) pack16(rounded(k), rounded(k + LANES), to + k);
 }
 
 // A multiple of float16's smallest subnormal, 2^-24, below 2^-14; `steps` of it in units of 1 / unit.
@@ -201,7 +224,10 @@ inline int32_t randomly(float y, uint32_t random) {
   return whole + int32_t(y - float(whole) + float(int32_t(random)) * 1.52587890625e-5f);  // 2^-16
 }
 
-inline void store_stochastic_f16(const float* from, const uint32_t* random, uint16_t* to) {
+template <class Draw>
+inline void store_stochastic_f16(const float* from, const Draw& draw, uint16_t* to) {
+  alignas(64) uint32_t random[GROUP];
+  draw.fill(random);
   for (int k = 0; k < GROUP; k++) {
     const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
     const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
@@ -222,33 +248,44 @@ struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
   static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
                           float* __restrict to) {
+    // In 16 bits first: a register holds twice as many.
+    alignas(64) int16_t rest[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
-      const int32_t high = int32_t(uint32_t(upper[k]) << 16);
-      const int32_t rest = int32_t(remainder[k]) * (1 << cut);
-      const int32_t magnitude = high & int32_t(MAGNITUDE);
+      const int16_t magnitude = upper[k] & 0x7fff, stored = remainder[k];
       // Of a 0 that someone else wrote, bits would be borrowed from nowhere.
-      const bool alone = magnitude >= int32_t(INF) || (magnitude == 0 && rest < 0);
-      to[k] = from_bits(uint32_t(high) + (alone ? 0u : uint32_t(rest)));
+      const bool alone = (magnitude >= 0x7f80) | ((magnitude == 0) & (stored < 0));
+      rest[k] = alone ? int16_t(0) : stored;
     }
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++)
+      to[k] = from_bits((uint32_t(upper[k]) << 16) + uint32_t(int32_t(rest[k]) * (1 << cut)));
   }
-  static inline void store(const float* __restrict from, const uint32_t* __restrict random,
-                           uint16_t* __restrict upper, Remainder* __restrict remainder) {
-    alignas(64) uint32_t highs[GROUP];
-    alignas(64) int32_t rests[GROUP];
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) {
-      const uint32_t exact = bits_of(from[k]);
-      const uint32_t kept = cut == 0 ? exact : (exact + (random[k] >> 8)) & ~0xffu;
-      const bool nan = int32_t(exact & MAGNITUDE) > int32_t(INF);
-      const uint32_t high = nan ? (exact | 0x400000u) & 0xffff0000u : (kept + 0x8000u) & 0xffff0000u;
-      highs[k] = high;
-      rests[k] = int32_t(high & MAGNITUDE) >= int32_t(INF) ? 0 : int32_t(kept - high) >> cut;
+  template <class Draw>
+  static inline void store(const float* from, const Draw& random, uint16_t* upper, Remainder* remainder) {
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += 4 * LANES) {
+      Bits highs[4], rests[4];
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        const int k = i + part * LANES;
+        const Floats value = load_floats(from + k);
+        const Bits exact = Bits(value);
+        const Bits kept = cut == 0 ? exact : exact + (random(k) >> 8);
+        highs[part] = (value != value ? exact | 0x400000u : kept + 0x8000u) >> 16;
+        // Below the nearest upper part it counts down from it: two's complement.
+        const Bits rest = cut == 0 ? kept & 0xffffu : kept >> 8 & 0xffu;
+        rests[part] = Ints(highs[part] & 0x7fffu) >= 0x7f80 ? 0u : rest;
+      }
+      pack16(highs[0], highs[1], upper + i);
+      pack16(highs[2], highs[3], upper + i + 2 * LANES);
+      if constexpr (cut == 0) {
+        pack16(rests[0], rests[1], reinterpret_cast<uint16_t*>(remainder) + i);
+        pack16(rests[2], rests[3], reinterpret_cast<uint16_t*>(remainder) + i + 2 * LANES);
+      } else {
+        pack8(rests, reinterpret_cast<uint8_t*>(remainder) + i);
+      }
     }
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) upper[k] = uint16_t(highs[k] >> 16);
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k++) remainder[k] = Remainder(rests[k]);
   }
 };
 
@@ -276,8 +313,10 @@ struct SplitF16 {
       to[k] = from_bits(bits | sign);
     }
   }
-  static inline void store(const float* __restrict from, const uint32_t* __restrict random,
-                           uint16_t* __restrict upper, Remainder* __restrict remainder) {
+  template <class Draw>
+  static inline void store(const float* from, const Draw& draw, uint16_t* upper, Remainder* remainder) {
+    alignas(64) uint32_t random[GROUP];
+    if (is_short) draw.fill(random);
     for (int k = 0; k < GROUP; k++) {
       const uint32_t bits = bits_of(from[k]), m = bits & MAGNITUDE;
       uint32_t half;

@@ -1,103 +1,166 @@
 // Formats of a kernel in which some stream is packed, and of one packed stream by itself. Included inside a
 // namespace, like packed.h.
 
-// In pieces: GCC would call memmove for all.
-inline void copy(const float* __restrict from, float* __restrict to) {
-  for (int k = 0; k < GROUP; k += TILE) std::memcpy(to + k, from + k, TILE * sizeof(float));
+// How a stream is read and written, GROUP elements from the slice's element i on: functions out of line, once per
+// instruction set, chosen once per slice.
+using LoadGroup = void (*)(const Slice& slice, int s, int64_t i, float* to);
+using StoreGroup = void (*)(const Slice& slice, int s, int64_t i, const float* from);
+
+template <class S>
+inline S* at(const Slice& slice, int s, int64_t i) {
+  return static_cast<S*>(slice.streams[s]) + i;
+}
+inline uint16_t& scale_at(const Slice& slice, int s, int64_t i) {
+  return slice.packing->scales[s][(slice.first + i) / GROUP];
+}
+template <class Draw>
+inline Draw random_at(const Slice& slice, int s, int64_t i) {
+  return Draw(slice.packing->keys[s], slice.packing->offset + slice.first + i);
 }
 
-// Formats of a kernel in which some stream is packed. Out of line: once per instruction set.
+inline void load_float(const Slice& slice, int s, int64_t i, float* to) {
+  const float* const from = at<float>(slice, s, i);
+  for (int k = 0; k < GROUP; k += LANES) {  // GCC would call memmove for all
+    const Floats some = load_floats(from + k);
+    std::memcpy(to + k, &some, sizeof(some));
+  }
+}
+inline void store_float(const Slice& slice, int s, int64_t i, const float* from) {
+  for (int k = 0; k < GROUP; k += LANES) {
+    const Floats some = load_floats(from + k);
+    std::memcpy(at<float>(slice, s, i + k), &some, sizeof(some));
+  }
+}
+inline void load_bf16(const Slice& slice, int s, int64_t i, float* __restrict to) {
+  const uint16_t* const from = at<uint16_t>(slice, s, i);
+#pragma GCC unroll 1
+  for (int k = 0; k < GROUP; k++) to[k] = bf16_to_float(from[k]);
+}
+inline void store_bf16(const Slice& slice, int s, int64_t i, const float* from) {
+  store_nearest_bf16(from, at<uint16_t>(slice, s, i));
+}
+inline void load_f16(const Slice& slice, int s, int64_t i, float* to) {
+  for (int k = 0; k < GROUP; k += TILE) Float16::load(at<uint16_t>(slice, s, i + k), to + k);
+}
+inline void store_f16(const Slice& slice, int s, int64_t i, const float* from) {
+  for (int k = 0; k < GROUP; k += TILE) Float16::store(from + k, at<uint16_t>(slice, s, i + k));
+}
+template <class Draw>
+void store_random_bf16(const Slice& slice, int s, int64_t i, const float* from) {
+  store_stochastic_bf16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
+}
+template <class Draw>
+void store_random_f16(const Slice& slice, int s, int64_t i, const float* from) {
+  store_stochastic_f16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
+}
+inline void load_signed8(const Slice& slice, int s, int64_t i, float* to) {
+  Signed8::load(at<int8_t>(slice, s, i), bf16_to_float(scale_at(slice, s, i)), to);
+}
+inline void store_signed8(const Slice& slice, int s, int64_t i, const float* from) {
+  scale_at(slice, s, i) = uint16_t(bits_of(Signed8::store(from, at<int8_t>(slice, s, i))) >> 16);
+}
+inline void load_root8(const Slice& slice, int s, int64_t i, float* to) {
+  Root8::load(at<uint8_t>(slice, s, i), bf16_to_float(scale_at(slice, s, i)), to);
+}
+template <class Draw>
+void store_root8(const Slice& slice, int s, int64_t i, const float* roots) {
+  const float scale = Root8::store(roots, random_at<Draw>(slice, s, i), at<uint8_t>(slice, s, i));
+  scale_at(slice, s, i) = uint16_t(bits_of(scale) >> 16);
+}
+template <template <class> class Split, class Remainder>
+void load_split(const Slice& slice, int s, int64_t i, float* to) {
+  Split<Remainder>::load(at<uint16_t>(slice, s, i), static_cast<const Remainder*>(slice.remainder) + i, to);
+}
+template <class Draw, template <class> class Split, class Remainder>
+void store_split(const Slice& slice, int s, int64_t i, const float* from) {
+  Split<Remainder>::store(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i),
+                          static_cast<Remainder*>(slice.remainder) + i);
+}
+
 struct Packed {
   using compute = float;
   static constexpr bool rounds = true;
+  static constexpr bool roots = true;
   static constexpr int tile = GROUP;
-  // Where the kernel works on the param: where it lies, if it is float32. (For the states, copies are faster.)
-  static inline float* param_at(const Slice& slice, int64_t i, float* buffer) {
-    return slice.dtypes[PARAM] == F32 ? static_cast<float*>(slice.streams[PARAM]) + i : buffer;
+  LoadGroup loads[MAX_STREAMS];
+  StoreGroup stores[MAX_STREAMS];
+
+  explicit Packed(const Slice& slice) {
+    const Packing& packing = *slice.packing;
+    for (int s = 0; s < MAX_STREAMS; s++) {
+      loads[s] = load_of(packing.storage[s], slice.dtypes[s]);
+      stores[s] = packing.offset % GROUP == 0 ? store_of<Random>(packing.storage[s], slice.dtypes[s])
+                                              : store_of<RandomFromAnywhere>(packing.storage[s], slice.dtypes[s]);
+    }
   }
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
 
-  __attribute__((noinline)) static void load(const Slice& slice, int s, int64_t i, float* to) {
-    const Packing& packing = *slice.packing;
-    const Storage storage = packing.storage[s];
-    if (storage == SIGNED8 || storage == ROOT8) {
-      const float scale = bf16_to_float(packing.scales[s][(slice.first + i) / GROUP]);
-      const char* codes = static_cast<const char*>(slice.streams[s]) + i;
-      if (storage == SIGNED8)
-        Signed8::load(reinterpret_cast<const int8_t*>(codes), scale, to);
-      else
-        Root8::load(reinterpret_cast<const uint8_t*>(codes), scale, to);
-    } else if (storage == SPLIT8 || storage == SPLIT16) {
-      const auto* upper = static_cast<const uint16_t*>(slice.streams[s]) + i;
-      const auto* rest8 = static_cast<const int8_t*>(slice.remainder);
-      const auto* rest16 = static_cast<const int16_t*>(slice.remainder);
-      if (slice.dtypes[s] == BF16)
-        storage == SPLIT8 ? SplitBF16<int8_t>::load(upper, rest8 + i, to)
-                          : SplitBF16<int16_t>::load(upper, rest16 + i, to);
-      else
-        storage == SPLIT8 ? SplitF16<int8_t>::load(upper, rest8 + i, to)
-                          : SplitF16<int16_t>::load(upper, rest16 + i, to);
-    } else {
-      load_stored(slice, s, i, to);
-    }
+  // Where the kernel works on a stream: where it lies, if that is a float32 param, or a grad that is only read.
+  // (For the states, copies are faster.)
+  static inline float* place(const Slice& slice, int s, int64_t i, float* buffer) {
+    const bool in_place = slice.dtypes[s] == F32 && (s == PARAM || (s == GRAD && slice.grad_write == KEPT));
+    return in_place ? at<float>(slice, s, i) : buffer;
+  }
+  inline void load(const Slice& slice, int s, int64_t i, float* to) const { loads[s](slice, s, i, to); }
+  inline void store(const Slice& slice, int s, int64_t i, const float* from) const {
+    stores[s](slice, s, i, from);
   }
   // What someone sees who does not know of remainders.
   static inline void load_stored(const Slice& slice, int s, int64_t i, float* to) {
-    if (slice.dtypes[s] == F32) return copy(static_cast<const float*>(slice.streams[s]) + i, to);
-    if (slice.dtypes[s] == BF16) {
-      const uint16_t* const from = static_cast<const uint16_t*>(slice.streams[s]) + i;
-#pragma GCC unroll 1
-      for (int k = 0; k < GROUP; k++) to[k] = bf16_to_float(from[k]);
-      return;
-    }
-    for (int k = 0; k < GROUP; k += TILE)
-      Mixed::load(slice, s, i + k, to + k);
+    load_of(PLAIN, slice.dtypes[s])(slice, s, i, to);
   }
-  __attribute__((noinline)) static void store(const Slice& slice, int s, int64_t i, const float* from) {
-    const Packing& packing = *slice.packing;
-    const Storage storage = packing.storage[s];
-    if (storage == PLAIN) {
-      if (slice.dtypes[s] == F32) return copy(from, static_cast<float*>(slice.streams[s]) + i);
-      if (slice.dtypes[s] == BF16)
-        return store_nearest_bf16(from, static_cast<uint16_t*>(slice.streams[s]) + i);
-      for (int k = 0; k < GROUP; k += TILE)
-        Mixed::store(slice, s, i + k, from + k);
-      return;
-    }
-    alignas(64) uint32_t random[GROUP];
-    const bool is_random = storage != SIGNED8 && storage != SPLIT16;
-    if (is_random) random_of(packing.keys[s], packing.offset + slice.first + i, random);
-    auto* const wide = static_cast<uint16_t*>(slice.streams[s]) + i;
-    char* const codes = static_cast<char*>(slice.streams[s]) + i;
-    auto* const rest8 = static_cast<int8_t*>(slice.remainder);
-    auto* const rest16 = static_cast<int16_t*>(slice.remainder);
-    const bool is_bf16 = slice.dtypes[s] == BF16;
+
+ private:
+  static LoadGroup load_of(Storage storage, Dtype dtype) {
+    const bool bf16 = dtype == BF16;
     switch (storage) {
       case SIGNED8:
-      case ROOT8: {
-        const float scale = storage == SIGNED8
-                                ? Signed8::store(from, reinterpret_cast<int8_t*>(codes))
-                                : Root8::store(from, reinterpret_cast<uint8_t*>(codes), random);
-        packing.scales[s][(slice.first + i) / GROUP] = uint16_t(bits_of(scale) >> 16);
-        return;
-      }
-      case STOCHASTIC:
-        return is_bf16 ? store_stochastic_bf16(from, random, wide)
-                       : store_stochastic_f16(from, random, wide);
+        return load_signed8;
+      case ROOT8:
+        return load_root8;
       case SPLIT8:
-        return is_bf16 ? SplitBF16<int8_t>::store(from, random, wide, rest8 + i)
-                       : SplitF16<int8_t>::store(from, random, wide, rest8 + i);
+        return bf16 ? load_split<SplitBF16, int8_t> : load_split<SplitF16, int8_t>;
+      case SPLIT16:
+        return bf16 ? load_split<SplitBF16, int16_t> : load_split<SplitF16, int16_t>;
       default:
-        return is_bf16 ? SplitBF16<int16_t>::store(from, random, wide, rest16 + i)
-                       : SplitF16<int16_t>::store(from, random, wide, rest16 + i);
+        return dtype == F32 ? load_float : bf16 ? load_bf16 : load_f16;
+    }
+  }
+  template <class Draw>
+  static StoreGroup store_of(Storage storage, Dtype dtype) {
+    const bool bf16 = dtype == BF16;
+    switch (storage) {
+      case STOCHASTIC:
+        return bf16 ? store_random_bf16<Draw> : store_random_f16<Draw>;
+      case SIGNED8:
+        return store_signed8;
+      case ROOT8:
+        return store_root8<Draw>;
+      case SPLIT8:
+        return bf16 ? store_split<Draw, SplitBF16, int8_t> : store_split<Draw, SplitF16, int8_t>;
+      case SPLIT16:  // draws nothing
+        return bf16 ? store_split<Random, SplitBF16, int16_t> : store_split<Random, SplitF16, int16_t>;
+      default:
+        return dtype == F32 ? store_float : bf16 ? store_bf16 : store_f16;
     }
   }
 };
 
 // One stream by itself, numel elements from the tensor's element slice.first on: for what is not a step.
 inline void load_stream(const Slice& slice, int s, float* values) {
-  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::load(slice, s, i, values + i);
+  const Packed form(slice);
+  for (int64_t i = 0; i < slice.numel; i += GROUP) form.load(slice, s, i, values + i);
 }
 inline void store_stream(const Slice& slice, int s, const float* values) {
-  for (int64_t i = 0; i < slice.numel; i += GROUP) Packed::store(slice, s, i, values + i);
+  const Packed form(slice);
+  alignas(64) float roots[GROUP];
+  for (int64_t i = 0; i < slice.numel; i += GROUP) {
+    const float* from = values + i;
+    if (slice.packing->storage[s] == ROOT8) {
+#pragma GCC unroll 1
+      for (int k = 0; k < GROUP; k++) roots[k] = std::sqrt(from[k]);
+      from = roots;
+    }
+    form.store(slice, s, i, from);
+  }
 }

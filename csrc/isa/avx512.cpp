@@ -27,6 +27,7 @@ static bool avx512_supported() { return __builtin_cpu_supports("avx512f") && __b
 #if !defined(__clang__)
 // GCC 12's own avx512fintrin.h warns wherever it is inlined (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include "../apply.inl"

@@ -1,0 +1,43 @@
+// A register of 32-bit numbers and how several are packed into narrower ones. GCC 12 vectorises arithmetic well
+// but not what narrows in the same loop, so the formats of packed.h say it register by register, in the vector
+// types that GCC and Clang have for every instruction set. Included inside a namespace, like formats.h.
+#if defined(FUSED_OPTIM_F16C) || defined(FUSED_OPTIM_AVX512)
+#define FUSED_OPTIM_PACKS
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+inline Floats load_floats(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+// The lower halves, of numbers that are below 2^16.
+inline void pack16(Bits first, Bits second, uint16_t* to) {
+#if defined(FUSED_OPTIM_PACKS)
+  const __m256i packed = _mm256_packus_epi32((__m256i)first, (__m256i)second);  // each 128 bits by themselves
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0b11'01'10'00));
+#else
+  for (int k = 0; k < LANES; k++) to[k] = uint16_t(first[k]);
+  for (int k = 0; k < LANES; k++) to[LANES + k] = uint16_t(second[k]);
+#endif
+}
+
+// The lowest bytes, of numbers that are below 2^8.
+inline void pack8(const Bits (&parts)[4], uint8_t* to) {
+#if defined(FUSED_OPTIM_PACKS)
+  const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32((__m256i)parts[0], (__m256i)parts[1]),
+                                             _mm256_packus_epi32((__m256i)parts[2], (__m256i)parts[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(packed, order));
+#else
+  for (int part = 0; part < 4; part++)
+    for (int k = 0; k < LANES; k++) to[part * LANES + k] = uint8_t(parts[part][k]);
+#endif
+}
