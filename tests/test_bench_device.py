@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,3 +398,34 @@ def test_a_device_that_is_not_there_is_an_error(name, message, capsys):
         cli.main(["bench", "--device", name])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_peers_with_small_states_enter_the_rows_of_such_states(monkeypatch):
+    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: object())
+    entered = {
+        peer.name: {
+            row.name for row in workloads.gpu_table(False) if not peer.why_not(row, quick=False)
+        }
+        for peer in contestants.GPU_PEERS
+    }
+    assert entered["torchao"] == entered["bitsandbytes"] == {"formats-int8"}
+    assert entered["FlashOptim"] == {"formats-split8"}
+    assert not any(
+        name.startswith("formats") for name in entered["optimi"] | entered["torch.compile"]
+    )
+
+
+def test_peers_with_small_states_are_built_from_their_libraries(monkeypatch):
+    def build(params, **options):
+        return torch.optim.SGD(params)
+
+    fakes = SimpleNamespace(AdamW8bit=build, FlashAdamW=build)
+    imported = []
+    monkeypatch.setattr(
+        contestants.importlib, "import_module", lambda name: imported.append(name) or fakes
+    )
+    for peer in contestants.GPU_PEERS:
+        if peer.formats:
+            (row,) = (r for r in workloads.gpu_table(True) if r.name in peer.formats)
+            peer.build(row, [torch.nn.Parameter(torch.ones(3))])
+    assert imported == ["torchao.optim", "bitsandbytes.optim", "flashoptim"]

@@ -188,18 +188,21 @@ class Peer:
     factories: our class name -> constructor call that means the same mathematics.
     compiles: whether it compiles itself for a list of tensors, which takes a minute for hundreds;
         so it does that only for plain float32 rows.
+    formats: rows of formats whose states and params it keeps in about as many bits, and no others;
+        empty: it keeps whole states.
     """
 
     name: str
     module: str
     factories: dict[str, Callable[[Workload, Sequence[nn.Parameter]], Optimizer]]
     compiles: bool = False
+    formats: tuple[str, ...] = ()
 
     def why_not(self, workload: Workload, *, quick: bool) -> str | None:
         """Why it cannot run this workload; None if it may."""
         if workload.is_huge:
             return "workload too large"
-        if workload.formats:
+        if workload.name not in self.formats and (workload.formats or self.formats):
             return "keeps other states"
         plain = workload.timed == "step" and workload.dtype == torch.float32
         if self.compiles and (quick or not plain or workload.n_tensors > MOST_COMPILED_TENSORS):
@@ -232,6 +235,19 @@ def _optimi_sgd(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer
     )
 
 
+def _torchao_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    return importlib.import_module("torchao.optim").AdamW8bit(params, weight_decay=1e-2)
+
+
+def _bitsandbytes_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    return importlib.import_module("bitsandbytes.optim").AdamW8bit(params, weight_decay=1e-2)
+
+
+def _flashoptim_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    # Its default is 8-bit states and 8 more bits for bfloat16 params.
+    return importlib.import_module("flashoptim").FlashAdamW(params, lr=1e-3, weight_decay=1e-2)
+
+
 def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
     optimizer = getattr(torch.optim, workload.optimizer)(params, foreach=True, **workload.options)
     torch.compiler.reset()  # after eight lists of tensors torch would give up
@@ -248,7 +264,13 @@ PEERS = (Peer("DeepSpeedCPUAdam", "deepspeed.ops.adam", {"AdamW": _deepspeed_ada
 GPU_PEERS = (
     _OPTIMI,
     Peer("torch.compile", "torch", dict.fromkeys(_COMPILED_OPTIMIZERS, _compiled), compiles=True),
-)
+    Peer("torchao", "torchao.optim", {"AdamW": _torchao_adamw}, formats=("formats-int8",)),
+    Peer(
+        "bitsandbytes", "bitsandbytes.optim", {"AdamW": _bitsandbytes_adamw},
+        formats=("formats-int8",),
+    ),
+    Peer("FlashOptim", "flashoptim", {"AdamW": _flashoptim_adamw}, formats=("formats-split8",)),
+)  # fmt: skip
 
 
 def peers(device_type: str) -> tuple[Peer, ...]:
