@@ -261,9 +261,11 @@ def test_data_loader_workers_step() -> None:
 
 CTRL_C = """
 import signal, sys, torch
+from fused_optim import backends
 from twins import FEW_CASES, Run, assert_same_run
 case = next(case for case in FEW_CASES if case.id == {case_id!r})
 SHAPES = ((300, 300), (70_001,), *((64, 3),) * 100)
+backends.cpu_kernels()  # an interrupted import of them is not what this is about
 
 def interrupt(number, frame):
     raise KeyboardInterrupt
