@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .formats import random_key
 from .rules import divide, lerp
-from .streams import decode, encode, load, store, without_remainder, zero
+from .streams import PLAIN, decode, encode, load, store, without_remainder, zero
 
 # The columns of `hypers`: at most so many hypers, then what every rule has.
 MAX_HYPERS = tl.constexpr(8)
@@ -86,7 +86,7 @@ def update_block(
                 STORAGES[s], DTYPES[s], BLOCK, INTERPRETED,
             )  # fmt: skip
     if DTYPES[EMA] is not None:
-        if STORAGES[0] == "plain":
+        if STORAGES[0] == PLAIN:
             param = decode(stored, COMPUTE, INTERPRETED)
         else:
             param = without_remainder(stored, DTYPES[0])
@@ -190,7 +190,7 @@ def multi_tensor(
         else:
             extras = extras + (streams[0],)
             aligned_extras = aligned_extras + (aligned[0],)
-        if STORAGES[s] != "plain":
+        if STORAGES[s] != PLAIN:
             seed = tl.load(tensor + STREAMS + 2 * N + 1 + s)
             keys = keys + (random_key(seed.to(tl.uint64, bitcast=True), step),)
         else:

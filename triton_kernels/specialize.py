@@ -10,6 +10,7 @@ import triton.language as tl
 from . import prepare
 from .multi_tensor import KEPT, STREAMS
 from .rules import RULES
+from .streams import STORAGES
 
 # Storage types that a kernel reads, by the name that torch gives them.
 DTYPES = {
@@ -108,7 +109,7 @@ class Specialization:
             "N_HYPERS": len(rule.hypers),
             "DTYPES": tuple(dtypes),
             "CODES": tuple(codes),
-            "STORAGES": self.storages,
+            "STORAGES": tuple(map(STORAGES.index, self.storages)),
             "EXTRAS": tuple(extras),
             "COLUMNS": STREAMS.value + n_streams + (2 * n_streams + 1 if is_packed else 0),
             "COMPUTE": self.compute,
