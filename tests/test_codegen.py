@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -82,10 +83,13 @@ def is_known_defect(kernel, target, complaint):
     For sm_100, its ptxas 12.9 fuses packed products into additions, against --fmad=false: the same PTX
     through ptxas 13.4 is healthy, and so are kernels compiled under DISABLE_LLVM_OPT=nvptx-no-f32x2.
     Where it buys the next step of occupancy, ptxas spills one register: in float64 on the masked path of
-    a tensor's end, and for sm_100.
+    a tensor's end, and for sm_100. Packed kernels take 112 to 164 registers, where Triton 3.9 takes 60 to
+    107: fewer of them run side by side.
     """
     if not triton.__version__.startswith("3.6."):
         return False
+    if kernel.dtypes in kernels.PACKED and re.fullmatch(r"1\d\d registers, more than \d+", complaint):
+        return True
     if target == "sm_100" and "fused" in complaint:
         return True
     spills = target == "sm_100" or kernel.dtypes == "float64"
