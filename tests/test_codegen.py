@@ -88,7 +88,9 @@ def is_known_defect(kernel, target, complaint):
     """
     if not triton.__version__.startswith("3.6."):
         return False
-    if kernel.dtypes in kernels.PACKED and re.fullmatch(r"1\d\d registers, more than \d+", complaint):
+    if kernel.dtypes in kernels.PACKED and re.fullmatch(
+        r"1\d\d registers, more than \d+", complaint
+    ):
         return True
     if target == "sm_100" and "fused" in complaint:
         return True
