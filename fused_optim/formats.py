@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_optim import backends, codes, sharding
+from fused_optim.codes import GROUP
 
 # Keys of a param group; in it only if the user gave some.
 OPTIONS = ("state_dtype", "master", "rounding_seed")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 MASTERS = (None, "stochastic", "split8", "split16")
-GROUP = 64  # elements of one scale
 SMALLEST_INT8 = 4096  # elements; smaller states stay float32
 REMAINDER = "param_remainder"
 _FIRST_STATE = 2  # the stream of a rule's first state, csrc/kernel.h
