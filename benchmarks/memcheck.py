@@ -10,6 +10,7 @@ CASES = [
     (fused_optim.AdamW, {}),
     (fused_optim.RMSprop, {"centered": True, "momentum": 0.9}),
     (fused_optim.Adagrad, {}),
+    (fused_optim.Lion, {"weight_decay": 0.1}),
 ]
 
 

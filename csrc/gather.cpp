@@ -138,7 +138,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
       PyObject* first = PyDict_GetItemWithError(states, state_keys_[0]);
       fresh = first == nullptr || first == Py_None;
     }
-    if (packs && !fresh && rule_.has_step && PyDict_Contains(states, names.step) == 0) {
+    if (packs && !fresh && used != 0 &&
+        !(rule_.has_step && PyDict_Contains(states, names.step) != 0)) {
       fresh = true;  // but for a remainder, say
       for (PyObject* key : state_keys_) fresh = fresh && PyDict_Contains(states, key) == 0;
     }

@@ -80,6 +80,46 @@ struct SGD {
   }
 };
 
+// Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2, in the order of the
+// authors' PyTorch code.
+struct Lion {
+  static constexpr const char* name = "lion";
+  static constexpr const char* option_names[] = {"lr", "betas.0", "betas.1", "weight_decay"};
+  static constexpr const char* state_names[] = {"exp_avg"};
+  static constexpr const char* hyper_names[] = {"lr",    "beta1",      "beta1_comp",
+                                                "beta2", "beta2_comp", "param_decay"};
+  static constexpr unsigned SQUARES = 0;  // states like a second moment
+  static constexpr bool has_step = false;
+
+  enum : unsigned { WEIGHT_DECAY = 1, FIRST_STEP = 0, VARIANTS = 2 };
+  static constexpr bool valid(unsigned) { return true; }
+  static constexpr unsigned states(unsigned) { return 0b1; }
+  static constexpr unsigned lerped_states(unsigned) { return 0; }
+  static constexpr bool decays_grad(unsigned) { return false; }
+
+  struct Options {
+    double lr, beta1, beta2, weight_decay;
+  };
+  static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
+
+  template <class T>
+  struct Hypers {
+    T lr, beta1, beta1_comp, beta2, beta2_comp, param_decay;
+  };
+  static Hypers<double> prepare(const Options& o, double /*step*/) {
+    return {o.lr, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.lr * o.weight_decay};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& exp_avg, T&, T&, const Hypers<T>& h) {
+    if constexpr (VARIANT & WEIGHT_DECAY) param = param * h.param_decay;
+    const T direction = h.beta1 * exp_avg + h.beta1_comp * grad;
+    // torch.sign: 0 for NaN.
+    param = param - h.lr * (direction > 0 ? T(1) : direction < 0 ? T(-1) : T(0));
+    exp_avg = h.beta2 * exp_avg + h.beta2_comp * grad;
+  }
+};
+
 // Duchi, Hazan, Singer 2011, "Adaptive subgradient methods", diagonal form.
 struct Adagrad {
   static constexpr const char* name = "adagrad";
@@ -243,4 +283,4 @@ struct Adam {
 };
 
 // The registry: one line per rule, here and nowhere else in csrc.
-#define FUSED_OPTIM_RULES(RULE) RULE(SGD) RULE(Adagrad) RULE(RMSprop) RULE(Adam)
+#define FUSED_OPTIM_RULES(RULE) RULE(SGD) RULE(Lion) RULE(Adagrad) RULE(RMSprop) RULE(Adam)

@@ -6,6 +6,7 @@ from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
 from fused_optim.formats import FormatOptions
 from fused_optim.grad_scaler import GradScaler
+from fused_optim.lion import Lion
 from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
 from fused_optim.patching import patch, patched, unpatch
@@ -24,6 +25,7 @@ __all__ = [
     "FormatOptions",
     "FusedOptimizer",
     "GradScaler",
+    "Lion",
     "OnePassOptions",
     "RMSprop",
     "StepReport",

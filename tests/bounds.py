@@ -52,14 +52,18 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Bounded:
-    """An exact value, the error bound of its computed twin, and how operations on it round."""
+    """An exact value, the error bound of its computed twin, and how operations on it round.
+
+    jumped: where a sign on the way may be the opposite one, so that the error is no rounding.
+    """
 
     value: Array
     error: Array
     rounding: Rounding
+    jumped: NDArray[np.bool_] | bool = False
 
     def __neg__(self) -> Bounded:
-        return Bounded(-self.value, self.error, self.rounding)
+        return Bounded(-self.value, self.error, self.rounding, self.jumped)
 
     def __add__(self, other: Bounded | float) -> Bounded:
         other = self._lift(other)
@@ -101,19 +105,26 @@ class Bounded:
             np.maximum(self.value, other.value),
             np.maximum(self.error, other.error),
             self.rounding,
+            self.jumped | other.jumped,
         )
+
+    def sign(self) -> Bounded:
+        """Exact, unless 0 is within the error: then it may be anything from -1 to 1."""
+        value, jumped = np.sign(self.value), np.abs(self.value) <= self.error
+        error = np.where(jumped, 1.0 + np.abs(value), 0.0)
+        return Bounded(value, error, self.rounding, self.jumped | jumped)
 
     def rounded(self, by: Rounding, then: Rounding | None = None) -> Bounded:
         """Rounded once, and operated on with `then` (as before if None) from here."""
         extra = np.maximum(by.unit * (np.abs(self.value) + self.error), by.tiny)
-        return Bounded(self.value, self.error + extra, then or self.rounding)
+        return Bounded(self.value, self.error + extra, then or self.rounding, self.jumped)
 
     def _lift(self, other: Bounded | float) -> Bounded:
         return other if isinstance(other, Bounded) else exact(other, self.rounding)
 
     def _result(self, other: Bounded, value: Array, error: Array) -> Bounded:
         rounding = max(self.rounding, other.rounding)
-        return Bounded(value, error, rounding).rounded(rounding)
+        return Bounded(value, error, rounding, self.jumped | other.jumped).rounded(rounding)
 
 
 def exact(value: ArrayLike, rounding: Rounding) -> Bounded:
@@ -225,6 +236,34 @@ def sgd(
     return on.store(on.add(param, -on.lr(lr), grad)), after
 
 
+def lion(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        param = on.result(param * on.hyper(1.0 - on.lr(lr) * weight_decay))
+    exp_avg = state.get("exp_avg", on.stored(0.0))
+
+    def moved(beta: float) -> Bounded:
+        return on.result(
+            on.add(on.result(exp_avg * on.hyper(on.number(beta))), on.number(1 - beta), grad)
+        )
+
+    step_size = on.result(on.hyper(on.lr(lr)) * moved(betas[0]).sign())
+    return on.store(param - step_size), {"exp_avg": on.store(moved(betas[1]))}
+
+
 def adagrad(
     on: Machine,
     param: Bounded,
@@ -334,6 +373,7 @@ def _decayed_square(on: Machine, average: Bounded, grad: Bounded, decay: float) 
 
 RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "SGD": sgd,
+    "Lion": lion,
     "Adagrad": adagrad,
     "RMSprop": rmsprop,
     "Adam": adam,

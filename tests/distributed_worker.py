@@ -18,6 +18,7 @@ from fused_optim import sharding
 WORLD_SIZE = 2
 OPTIMIZERS = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "Lion": {"lr": 0.01, "weight_decay": 0.1},
     "Adagrad": {"lr": 0.1},
     "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
     "Adam": {"lr": 0.01, "amsgrad": True},

@@ -43,6 +43,28 @@ def sgd(
     return param - lr * direction, {"momentum_buffer": momentum_buffer}
 
 
+def lion(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2."""
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    exp_avg = state.get("exp_avg", 0.0)
+    direction = np.sign(beta1 * exp_avg + (1 - beta1) * grad)
+    after = beta2 * exp_avg + (1 - beta2) * grad
+    return param - lr * (direction + weight_decay * param), {"exp_avg": after}
+
+
 def adagrad(
     param: Array,
     grad: Array,
@@ -138,6 +160,7 @@ def adam(
 
 ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "SGD": sgd,
+    "Lion": lion,
     "Adagrad": adagrad,
     "RMSprop": rmsprop,
     "Adam": adam,

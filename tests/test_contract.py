@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import BACKEND, CASES, DEVICE, Case
+from cases import BACKEND, CASES, DEVICE, Case, stock_class
 from marks import not_interpreted
 from processes import python
 from torch import Tensor
@@ -35,17 +35,13 @@ REFUSED = {
 }
 
 
-def stock_class(case: Case) -> type:
-    return getattr(torch.optim, case.optimizer)
-
-
 def fused_class(case: Case) -> type:
     return getattr(fused_optim, case.optimizer)
 
 
 @each_optimizer
 def test_is_the_stock_class_with_the_same_signatures_and_one_pass(case: Case) -> None:
-    stock, fused = stock_class(case), fused_class(case)
+    stock, fused = stock_class(case.optimizer), fused_class(case)
     assert issubclass(fused, stock)
     assert fused.__name__ == stock.__name__
     *arguments, one_pass = inspect.signature(fused).parameters.values()
@@ -63,7 +59,7 @@ def test_is_the_stock_class_with_the_same_signatures_and_one_pass(case: Case) ->
 def test_constructor_raises_as_stock(case: Case, key: str) -> None:
     for value in REFUSED[key]:
         results = []
-        for optimizer_class in (fused_class(case), stock_class(case)):
+        for optimizer_class in (fused_class(case), stock_class(case.optimizer)):
             try:
                 optimizer_class([torch.zeros(2)], **{key: value})
                 results.append(None)
@@ -88,7 +84,7 @@ def test_constructor_raises_as_stock(case: Case, key: str) -> None:
 )
 def test_bad_params_raise_as_stock(case: Case, params) -> None:
     with pytest.raises(Exception) as stock_error:  # noqa: PT011
-        stock_class(case)(params())
+        stock_class(case.optimizer)(params())
     with pytest.raises(stock_error.type) as fused_error:
         fused_class(case)(params())
     assert str(fused_error.value) == str(stock_error.value)
@@ -111,7 +107,7 @@ def test_bad_params_raise_as_stock(case: Case, params) -> None:
 )
 def test_implementation_flags_are_accepted_or_refused_as_stock(case: Case, flags: dict) -> None:
     errors = []
-    for optimizer_class in (fused_class(case), stock_class(case)):
+    for optimizer_class in (fused_class(case), stock_class(case.optimizer)):
         param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         param.grad = torch.ones_like(param)
         try:

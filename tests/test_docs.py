@@ -13,6 +13,7 @@ import fused_optim
     "name",
     [
         "SGD",
+        "Lion",
         "Adagrad",
         "RMSprop",
         "Adam",

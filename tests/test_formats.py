@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKEND
+from cases import BACKEND, stock_class
 from marks import needs_cpu_kernels
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ pytestmark = needs_cpu_kernels
 SHAPES = ((257, 131), (33, 5), (64, 64), (4099,), (), (0,))
 OPTIMIZERS = {
     "SGD": {"momentum": 0.9, "weight_decay": 0.01},
+    "Lion": {"weight_decay": 0.1},
     "Adagrad": {},
     "RMSprop": {"momentum": 0.5, "centered": True},
     "Adam": {"amsgrad": True},
@@ -239,7 +240,7 @@ def test_what_others_write_to_the_param_survives(dtype, master):
 def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
     shapes = [shape for shape in SHAPES if 0 not in shape]
     stock_run = Training(name, shapes=shapes)
-    stock = getattr(torch.optim, name)(stock_run.params, **OPTIMIZERS[name])
+    stock = stock_class(name)(stock_run.params, **OPTIMIZERS[name])
     stock_run.opt = stock
     stock_run.step(3)
     run = Training(name, shapes=shapes, state_dtype=state_dtype)
@@ -254,7 +255,7 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
                 assert states[key].dtype == wanted.dtype
     run.step()
     assert run.opt.last_step.tensors == {"cpu": len(shapes)}
-    back = getattr(torch.optim, name)(
+    back = stock_class(name)(
         [nn.Parameter(p.detach().clone()) for p in run.params], **OPTIMIZERS[name]
     )
     back.load_state_dict(run.opt.state_dict_for_stock())
@@ -306,7 +307,7 @@ def test_nan_and_inf_come_out_where_stock_has_them():
     for name, state_dtype in itertools.product(OPTIMIZERS, [torch.bfloat16, "int8"]):
         run = Training(name, shapes=[(8192,)], state_dtype=state_dtype)
         twin = Training(name, shapes=[(8192,)])
-        stock = getattr(torch.optim, name)(twin.params, **OPTIMIZERS[name])
+        stock = stock_class(name)(twin.params, **OPTIMIZERS[name])
         bad = {3: torch.nan, 64: torch.inf, 127: -torch.inf, 8191: torch.nan, 4000: 1e18}
         for n in range(3):
             grad = run.randn((8192,))

@@ -215,7 +215,7 @@ def test_half_dtypes_are_served_beside_others(case: Case) -> None:
     run = Run(case, case.fused)
     dtypes = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
     run.params = [torch.nn.Parameter(run.randn((33,), dtype)) for dtype in dtypes]
-    run.opt = run.make(run.params)
+    run.opt = run.make(run.params, lr=0.1)  # an update that no dtype rounds away
     before = [param.detach().clone() for param in run.params]
     run.step(2)
     assert run.opt.last_step.tensors == {case.backend: len(dtypes)}

@@ -176,8 +176,10 @@ def test_differentiable_carries_gradients(case: Case) -> None:
         opt = run.make([param], differentiable=True)
         param.grad = source * 2
         opt.step()
-        # SGD detaches the grad that becomes its first momentum buffer.
-        (slope,) = torch.autograd.grad(param.sum(), source, allow_unused=True)
+        # SGD detaches the grad that becomes its first momentum buffer; a sign passes on none.
+        states = [state for state in opt.state[param].values() if state.requires_grad]
+        total = param.sum() + sum(state.sum() for state in states)
+        (slope,) = torch.autograd.grad(total, source, allow_unused=True)
         run.seen.append(slope)
 
     ours, _ = run_both(case, program)

@@ -50,6 +50,12 @@ def sgd(options, step):
 
 
 @triton.jit
+def lion(options, step):
+    lr, beta1, beta2, weight_decay = options
+    return lr, beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay
+
+
+@triton.jit
 def adagrad(options, step):
     lr, lr_decay, eps, weight_decay = options
     return lr / (1 + (step - 1) * lr_decay), eps, weight_decay

@@ -77,6 +77,20 @@ def sgd(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def lion(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+    """Chen et al. 2023, algorithm 2, in the order of the authors' PyTorch code."""
+    exp_avg = states[0]
+    lr, beta1, beta1_comp, beta2, beta2_comp, param_decay = hypers
+    if variant & WEIGHT_DECAY:
+        param = param * param_decay
+    direction = beta1 * exp_avg + beta1_comp * grad
+    # torch.sign: 0 for NaN.
+    param = param - lr * tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))
+    exp_avg = beta2 * exp_avg + beta2_comp * grad
+    return param, (exp_avg,)
+
+
+@triton.jit
 def adagrad(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
     """Duchi, Hazan, Singer 2011, diagonal form."""
     sum = states[0]
@@ -170,6 +184,14 @@ RULES = {
         ("lr", "momentum", "dampening_comp", "weight_decay"),
         ("momentum_buffer",),
         {MOMENTUM.value: 0b1},
+        0b0,
+    ),
+    "lion": Rule(
+        lion,
+        ("lr", "betas.0", "betas.1", "weight_decay"),
+        ("lr", "beta1", "beta1_comp", "beta2", "beta2_comp", "param_decay"),
+        ("exp_avg",),
+        {},
         0b0,
     ),
     "adagrad": Rule(
