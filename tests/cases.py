@@ -175,6 +175,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 
+OF_TORCH = sorted(name for name in VARIANTS if hasattr(torch.optim, name))
+
 CASES = [
     Case(
         optimizer,

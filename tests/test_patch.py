@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import DEVICE, VARIANTS
+from cases import DEVICE, OF_TORCH
 
 import fused_optim
 
-NAMES = sorted(name for name in VARIANTS if hasattr(torch.optim, name))
+NAMES = OF_TORCH
 # torch.optim wraps a class's step when its first optimizer is made.
 for name in NAMES:
     getattr(torch.optim, name)([torch.zeros(1)])
