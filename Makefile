@@ -12,7 +12,7 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
   triton_momentum.py triton_formats.py triton_packed.py amp.py) -k "not False"
 
-.PHONY: demo test formats lint sanitize triton-oldest clean
+.PHONY: demo test docs linkcheck formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
 # might choose the newest build with gigabytes of CUDA libraries.
@@ -27,10 +27,20 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 	$(BIN)/python -m fused_optim bench --quick
 
-# The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
+# Without the tests of the pages, which `make docs` runs. The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
 test: $(VENV)/installed
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/test_docs_pages.py
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)
+
+# The pages, in build/docs. What Sphinx warns of is an error: links between pages and into the API reference that
+# lead nowhere, docstrings that it cannot read. Then the tests run what the pages say.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/pytest -q tests/test_docs_pages.py
+
+# Links to other sites, which need the network.
+linkcheck: $(VENV)/installed
+	$(BIN)/python -m sphinx -q -b linkcheck docs build/linkcheck
 
 # Bytes and accuracy of the state formats and masters: writes docs/formats.md in about ten minutes.
 formats: $(VENV)/installed

@@ -183,7 +183,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped: int64, without dimensions.
+        """The number of skipped steps, int64 without dimensions.
 
         By skip_nonfinite; by GradScaler if ``max_grad_norm``, ``skip_nonfinite`` or ``zero_grads`` is in use.
         """

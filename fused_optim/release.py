@@ -59,7 +59,7 @@ def release_gradients(
         others keep their grads, as always. The next backward counts from 1 again.
 
         Hooks on grads (``Tensor.register_hook``) and on params run as without. What ``step()``'s own
-        pre-hooks or clip_grad_norm_ between ``backward()`` and ``step()`` would do to grads comes too
+        pre-hooks or ``clip_grad_norm_`` between ``backward()`` and ``step()`` would do to grads comes too
         late. After ``zero_grad(set_to_none=False)`` freed grads are None, not zeros.
 
         A backward that needs a param's values beside its graph (of ``param.detach()``, or a second

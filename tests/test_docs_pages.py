@@ -1,0 +1,149 @@
+"""The pages in docs/, README.md and CONTRIBUTING.md: their code runs, and what they name exists.
+
+Links between pages, and into the API reference, are checked when Sphinx builds them (`make docs`).
+"""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from marks import needs_cpu_kernels
+
+import fused_optim
+from fused_optim import cli
+from fused_optim.cli.workloads import select
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(ROOT.glob("docs/*.md"))
+READ_ON_THEIR_OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+READ_ON_THEIR_OWN += [ROOT / "benchmarks/results/README.md"]
+ALL = PAGES + READ_ON_THEIR_OWN
+MAKEFILE = (ROOT / "Makefile").read_text()
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    found = re.findall(r"^```([\w-]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for language, text in found if language in languages]
+
+
+def code(page: Path) -> list[str]:
+    """Lines of shell blocks, and code in a line."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    lines = [line for text in blocks(page, "sh", "") for line in text.splitlines()]
+    return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def taken_for_granted() -> dict:
+    """What blocks of code do not say: a model, its data, and an optimizer where a block is about one."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    return {
+        "torch": torch,
+        "fused_optim": fused_optim,
+        "model": model,
+        "params": list(model.parameters()),
+        "opt": fused_optim.AdamW(model.parameters()),
+        "data": [(torch.randn(8, 64), torch.randn(8, 1)) for _ in range(2)],
+        "loss_of": lambda model, x, y: torch.nn.functional.mse_loss(model(x), y),
+        "evaluate": lambda model: model(torch.ones(1, 64)),
+    }
+
+
+RUNNABLE = [page for page in ALL if blocks(page, "python")]
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+def test_code_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Examples with `>>>` give what they say; other blocks run. One page is one program."""
+    names = taken_for_granted()
+    for number, text in enumerate(blocks(page, "python")):
+        if ">>>" not in text:
+            exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+            continue
+        test = doctest.DocTestParser().get_doctest(text, names, page.name, str(page), 0)
+        assert test.examples
+        with capsys.disabled():
+            result = doctest.DocTestRunner().run(test, clear_globs=False)
+        assert result.failed == 0
+        names.update(test.globs)
+
+
+@needs_cpu_kernels
+def test_quickstart_runs_unmodified(tmp_path: Path) -> None:
+    """Its script, as it was before the swap, under the command that the page gives."""
+    page = ROOT / "docs/quickstart.md"
+    script = next(text for text in blocks(page, "python") if "from fused_optim import" in text)
+    (tmp_path / "train.py").write_text(script.replace("from fused_optim", "from torch.optim"))
+    (command,) = (line for line in code(page) if line.startswith("python -m fused_optim run"))
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"loss 0\.\d+\n", done.stdout)
+    (shown,) = (text for text in blocks(page, "text") if "100 steps" in text)
+    times = re.compile(r"[\d.]+ (s|ms)")
+    assert times.sub("T", done.stderr) == times.sub("T", shown)
+
+
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_commands_exist(page: Path) -> None:
+    parser = cli._parser()
+    for line in code(page):
+        for target in re.findall(r"^make ([\w-]+)", line):
+            assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), line
+        for extra in re.findall(r"^pip install '\.\[(\w+)\]'", line):
+            assert extra in EXTRAS, line
+        if re.match(r"(python|torchrun .*) -m fused_optim .", line):
+            args = parser.parse_args(shlex.split(line.partition("-m fused_optim ")[2]))
+            if args.command == "bench" and args.only:
+                assert select(args.only, quick=False), line
+
+
+# What make, a build and the examples of the pages create or take for granted.
+MADE = (".venv", "build", "dist", "OUT", "train.py", "script.py")
+
+
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_paths_exist(page: Path) -> None:
+    path = re.compile(r"[\w.-]+/[\w./-]*|[\w-]+\.(md|toml|py|txt|yaml)")
+    words = {word.removesuffix(",") for line in code(page) for word in line.split()}
+    named = {word for word in words if path.fullmatch(word) and word.split("/")[0] not in MADE}
+    near = (ROOT, page.parent)
+    assert [word for word in sorted(named) if not any((at / word).exists() for at in near)] == []
+
+
+def headings(page: Path) -> set[str]:
+    """Their anchors, as GitHub and MyST make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:|#fused_optim\.", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        included = re.search(r"```\{include\} (\S+)", target.read_text()) if file else None
+        if included:
+            target = target.parent / included[1]
+        assert not anchor or anchor in headings(target), link
