@@ -12,6 +12,8 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
   triton_momentum.py triton_formats.py triton_packed.py amp.py) -k "not False"
 
+DOCS_TESTS := tests/test_docs_pages.py tests/test_docs_migration.py
+
 .PHONY: demo test docs linkcheck formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
@@ -29,14 +31,14 @@ demo: $(VENV)/installed
 
 # Without the tests of the pages, which `make docs` runs. The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
 test: $(VENV)/installed
-	$(PYTEST) --ignore=tests/test_docs_pages.py
+	$(PYTEST) $(addprefix --ignore=,$(DOCS_TESTS))
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)
 
 # The pages, in build/docs. What Sphinx warns of is an error: links between pages and into the API reference that
 # lead nowhere, docstrings that it cannot read. Then the tests run what the pages say.
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
-	$(BIN)/pytest -q tests/test_docs_pages.py
+	$(BIN)/pytest -q $(DOCS_TESTS)
 
 # Links to other sites, which need the network.
 linkcheck: $(VENV)/installed
