@@ -29,7 +29,8 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 	$(BIN)/python -m fused_optim bench --quick
 
-# Without the tests of the pages, which `make docs` runs. The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
+# Without the tests of the pages, which `make docs` runs. The second run is of the Triton kernels, in Triton's
+# interpreter on CPU tensors.
 test: $(VENV)/installed
 	$(PYTEST) $(addprefix --ignore=,$(DOCS_TESTS))
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)

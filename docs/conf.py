@@ -27,7 +27,8 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # "Args" says it in words
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Reference", "Difference from torch.optim"]
+napoleon_use_param = False  # which would repeat what is said of "amsgrad, maximize, ..." for each
+napoleon_custom_sections = ["Reference"]
 
 html_theme = "furo"
 html_title = f"fused_optim {release}"

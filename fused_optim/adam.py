@@ -36,7 +36,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         weight_decay: >= 0 (default: 0).
         amsgrad, maximize, capturable, differentiable, foreach, fused, decoupled_weight_decay: as in
             torch.optim. foreach is accepted without effect; fused=True lets GradScaler leave
-            unscaling to the step; capturable and differentiable take the stock path.
+            unscaling to the step; differentiable takes the stock path, capturable on the CPU too.
         options: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step;
             :class:`FormatOptions`, for smaller states and for bfloat16 and float16 params.
 

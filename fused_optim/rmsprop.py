@@ -37,7 +37,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         momentum: >= 0 (default: 0).
         centered: (default: False).
         capturable, foreach, maximize, differentiable: as in torch.optim. foreach is accepted
-            without effect; capturable and differentiable take the stock path.
+            without effect; differentiable takes the stock path, capturable on the CPU too.
         options: :class:`OnePassOptions`, for clipping, skipping, averaging and zeroing in the step;
             :class:`FormatOptions`, for smaller states and for bfloat16 and float16 params.
 
