@@ -183,4 +183,4 @@ def show_config() -> None:
         elif isinstance(value, dict):
             value = ", ".join(f"{device} by {backend}" for device, backend in value.items())
         if key != "why_no_cpu_kernels" or value is not None:
-            print(f"{key.replace('_', ' '):<16}{value}")
+            print(f"{key.replace('_', ' '):<15} {value}")

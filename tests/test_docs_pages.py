@@ -3,6 +3,7 @@
 Links between pages, and into the API reference, are checked when Sphinx builds them (`make docs`).
 """
 
+import ast
 import doctest
 import re
 import shlex
@@ -147,3 +148,33 @@ def test_links_lead_somewhere(page: Path) -> None:
         if included:
             target = target.parent / included[1]
         assert not anchor or anchor in headings(target), link
+
+
+def imports(module: Path) -> set[str]:
+    """Modules of fused_optim that it imports, wherever in its code, but not for types alone."""
+    tree = ast.parse(module.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "fused_optim":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("fused_optim."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_layers_are_those_of_the_imports() -> None:
+    """As docs/how-it-works.md has them: from each row to itself or rows below."""
+    text = (ROOT / "docs/how-it-works.md").read_text().partition("## Layers")[2]
+    layer = {}
+    for number, row in enumerate(re.findall(r"^\| (?!layer)[^|]*\|([^|]*)\|", text, re.MULTILINE)):
+        for path in re.findall(r"`fused_optim/(\w+)(?:\.py|/)`", row):
+            layer[path] = number
+    modules = {path.stem: path for path in ROOT.glob("fused_optim/[!_]*.py")}
+    assert {*modules, "cli"} == {*layer}
+    for name, path in modules.items():
+        upwards = {other for other in imports(path) & {*layer} if layer[other] < layer[name]}
+        assert not upwards, (name, upwards)
+    assert imports(modules["optimizer"]) >= {"backends", "packed"}

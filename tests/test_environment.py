@@ -43,6 +43,16 @@ def test_importing_reads_no_environment() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_why_there_are_no_kernels_stands_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fused_optim import backends
+
+    monkeypatch.setattr(backends, "config", lambda: {"isa": None, "why_no_cpu_kernels": "no _C"})
+    backends.show_config()
+    assert capsys.readouterr().out == "isa             None\nwhy no cpu kernels no _C\n"
+
+
 @needs_cpu_kernels
 def test_isa_of_the_environment_is_in_use() -> None:
     import fused_optim
