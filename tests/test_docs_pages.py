@@ -34,7 +34,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    found = re.findall(r"^```([\w-]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     return [text for language, text in found if language in languages]
 
 
@@ -148,6 +148,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         if included:
             target = target.parent / included[1]
         assert not anchor or anchor in headings(target), link
+
+
+def test_ratios_of_the_first_page_are_those_of_the_tables() -> None:
+    tables = (ROOT / "README.md").read_text() + (ROOT / "docs/one-pass.md").read_text()
+    ratios = re.findall(r"\d+\.\d+x \[[\d., ]+\]", (ROOT / "docs/index.md").read_text())
+    assert len(ratios) >= 5
+    assert [ratio for ratio in ratios if ratio not in tables] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    assert set(re.findall(r":: (\w+)$", text, re.MULTILINE)) - {"fused_optim"} == {
+        *fused_optim.__all__
+    }
 
 
 def imports(module: Path) -> set[str]:
