@@ -109,8 +109,9 @@ def test_commands_exist(page: Path) -> None:
             assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), line
         for extra in re.findall(r"^pip install '\.\[(\w+)\]'", line):
             assert extra in EXTRAS, line
-        if re.match(r"(python|torchrun .*) -m fused_optim .", line):
-            args = parser.parse_args(shlex.split(line.partition("-m fused_optim ")[2]))
+        ours = re.match(r"(?:(?:\S*python|torchrun .*) -m fused_optim|fused-optim) (.+)", line)
+        if ours:
+            args = parser.parse_args(shlex.split(ours[1]))
             if args.command == "bench" and args.only:
                 assert select(args.only, quick=False), line
 
