@@ -1,0 +1,91 @@
+"""What a trainer has done to its optimizer, recorded from outside, and done again by torch.optim."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from twins import IMPLEMENTATION_FLAGS, assert_close
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass
+class Recording:
+    """Of each step its groups before it, with copies of params and grads, and the params after it."""
+
+    optimizers: list[Optimizer] = field(default_factory=list)
+    groups: list[Groups] = field(default_factory=list)
+    grads: list[list[Tensor | None]] = field(default_factory=list)
+    params: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The only one that took steps."""
+        (optimizer,) = dict.fromkeys(self.optimizers)
+        return optimizer
+
+    @property
+    def options(self) -> list[Groups]:
+        """The options of the groups in each step, but what chooses an implementation."""
+        left_out = ("params", *IMPLEMENTATION_FLAGS)
+        return [
+            [{k: v for k, v in g.items() if k not in left_out} for g in gs] for gs in self.groups
+        ]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Recording]:
+    """All steps of all optimizers within the context."""
+    recording = Recording()
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        recording.optimizers.append(optimizer)
+        recording.groups.append(
+            [
+                {**group, "params": [param.detach().clone() for param in group["params"]]}
+                for group in optimizer.param_groups
+            ]
+        )
+        grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+        recording.grads.append([grad if grad is None else grad.clone() for grad in grads])
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        recording.params.append(
+            [
+                param.detach().clone()
+                for group in optimizer.param_groups
+                for param in group["params"]
+            ]
+        )
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    try:
+        yield recording
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def assert_stock_does_the_same(recording: Recording, stock_class: type[Optimizer]) -> None:
+    """From the same params, with the options and grads of each step, torch.optim gets the same params."""
+    groups = recording.groups[0]
+    known = stock_class([torch.zeros(1)]).defaults.keys() - {"params", *IMPLEMENTATION_FLAGS}
+    params = [[torch.nn.Parameter(param.clone()) for param in group["params"]] for group in groups]
+    stock = stock_class([{"params": ps} for ps in params], foreach=False, fused=False)
+    flat = [param for ps in params for param in ps]
+    for n_steps, grads in enumerate(recording.grads, 1):
+        for group, options in zip(stock.param_groups, recording.groups[n_steps - 1], strict=True):
+            group.update({key: options[key] for key in known})
+        for param, grad in zip(flat, grads, strict=True):
+            param.grad = grad
+        stock.step()
+        for i, pair in enumerate(zip(recording.params[n_steps - 1], flat, strict=True)):
+            assert_close(*pair, n_steps, f"step {n_steps}, params[{i}]")
