@@ -19,7 +19,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass
 class Recording:
-    """Of each step its groups before it, with copies of params and grads, and the params after it."""
+    """Of each step its groups before it, with copies of the params, and its grads and params after it."""
 
     optimizers: list[Optimizer] = field(default_factory=list)
     groups: list[Groups] = field(default_factory=list)
@@ -54,17 +54,13 @@ def recorded() -> Iterator[Recording]:
                 for group in optimizer.param_groups
             ]
         )
-        grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
-        recording.grads.append([grad if grad is None else grad.clone() for grad in grads])
 
     def after(optimizer: Optimizer, *_: object) -> None:
-        recording.params.append(
-            [
-                param.detach().clone()
-                for group in optimizer.param_groups
-                for param in group["params"]
-            ]
-        )
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        # Lightning runs the backward within the step: they are there only now.
+        grads = [param.grad for param in params]
+        recording.grads.append([grad if grad is None else grad.clone() for grad in grads])
+        recording.params.append([param.detach().clone() for param in params])
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
