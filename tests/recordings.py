@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 from twins import IMPLEMENTATION_FLAGS, assert_close
 
 Groups = list[dict[str, Any]]
+REPLACED = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
 
 
 @dataclass
@@ -43,10 +44,12 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Recording]:
-    """All steps of all optimizers within the context."""
+    """All steps within the context of optimizers that ours replace, not those of their wrappers."""
     recording = Recording()
 
     def before(optimizer: Optimizer, *_: object) -> None:
+        if not isinstance(optimizer, REPLACED):
+            return
         recording.optimizers.append(optimizer)
         recording.groups.append(
             [
@@ -56,6 +59,8 @@ def recorded() -> Iterator[Recording]:
         )
 
     def after(optimizer: Optimizer, *_: object) -> None:
+        if not isinstance(optimizer, REPLACED):
+            return
         params = [param for group in optimizer.param_groups for param in group["params"]]
         # Lightning runs the backward within the step: they are there only now.
         grads = [param.grad for param in params]
@@ -75,7 +80,7 @@ def assert_stock_does_the_same(recording: Recording, stock_class: type[Optimizer
     groups = recording.groups[0]
     known = stock_class([torch.zeros(1)]).defaults.keys() - {"params", *IMPLEMENTATION_FLAGS}
     params = [[torch.nn.Parameter(param.clone()) for param in group["params"]] for group in groups]
-    stock = stock_class([{"params": ps} for ps in params], foreach=False, fused=False)
+    stock = stock_class([{"params": ps} for ps in params], foreach=False)
     flat = [param for ps in params for param in ps]
     for n_steps, grads in enumerate(recording.grads, 1):
         for group, options in zip(stock.param_groups, recording.groups[n_steps - 1], strict=True):
