@@ -1,7 +1,7 @@
 """What PyTorch itself puts around an optimizer: a compiled step, schedules, GradScaler, averaged weights.
 
-What torch.compile captures ends before step(), which calls a compiled kernel already. The backend "eager" leaves
-out what takes longer than this example: to compile what was captured to C++.
+What torch.compile captures ends before step(), which calls a compiled kernel already. The backend "eager"
+leaves out what takes longer than this example: to compile what was captured to C++.
 """
 
 import torch
