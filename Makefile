@@ -15,8 +15,8 @@ INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py 
 .PHONY: demo test formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
-# might choose the newest build with gigabytes of CUDA libraries. timm comes alone: it needs torchvision, of
-# which there may be no build for this torch, and transformers and lightning fail on one that does not fit.
+# might choose the newest build with gigabytes of CUDA libraries. timm comes alone: of torchvision, which it asks
+# for, there may be no build for this torch, and one that does not fit breaks transformers and lightning.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/isa/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)

@@ -21,6 +21,14 @@ pytestmark = needs_cpu_kernels
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 N_STEPS, HALF = 6, 3
 LR = 1e-2
+# The Trainer's names for classes of torch.optim; the first is its default.
+OPTIMS = {
+    "adamw_torch_fused": "AdamW",
+    "adamw_torch": "AdamW",
+    "sgd": "SGD",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+}
 SMALL_STATES = {"state_dtype": "int8", "ema_decay": 0.9}
 
 
@@ -112,11 +120,11 @@ def trained(trainer: Any, **how: Any) -> Recording:
     return recording
 
 
-def stepped_by_kernels(recording: Recording) -> bool:
+def stepped_by_kernels(recording: Recording, name: str = "AdamW") -> bool:
     optimizer = recording.optimizer
     n_tensors = len(recording.params[0])
     return (
-        type(optimizer) is fused_optim.AdamW
+        type(optimizer) is getattr(fused_optim, name)
         and optimizer.last_step.tensors == {"cpu": n_tensors}
         and len(recording.params) == N_STEPS
     )
@@ -130,27 +138,36 @@ def are_equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+@pytest.mark.parametrize("optim", OPTIMS)
 def test_an_untouched_trainer_within_patched(make_trainer: Callable[..., Any], optim: str) -> None:
+    name = OPTIMS[optim]
     with fused_optim.patched():
         trainer = make_trainer(optim=optim)
         ours = trained(trainer)
-    assert stepped_by_kernels(ours)
+    assert stepped_by_kernels(ours, name)
     assert trainer.optimizer.optimizer is ours.optimizer
-    assert bool(ours.optimizer.defaults["fused"]) == (optim == "adamw_torch_fused")
-    assert_stock_does_the_same(ours, torch.optim.AdamW)
+    assert bool(ours.optimizer.defaults.get("fused")) == optim.endswith("fused")
+    assert_stock_does_the_same(ours, getattr(torch.optim, name))
 
     stock = trained(make_trainer(optim=optim))
-    assert type(stock.optimizer) is torch.optim.AdamW
+    assert type(stock.optimizer) is getattr(torch.optim, name)
     assert are_equal(ours.grads[0], stock.grads[0])
     assert ours.options == stock.options
     assert len({options[0]["lr"] for options in ours.options}) == N_STEPS, "no schedule"
     assert [options["weight_decay"] for options in ours.options[0]] == [0.1, 0.0]
 
 
-@pytest.mark.parametrize("how", ["optimizers", "class"])
-def test_arguments_of_trainer(make_trainer: Callable[..., Any], how: str) -> None:
-    ours = trained(make_trainer(how))
+@pytest.mark.parametrize(
+    ("how", "arguments"),
+    [
+        ("optimizers", {}),
+        ("class", {}),
+        ("class", {"bf16": True, "gradient_accumulation_steps": 2}),
+    ],
+    ids=str,
+)
+def test_arguments_of_trainer(make_trainer: Callable[..., Any], how: str, arguments: dict) -> None:
+    ours = trained(make_trainer(how, **arguments))
     assert stepped_by_kernels(ours)
     assert ours.optimizer.param_groups[0]["lr"] < LR
     assert_stock_does_the_same(ours, torch.optim.AdamW)
@@ -182,6 +199,10 @@ def test_resuming_is_going_on(
     if options.get("state_dtype") is not None:
         (state, *_) = resumed.optimizer.state.values()
         assert state["exp_avg"].dtype != torch.float32, "these states are not small"
+
+
+def test_the_first_of_the_names_is_the_default(make_trainer: Callable[..., Any]) -> None:
+    assert make_trainer().args.optim == next(iter(OPTIMS))
 
 
 def test_a_checkpoint_of_stock_goes_on_with_ours(
