@@ -204,7 +204,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: no param group has an ema_decay.
         """
-        emas = self._all_emas()
+        emas = unwrapped(self)._all_emas()
         groups = ema.groups_with_ema(self.param_groups)
         averages = [ema.entry_of(emas, param, group)[0] for group, param in groups]
         if not averages:
@@ -234,13 +234,13 @@ class OnePassOptimizer(torch.optim.Optimizer):
             self._is_swapped = False
 
     def _all_emas(self) -> ema.Emas:
-        return unwrapped(self).__dict__.setdefault("_emas", {})
+        return self.__dict__.setdefault("_emas", {})
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which can load it; averages, if there are any, under the key "ema"."""
         with self._without("_optimizer_state_dict_post_hooks") as hooks:
             saved = self._saved()
-        averages = ema.save(self.param_groups, self._all_emas())
+        averages = ema.save(self.param_groups, unwrapped(self)._all_emas())
         if averages:
             saved["ema"] = averages
         for hook in hooks:
