@@ -15,11 +15,13 @@ INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py 
 .PHONY: demo test docs linkcheck formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
-# might choose the newest build with gigabytes of CUDA libraries.
+# might choose the newest build with gigabytes of CUDA libraries. timm comes alone: of torchvision, which it asks
+# for, there may be no build for this torch, and one that does not fit breaks transformers and lightning.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/isa/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps $$(grep '^timm==' constraints.txt)
 	$(BIN)/python -c 'import torch, fused_optim._C'
 	touch $@
 

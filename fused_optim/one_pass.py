@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_optim import ema, sharding
 from fused_optim.grads import sum_of_squares
+from fused_optim.wrappers import unwrapped
 
 
 class OnePassOptions(TypedDict, total=False):
@@ -103,9 +104,12 @@ class _Option:
         self._name = name
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(optimizer._one_pass or _OFF, self._name)
+        if optimizer is None:
+            return self
+        return getattr(unwrapped(optimizer)._one_pass or _OFF, self._name)
 
     def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer = unwrapped(optimizer)
         if optimizer._one_pass is None:
             if value == getattr(_OFF, self._name):
                 return
@@ -163,7 +167,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; ``ema_decay``, ``ema_warmup`` and ``ema_dtype`` may differ by group."""
         if isinstance(param_group, dict):
-            for key, value in (self._ema_options or {}).items():
+            for key, value in (unwrapped(self)._ema_options or {}).items():
                 param_group.setdefault(key, value)
             ema.check({"differentiable": self.defaults.get("differentiable"), **param_group})
         super().add_param_group(param_group)
@@ -179,7 +183,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         Nothing waits for a device that all grads lie on. If they lie on several, or torch.optim's own
         code steps some of them and the step may be skipped, step() waits.
         """
-        return None if self._one_pass is None else self._one_pass.grad_norm
+        return (unwrapped(self)._one_pass or _OFF).grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -187,9 +191,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
         By skip_nonfinite; by GradScaler if ``max_grad_norm``, ``skip_nonfinite`` or ``zero_grads`` is in use.
         """
-        one_pass = self._one_pass
-        if one_pass is None or one_pass.n_skipped_on_device is None:
-            return torch.tensor(0 if one_pass is None else one_pass.n_skipped)
+        one_pass = unwrapped(self)._one_pass or _OFF
+        if one_pass.n_skipped_on_device is None:
+            return torch.tensor(one_pass.n_skipped)
         return one_pass.n_skipped_on_device + one_pass.n_skipped
 
     def ema_params(self) -> list[Tensor]:
@@ -200,10 +204,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: no param group has an ema_decay.
         """
-        emas = self._all_emas()
-        averages = []
-        for group, param in ema.groups_with_ema(self.param_groups):
-            averages.append(ema.entry_of(emas, param, group)[0])
+        emas = unwrapped(self)._all_emas()
+        groups = ema.groups_with_ema(self.param_groups)
+        averages = [ema.entry_of(emas, param, group)[0] for group, param in groups]
         if not averages:
             raise RuntimeError("no param group has an ema_decay")
         return averages
@@ -218,6 +221,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
             RuntimeError: no param group has an ema_decay, or the params are swapped already; and, within
                 the context, from step().
         """
+        self = unwrapped(self)
         averages = self.ema_params()
         if self._is_swapped:
             raise RuntimeError("swapped_ema() is in use already")
@@ -236,7 +240,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         """As torch.optim's, which can load it; averages, if there are any, under the key "ema"."""
         with self._without("_optimizer_state_dict_post_hooks") as hooks:
             saved = self._saved()
-        averages = ema.save(self.param_groups, self._all_emas())
+        averages = ema.save(self.param_groups, unwrapped(self)._all_emas())
         if averages:
             saved["ema"] = averages
         for hook in hooks:
@@ -291,12 +295,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {
-            key: self.__dict__[key]
-            for key in ("_one_pass", "_ema_options", "_emas")
-            if key in self.__dict__
-        }
-        return {**super().__getstate__(), **kept}
+        kept = ("_one_pass", "_ema_options", "_emas")
+        return {**super().__getstate__(), **{k: v for k, v in vars(self).items() if k in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

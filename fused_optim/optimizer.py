@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
+from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from fused_optim.explain import Explanation
@@ -82,7 +83,7 @@ class FusedOptimizer(PackedOptimizer):
     @property
     def last_step(self) -> StepReport | None:
         """What the latest :meth:`step` did; None before the first."""
-        outcome = self.__dict__.get("_last_step")
+        outcome = unwrapped(self).__dict__.get("_last_step")
         if outcome is None:
             return None
         n_cpu, n_triton, fallbacks = outcome[0], outcome[1], outcome[2] or []
@@ -107,7 +108,7 @@ class FusedOptimizer(PackedOptimizer):
         """
         from fused_optim.explain import explain  # which a step does not need
 
-        return explain(self, measure=measure)
+        return explain(unwrapped(self), measure=measure)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,7 +263,7 @@ class FusedOptimizer(PackedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's."""
         super().zero_grad(set_to_none)
-        released = self.__dict__.get("_released")
+        released = unwrapped(self).__dict__.get("_released")
         if released is not None:
             released.accumulate_anew()
 

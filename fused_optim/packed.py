@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_optim import backends, formats, sharding
 from fused_optim.formats import FormatOptions
 from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
+from fused_optim.wrappers import unwrapped
 
 
 class KernelOptions(OnePassOptions, FormatOptions, total=False):
@@ -40,7 +41,7 @@ class PackedOptimizer(OnePassOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the options of one pass and of formats may differ by group."""
         if isinstance(param_group, dict):
-            for key, value in (self._format_options or {}).items():
+            for key, value in (unwrapped(self)._format_options or {}).items():
                 param_group.setdefault(key, value)
             formats.check({"differentiable": self.defaults.get("differentiable"), **param_group})
         super().add_param_group(param_group)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -129,12 +130,8 @@ def is_fsdp1s(param: Any) -> bool:
 
 def is_for_distributed_checkpoint() -> bool:
     """Whether torch.distributed.checkpoint asks for a state_dict at this moment."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return True
-        frame = frame.f_back
-    return False
+    asking = "torch.distributed.checkpoint.state_dict"
+    return any(frame.f_globals.get("__name__") == asking for frame in _callers())
 
 
 class ShardedSquares:
@@ -177,16 +174,28 @@ def refuse_hidden_shards(params: Iterable[Tensor]) -> None:
                 "shards of other processes; use torch.distributed.fsdp.fully_shard, whose params "
                 "are DTensors, or the wrapper's own clip_grad_norm_()"
             )
+    partitioning = ("deepspeed.runtime.zero.", "deepspeed.runtime.bf16_optimizer")
+    if any(str(f.f_globals.get("__name__")).startswith(partitioning) for f in _callers()):
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite need all grads, but DeepSpeed's ZeRO gives each process a "
+            "part of them; use gradient_clipping in DeepSpeed's configuration"
+        )
 
 
 def is_built_for_some_params() -> bool:
     """Whether ZeroRedundancyOptimizer is building the optimizer at this moment."""
+    return any(
+        type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer"
+        for frame in _callers()
+    )
+
+
+def _callers() -> Iterator[FrameType]:
+    """Of whoever asks; for wrappers that leave no other trace."""
     frame = sys._getframe(1)
     while frame is not None:
-        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
-            return True
+        yield frame
         frame = frame.f_back
-    return False
 
 
 def refuse_some_params() -> None:

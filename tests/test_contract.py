@@ -410,6 +410,7 @@ import sys, warnings
 import torch
 import fused_optim
 from cases import BACKEND, DEVICE
+from torch._dynamo.utils import counters
 warnings.simplefilter("error")
 
 def trained(module, name, compiled):
@@ -424,11 +425,16 @@ def trained(module, name, compiled):
         opt.step()
 
     if compiled:
+        counters.clear()
         train = torch.compile(train, backend="eager")
     for _ in range(3):
         train()
     if module is fused_optim:
         assert opt.last_step.tensors == {BACKEND: 2}
+    if compiled:
+        breaks = [reason for reason in counters["graph_break"] if "FusedOptimizer" in reason]
+        assert len(breaks) == 1 and "FusedOptimizer.step" in breaks[0], breaks
+        assert counters["graph_break"][breaks[0]] == 1, "compiled anew"
     return model.weight.detach()
 
 for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):

@@ -92,6 +92,12 @@ def _hidden_shards() -> None:
         model(torch.ones(2, 4)).sum().backward()
         with pytest.raises(RuntimeError, match="FullyShardedDataParallel hides"):
             opt.step()
+    opt = fused_optim.SGD(linear.parameters(), max_grad_norm=1.0)
+    opt.step()
+    for module in ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer"):
+        deepspeed = {"__name__": f"deepspeed.runtime.{module}", "opt": opt}
+        with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO gives each process"):
+            exec("opt.step()", deepspeed)
 
 
 def spawn() -> None:
