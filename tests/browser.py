@@ -80,8 +80,10 @@ class Page:
             self.requests.append(params["request"]["url"])
         elif method == "Log.entryAdded":
             self.complaints.append(params["entry"]["text"])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+            self.complaints.append(json.dumps(params["args"]))
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(params["exceptionDetails"]["text"])
+            self.complaints.append(json.dumps(params["exceptionDetails"]))
 
     def show(self, path: Path, *, width: int, dark: bool = False) -> None:
         """Open a file as a screen of that width would."""

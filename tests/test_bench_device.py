@@ -25,7 +25,7 @@ from fused_optim.cli.device import EventTimer
 from fused_optim.cli.timing import HostTimer, Quartiles
 from fused_optim.cli.workloads import Target, Workload
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from fused_optim.cli import bench, contestants, main, phase, report, results, ti
 from fused_optim.cli.contestants import NEVER_ON, OURS, STOCK_CALLS
 from fused_optim.cli.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
 SCHEDULE = timing.Schedule(
     budget_s=0.01, limit_s=9, min_rounds=4, max_rounds=5, n_passes=1, n_screening_rounds=1,

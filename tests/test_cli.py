@@ -17,7 +17,7 @@ from fused_optim.cli import bench, contestants, peers, results, timing, workload
 from fused_optim.cli.timing import Quartiles
 from fused_optim.cli.workloads import Target
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -109,7 +109,12 @@ def test_bench_json_summary_follows_from_its_samples(tiny_run):
 
 def test_bench_draws_charts(tiny_run):
     _, _, plots = tiny_run
-    assert sorted(path.name for path in plots.iterdir()) == ["linear.png", "ratios.png"]
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "linear.png",
+        "ratios.png",
+        "roofline.png",
+        "times.png",
+    ]
     for path in plots.iterdir():
         assert path.read_bytes().startswith(PNG_SIGNATURE)
 

@@ -91,7 +91,7 @@ def measure_roofs() -> dict[str, float]:
     n_streams = 4  # AdamW's
     nbytes = FLUSH_NBYTES * (2 * n_streams - 1)
     steps = contestants.bandwidth_steps(nbytes, n_streams)
-    samples = timing.alternate(steps, QUICK)
+    samples = timing.alternate(steps, dataclasses.replace(QUICK, budget_s=0.3))
     moved = {PROBE: nbytes, COPY: contestants.copied_bytes(nbytes, n_streams)}
     return {
         name: moved[name] / timing.quartiles(timing.round_times(rounds)).median

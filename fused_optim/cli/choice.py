@@ -7,8 +7,8 @@ import torch
 import fused_optim
 from fused_optim import FusedOptimizer
 from fused_optim.cli import factory
-from fused_optim.cli.models import MODELS, Model, model
-from fused_optim.cli.workloads import FORMATS, OWN, Workload
+from fused_optim.cli.models import FORMATS, MODELS, OWN, Model, model
+from fused_optim.cli.workloads import Workload
 
 DEFAULT_MODEL = "gpt2"
 DEFAULT_OPTIMIZER = "AdamW"

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fused_optim.cli import method, svg, text
-from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, STOCK_CALLS
+from fused_optim.cli import charts, method, svg, text
+from fused_optim.cli.contestants import OURS
 from fused_optim.cli.markup import Markup, join, tag
-from fused_optim.cli.peers import STOCK_FLAGS
-from fused_optim.cli.results import MIN_ROUNDS_TO_JUDGE, Results, Row
+from fused_optim.cli.results import Results, Row
 from fused_optim.cli.style import STYLE
+from fused_optim.cli.verdict import FASTER, SLOWER, facts, headline, judge, notices
 
 TITLE = "fused_optim beside torch.optim"
 # So many rows, and a reader wants to choose whose details to see.
@@ -53,77 +53,6 @@ def _header(found: Results) -> Markup:
     )
 
 
-def judge(row: Row) -> str:
-    """In a word, how our step compares with the baseline."""
-    if row.ratio is None:
-        return "no baseline"
-    if row.was_busy:
-        return "not judged, machine busy"
-    if row.n_rounds < MIN_ROUNDS_TO_JUDGE:
-        return f"not judged, {row.n_rounds} rounds"
-    if row.ratio.q1 > 1:
-        return "faster"
-    return "slower" if row.ratio.q3 < 1 else "no difference"
-
-
-def headline(rows: list[Row]) -> str:
-    """What came out, in a sentence."""
-    if not rows:
-        return "Nothing was measured."
-    if len(rows) > 1:
-        words = [judge(row) for row in rows]
-        counts = "; ".join(f"{word}: {words.count(word)}" for word in dict.fromkeys(words))
-        return (
-            f"Steps of {len(rows)} works, each beside the fastest that torch.optim offers. Of "
-            f"fused_optim: {counts}."
-        )
-    [row] = rows
-    ours = text.seconds(row.seconds(OURS).median)
-    begin = f"{row.workload.title}: a step of fused_optim takes {ours}"
-    if row.ratio is None or row.baseline is None:
-        return f"{begin}; there is nothing of torch.optim to compare it with."
-    theirs = text.seconds(row.seconds(row.baseline).median)
-    return (
-        f"{begin}, the fastest that torch.optim offers ({row.baseline}) {theirs}. "
-        f"Ratio {text.ratio(row.ratio)}: {judge(row)}."
-    )
-
-
-def notices(found: Results) -> list[str]:
-    """What a reader has to know before any number."""
-    told = []
-    if found.interrupted:
-        told.append("Interrupted: only the rows finished by then are here.")
-    if found.was_busy:
-        told.append(
-            "The machine was busy: other processes took so much of the CPU time that these are no "
-            "numbers to quote. Measure again when nothing else runs."
-        )
-    if found.about["settings"]["quick"]:
-        told.append("A quick run: few rounds. For numbers to quote, omit --quick.")
-    missed = [row for row in found.rows if row.met is False]
-    if missed:
-        names = "; ".join(
-            f"{row.workload.title} (asked: {text.wanted(row.workload.target)}, "
-            f"found: {text.ratio(row.ratio) or 'no ratio'})"
-            for row in missed
-        )
-        told.append(f"Targets missed: {names}.")
-    if found.fallbacks:
-        told.append(
-            "Some tensors fell back to torch.optim's code, so these rows do not measure fused_optim "
-            f"alone: {'; '.join(found.fallbacks)}."
-        )
-    faster = [f"{name} ({row.workload.title})" for row in found.rows for name in row.faster_peers]
-    if faster:
-        told.append(f"Faster than fused_optim: {', '.join(faster)}.")
-    if found.disagreements:
-        told.append(
-            "Some rows were not timed, because ours and the baseline computed something else."
-        )
-    return told
-
-
 def _table(caption: str, columns: list[str], rows: list[list[str]]) -> Markup:
     """A table in a region that scrolls by itself, the caption above it; the first cell of a row names it."""
     head = tag("tr", *(tag("th", name, scope="col") for name in columns))
@@ -147,22 +76,22 @@ def _results(found: Results) -> Markup | None:
     with_target = any(row.workload.target.is_set for row in found.rows)
     columns = [
         "work",
-        "fused_optim",
-        "torch.optim, fastest",
         "ratio [quartiles]",
         "verdict",
+        "fused_optim",
+        "torch.optim, fastest",
         "GB/s",
     ]
     columns += ["of the roof"] + ["asked", "reached"] * with_target
     rows = [
         [
             f"{index}. {row.workload.title}",
+            text.ratio(row.ratio),
+            tag("td", judge(row), class_={FASTER: "good", SLOWER: "bad"}.get(judge(row))),
             text.seconds(row.seconds(OURS).median),
             f"{text.seconds(row.seconds(row.baseline).median)} ({row.baseline})"
             if row.baseline
             else "none",
-            text.ratio(row.ratio),
-            tag("td", judge(row), class_={"faster": "good", "slower": "bad"}.get(judge(row))),
             f"{row.bandwidth(OURS) / 1e9:.1f}" if row.shows_bandwidth else "",
             _of_the_roof(row),
             *([text.wanted(row.workload.target), _reached(row)] if with_target else []),
@@ -187,14 +116,7 @@ def _of_the_roof(row: Row) -> str:
 
 
 def _ratio_chart(rows: list[Row]) -> Markup:
-    items = [
-        svg.Ratio(
-            f"{index}. {row.workload.title}", row.ratio.median, row.ratio.q1, row.ratio.q3,
-            row.workload.target.ratio, "ours" if judge(row) == "faster" else "peer",
-        )
-        for index, row in enumerate(rows, 1)
-        if row.ratio
-    ]  # fmt: skip
+    items = charts.ratios(rows)
     if len(items) < 2:
         return Markup("")
     chart = svg.ratios("torch.optim's time divided by ours", items)
@@ -209,15 +131,7 @@ def _ratio_chart(rows: list[Row]) -> Markup:
 def _roofline(found: Results) -> Markup | None:
     if not found.rows or not found.roofs:
         return None
-    points = []
-    for index, row in enumerate(found.rows, 1):
-        if row.workload.timed != "step":
-            continue
-        bandwidths = {"ours": row.bandwidth(OURS)}
-        # In another format a step of torch.optim has other bytes to move.
-        if row.baseline in STOCK_FLAGS and not row.workload.formats:
-            bandwidths["stock"] = row.bandwidth(row.baseline)
-        points.append(svg.Point(str(index), row.workload.title, row.nbytes, bandwidths))
+    points = charts.points(found)
     if not points:
         return None
     chart = svg.roofline("Bandwidth that steps reach, beneath the memory's", points, found.roofs)
@@ -249,22 +163,9 @@ def _details(found: Results) -> Markup | None:
     )
 
 
-def _kind(name: str, row: Row) -> str:
-    if name == OURS:
-        return "ours"
-    is_stock = name in STOCK_FLAGS or name in (row.baseline, MATCHING, NEVER_ON, STOCK_CALLS)
-    return "stock" if is_stock else "peer"
-
-
 def _row(index: int, row: Row, is_open: bool) -> Markup:
-    measured = [name for name in row.contestants if name in row.samples_s]
-    items = []
-    for name in measured:
-        time = row.seconds(name)
-        shown = f"{text.seconds(time.median)} [{text.seconds(time.q1)}, {text.seconds(time.q3)}]"
-        items.append(svg.Bar(name, shown, time.median, time.q1, time.q3, _kind(name, row)))
     title = f"{index}. {row.workload.title}"
-    chart = svg.bars(f"Time of a step: {row.workload.title}", items)
+    chart = svg.bars(f"Time of a step: {row.workload.title}", charts.bars(row))
     caption = tag("figcaption", "Median of the rounds; thin line: lower to upper quartile.")
     rows = []
     for name in row.contestants:
@@ -295,29 +196,6 @@ def _row(index: int, row: Row, is_open: bool) -> Markup:
     if is_open:
         return tag("article", tag("h3", title), content, class_="card")
     return tag("details", tag("summary", title), content, class_="card")
-
-
-def facts(row: Row) -> str:
-    """What was stepped, and how."""
-    work = row.workload
-    told = [
-        f"{work.numel:,} parameters in {work.n_tensors:,} tensor{'s' * (work.n_tensors != 1)}, "
-        f"{', '.join(work.dtype_names)}",
-        f"{text.nbytes(row.nbytes)} to move in a step",
-    ]
-    if work.options or work.formats:
-        options = {**work.options, **work.formats}.items()
-        told.append(", ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in options))
-    if work.formats:
-        told.append("torch.optim has float32 params and states")
-    if work.cold:
-        told.append("caches flushed before each step")
-    told.append(f"{text.threads(row.threads)}, {row.clock}'s clock")
-    if row.cpu_elsewhere is not None:
-        told.append(f"other processes took {row.cpu_elsewhere:.0%} of the CPU time")
-    stepped = ", ".join(f"{count:,} by {backend}" for backend, count in row.backends.items())
-    told.append(f"tensors stepped: {stepped}")
-    return "; ".join(told) + "."
 
 
 def _calls(row: Row) -> Markup:

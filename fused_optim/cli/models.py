@@ -1,7 +1,8 @@
-"""The models whose parameters the benchmark steps: shapes written from the papers and configurations."""
+"""Which parameters the benchmark steps, shapes written from papers and configurations, and their formats."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -131,3 +132,36 @@ def model(name: str) -> Model:
     """
     title, shapes = MODELS[name]
     return Model(name, title, shapes())
+
+
+@dataclass(frozen=True)
+class Format:
+    """How params and states are stored.
+
+    dtype: of the params; None: as the model has them.
+    options: of ours alone that make states or params smaller (FormatOptions). Where there are any, the
+        baseline is torch.optim on float32 params with float32 states.
+    """
+
+    title: str
+    dtype: torch.dtype | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# The model's own dtypes, with torch.optim's states.
+OWN = "own"
+_BF16 = torch.bfloat16
+FORMATS = {
+    OWN: Format(""),
+    "float32": Format("float32", torch.float32),
+    "bf16": Format("bf16", _BF16),
+    "fp16": Format("fp16", torch.float16),
+    "int8": Format("int8 states", torch.float32, {"state_dtype": "int8"}),
+    "bf16-states": Format("bf16 states", torch.float32, {"state_dtype": _BF16}),
+    "split16": Format(
+        "bf16 params + split16, bf16 states", _BF16, {"state_dtype": _BF16, "master": "split16"}
+    ),
+    "split8": Format(
+        "bf16 params + split8, int8 states", _BF16, {"state_dtype": "int8", "master": "split8"}
+    ),
+}

@@ -135,7 +135,7 @@ def _contestants_table(rows: list[Row]) -> Table:
             if name in row.samples_s:
                 cells.append(text.number(row.seconds(name).median * 1e3))
             else:
-                cells.append(escape(_shorten(row.not_measured.get(name, ""))))
+                cells.append(escape(text.shorten(row.not_measured.get(name, ""))))
         table.add_row(escape(row.workload.title), *cells)
     return table
 
@@ -212,7 +212,3 @@ def _ms(seconds: Quartiles) -> str:
         text.number(value * 1e3) for value in (seconds.q1, seconds.median, seconds.q3)
     )
     return f"{mid} [{low}, {high}]"
-
-
-def _shorten(reason: str, length: int = 40) -> str:
-    return reason if len(reason) <= length else reason[: length - 3] + "..."

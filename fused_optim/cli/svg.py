@@ -6,28 +6,12 @@ letters stay as large as they are. Colours are the style sheet's.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from fused_optim.cli.charts import Bar, Point, Ratio
 from fused_optim.cli.markup import Markup, tag
 
 BAR_HEIGHT = 14
 ROW_HEIGHT = 46
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar with its spread.
-
-    low, high: quartiles of `value`.
-    kind: class of the style sheet: "ours", "stock" or "peer".
-    """
-
-    label: str
-    shown: str
-    value: float
-    low: float
-    high: float
-    kind: str
 
 
 def _chart(title: str, description: str, height: float, *parts: Markup) -> Markup:
@@ -38,11 +22,11 @@ def _chart(title: str, description: str, height: float, *parts: Markup) -> Marku
     )  # fmt: skip
 
 
-def _above(top: float, label: str, shown: str) -> list[Markup]:
-    """The line above a bar. On a phone a long label is cut off rather than written over the number."""
+def _above(top: float, label: str, shown: str, width: str) -> list[Markup]:
+    """The line above a bar. A label beyond its width is cut off rather than written over the number."""
     written = tag("text", label, x="0", y=15, class_="label")
     return [
-        tag("svg", written, x="0", y=top, width="72%", height=20),
+        tag("svg", written, x="0", y=top, width=width, height=20),
         tag("text", shown, x="100%", y=top + 15, class_="value"),
     ]
 
@@ -64,25 +48,13 @@ def bars(title: str, items: Sequence[Bar]) -> Markup:
         y = top + 22
         middle = y + BAR_HEIGHT / 2
         parts += [
-            *_above(top, item.label, item.shown),
+            *_above(top, item.label, item.shown, "40%"),
             tag("rect", x="0", y=y, width="100%", height=BAR_HEIGHT, rx=3, class_="track"),
             tag("rect", x="0", y=y, width=x(item.value), height=BAR_HEIGHT, rx=3, class_=item.kind),
             tag("line", x1=x(item.low), x2=x(item.high), y1=middle, y2=middle, class_="spread"),
         ]
     description = "; ".join(f"{item.label}: {item.shown}" for item in items)
     return _chart(title, description, len(items) * ROW_HEIGHT, *parts)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One work: how many times as long as ours the baseline takes, and what was asked for."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    target: float | None
-    kind: str
 
 
 def ratios(title: str, items: Sequence[Ratio]) -> Markup:
@@ -110,7 +82,7 @@ def ratios(title: str, items: Sequence[Ratio]) -> Markup:
         begin, end = sorted((at(1.0), at(item.value)))
         shown = f"{item.value:.2f}x" + (f" (asked: {item.target:.3g}x)" if item.target else "")
         parts += [
-            *_above(top, item.label, shown),
+            *_above(top, item.label, shown, "55%"),
             tag("rect", x="0", y=y, width="100%", height=BAR_HEIGHT, rx=3, class_="track"),
             tag(
                 "rect", x=f"{begin:.2f}%", y=y, width=f"{end - begin:.2f}%", height=BAR_HEIGHT,
@@ -128,20 +100,6 @@ def ratios(title: str, items: Sequence[Ratio]) -> Markup:
     height = len(items) * ROW_HEIGHT
     description = "; ".join(f"{item.label}: {item.value:.2f}" for item in items)
     return _chart(title, description, height, *parts)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One work on the roofline.
-
-    mark: short enough for a dot.
-    bandwidths: kind ("ours", and "stock" where there is one) -> bytes per second.
-    """
-
-    mark: str
-    label: str
-    nbytes: float
-    bandwidths: dict[str, float]
 
 
 # Of the chart's height, in pixels; of its width, in percent.

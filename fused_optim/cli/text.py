@@ -69,3 +69,8 @@ def memory_line(memory: Memory) -> str:
 def mib(nbytes: int) -> str:
     """In MiB."""
     return f"{nbytes / 2**20:.2f} MiB"
+
+
+def shorten(words: str, length: int = 40) -> str:
+    """The beginning of what is longer."""
+    return words if len(words) <= length else words[: length - 3] + "..."

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from fused_optim.cli.models import (
+    FORMATS,
     GPT2_BLOCKS,
     GPT2_BLOCKS_QUICK,
+    OWN,
     SMALL_NUMEL,
     Shapes,
     billion,
@@ -60,38 +62,6 @@ class Phase:
     parts: tuple[str, ...]
     scaler: str | None = None
 
-
-@dataclass(frozen=True)
-class Format:
-    """How params and states are stored.
-
-    dtype: of the params; None: as the model has them.
-    options: of ours alone that make states or params smaller (FormatOptions). Where there are any, the
-        baseline is torch.optim on float32 params with float32 states.
-    """
-
-    title: str
-    dtype: torch.dtype | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-# The model's own dtypes, with torch.optim's states.
-OWN = "own"
-_BF16 = torch.bfloat16
-FORMATS = {
-    OWN: Format(""),
-    "float32": Format("float32", torch.float32),
-    "bf16": Format("bf16", _BF16),
-    "fp16": Format("fp16", torch.float16),
-    "int8": Format("int8 states", torch.float32, {"state_dtype": "int8"}),
-    "bf16-states": Format("bf16 states", torch.float32, {"state_dtype": _BF16}),
-    "split16": Format(
-        "bf16 params + split16, bf16 states", _BF16, {"state_dtype": _BF16, "master": "split16"}
-    ),
-    "split8": Format(
-        "bf16 params + split8, int8 states", _BF16, {"state_dtype": "int8", "master": "split8"}
-    ),
-}
 
 PARTS = ("unscale", "clip", "step", "EMA", "zero")
 
