@@ -318,15 +318,15 @@ def raise_build_error(workload, params):
 
 
 def test_peers_that_do_not_run_are_named_with_the_reason(monkeypatch):
-    def sgd(workload, params):
-        return torch.optim.SGD(params)
+    def adamw(workload, params):
+        return torch.optim.AdamW(params)
 
     lineup = peers.Lineup(
         (
-            peers.Peer("absent", "no_such_module_anywhere.optim", "no-such", {"AdamW": sgd}),
-            peers.Peer("narrow", "torch", "torch", {"RMSprop": sgd}),
+            peers.Peer("absent", "no_such_module_anywhere.optim", "no-such", {"AdamW": adamw}),
+            peers.Peer("narrow", "torch", "torch", {"RMSprop": adamw}),
             peers.Peer("broken", "torch", "torch", {"AdamW": raise_build_error}),
-            peers.Peer("running", "torch", "torch", {"AdamW": sgd}),
+            peers.Peer("running", "torch", "torch", {"AdamW": adamw}),
         )
     )
     monkeypatch.setattr(bench, "QUICK", dataclasses.replace(SCHEDULE, budget_s=0.01))

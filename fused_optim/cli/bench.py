@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_optim.cli import contestants, memory, peers, phase, progress, results, timing
+from fused_optim.cli import agreement, contestants, memory, peers, phase, progress, results, timing
 from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
 from fused_optim.cli.device import CPU, Device, EventTimer, rotate
-from fused_optim.cli.peers import Lineup
+from fused_optim.cli.peers import Lineup, Peer
 from fused_optim.cli.progress import Watch
 from fused_optim.cli.workloads import MEMORY, Workload
 
@@ -249,6 +249,9 @@ def _enter(
         enter(name, functools.partial(contestants.ours, workload), "matching")
     baselines = list(steps)
     for name, peer in entering.items():
+        if difference := _difference(peer, workload):
+            not_measured[name] = difference
+            continue
         enter(name, functools.partial(peer.build, workload), workload.layout)
 
     watch.stage(f"first step of {OURS}")
@@ -272,6 +275,19 @@ def _enter(
     )
 
 
+def _difference(peer: Peer, workload: Workload) -> str | None:
+    """Why a peer's time would say nothing: it computes something else, or fails at that already.
+
+    Those of small states have their own roundings, compiled code is torch.optim's.
+    """
+    if peer.formats or peer.compiles:
+        return None
+    try:
+        return agreement.difference(peer, workload)
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+
+
 def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:
     """Raise NotMeasured where the device's memory cannot hold them all, and what shows the bandwidth."""
     free_nbytes = device.free_nbytes()
@@ -293,7 +309,10 @@ def _row(
     def median(name: str) -> float:
         return timing.quartiles(timing.round_times(samples[name])).median
 
-    baseline = min(entrants.baselines, key=median, default=None)
+    # One round of a variant that was dropped says nothing beside the many of the others.
+    most = max((len(samples[name]) for name in entrants.baselines), default=0)
+    measured = [name for name in entrants.baselines if len(samples[name]) == most]
+    baseline = min(measured, key=median, default=None)
     probe_part = probe_over_copy = None
     if PROBE in samples:
         probe_part = timing.quartiles(timing.paired_ratios(samples[PROBE], samples[OURS]))

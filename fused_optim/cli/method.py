@@ -26,7 +26,8 @@ def told(found: Results) -> list[str]:
         "is below; otherwise there is no difference that can be told.",
         f"A variant or peer more than {CLEARLY_SLOWER:g} times slower than the baseline after the first "
         "round is not measured further: it then has one round.",
-        "Peers are set to the same mathematics and the same hyperparameters. Those with 8-bit states stand "
+        "Peers have our hyperparameters. Each that keeps whole states has first taken a few steps beside "
+        "ours, with the same result up to rounding, or it is not timed. Those with 8-bit states stand "
         "beside our rows of such states alone.",
     ]
     if on_gpu:

@@ -5,11 +5,13 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import fused_optim
 from fused_optim.cli.workloads import Workload
 
 # Of torch.optim's classes: variant -> its arguments.
@@ -75,41 +77,37 @@ class Peer:
         return self.factories[workload.optimizer](workload, params)
 
 
+def _hypers(workload: Workload, *names: str) -> dict[str, Any]:
+    """Our own, by the name that torch.optim and most of the others have for them."""
+    ours = getattr(fused_optim, workload.optimizer)([torch.zeros(1)], **workload.options)
+    return {name: ours.defaults[name] for name in names}
+
+
 def _deepspeed(adamw_mode: bool) -> Factory:
     def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
         peer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        hypers = _hypers(workload, "lr", "betas", "eps", "weight_decay")
         # States in the params' dtype, as ours and stock's are; the peer's default is float32.
-        return peer(
-            params,
-            weight_decay=1e-2 if adamw_mode else 0.0,
-            adamw_mode=adamw_mode,
-            fp32_optimizer_states=False,
-        )
+        return peer(params, adamw_mode=adamw_mode, fp32_optimizer_states=False, **hypers)
 
     return build
 
 
-def _optimi(name: str, **options: object) -> Factory:
+def _optimi(name: str, *hypers: str) -> Factory:
     def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
         peer = getattr(importlib.import_module("optimi"), name)
-        # torch.optim's hyperparameters; Kahan summation would add a stream that no other one has.
-        return peer(params, lr=1e-3, kahan_sum=False, **options, **workload.options)
+        # Kahan summation, its default for 16-bit params, would add a stream that no other one has.
+        return peer(params, kahan_sum=False, **_hypers(workload, *hypers))
 
     return build
 
 
-def _adam8bit(module: str, name: str, weight_decay: float) -> Factory:
+def _small_states(module: str, name: str, *hypers: str) -> Factory:
+    """8-bit states; FlashOptim's default has 8 more bits for bfloat16 params, too."""
+
     def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        return getattr(importlib.import_module(module), name)(params, weight_decay=weight_decay)
-
-    return build
-
-
-def _flashoptim(name: str, **options: object) -> Factory:
-    def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        # Its default is 8-bit states and 8 more bits for bfloat16 params.
-        peer = getattr(importlib.import_module("flashoptim"), name)
-        return peer(params, lr=1e-3, **options, **workload.options)
+        peer = getattr(importlib.import_module(module), name)
+        return peer(params, **_hypers(workload, *hypers))
 
     return build
 
@@ -124,7 +122,9 @@ def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
-_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+_ADAM = ("lr", "betas", "eps", "weight_decay")
+_LION = ("lr", "betas", "weight_decay")
+_SGD = ("lr", "momentum")
 _COMPILED_OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad")
 PEERS = (
     Peer(
@@ -134,9 +134,10 @@ PEERS = (
     Peer(
         "optimi", "optimi", "torch-optimi",
         {
-            "Adam": _optimi("Adam", **_ADAM),
-            "AdamW": _optimi("AdamW", weight_decay=1e-2, **_ADAM),
-            "SGD": _optimi("SGD"),
+            "Adam": _optimi("Adam", *_ADAM),
+            "AdamW": _optimi("AdamW", *_ADAM),
+            "Lion": _optimi("Lion", *_LION),
+            "SGD": _optimi("SGD", *_SGD),
         },
     ),
     Peer(
@@ -146,16 +147,17 @@ PEERS = (
     Peer(
         "torchao", "torchao.optim", "torchao",
         {
-            "Adam": _adam8bit("torchao.optim", "Adam8bit", 0.0),
-            "AdamW": _adam8bit("torchao.optim", "AdamW8bit", 1e-2),
+            "Adam": _small_states("torchao.optim", "Adam8bit", *_ADAM),
+            "AdamW": _small_states("torchao.optim", "AdamW8bit", *_ADAM),
         },
         formats=("int8",),
     ),
     Peer(
         "bitsandbytes", "bitsandbytes.optim", "bitsandbytes",
         {
-            "Adam": _adam8bit("bitsandbytes.optim", "Adam8bit", 0.0),
-            "AdamW": _adam8bit("bitsandbytes.optim", "AdamW8bit", 1e-2),
+            "Adam": _small_states("bitsandbytes.optim", "Adam8bit", *_ADAM),
+            "AdamW": _small_states("bitsandbytes.optim", "AdamW8bit", *_ADAM),
+            "Lion": _small_states("bitsandbytes.optim", "Lion8bit", *_LION),
         },
         formats=("int8",),
     ),
@@ -163,9 +165,10 @@ PEERS = (
     Peer(
         "FlashOptim", "flashoptim", "flashoptim",
         {
-            "Adam": _flashoptim("FlashAdam"),
-            "AdamW": _flashoptim("FlashAdamW", weight_decay=1e-2),
-            "SGD": _flashoptim("FlashSGD"),
+            "Adam": _small_states("flashoptim", "FlashAdam", *_ADAM),
+            "AdamW": _small_states("flashoptim", "FlashAdamW", *_ADAM),
+            "Lion": _small_states("flashoptim", "FlashLion", *_LION),
+            "SGD": _small_states("flashoptim", "FlashSGD", *_SGD),
         },
         formats=("split8",), devices=("cuda",),
     ),
