@@ -179,6 +179,16 @@ def test_every_contestant_has_its_time_or_the_reason(found, parsed):
         assert words in said, words
 
 
+def test_one_round_has_no_quartiles():
+    row = make_row()
+    row.samples_s["foreach"] = rounds(0.05)
+    page = html.page(results.Results(results.about(quick=False), [row]))
+    cells = ["50.0 ms", "", "", "5.00x", "1"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert ">50.0 ms</text>" in page
+    assert ">20.5 ms [20.0 ms, 21.5 ms]</text>" in page
+
+
 def test_what_a_reader_has_to_know_is_said_first(found, page):
     told = verdict.notices(found)
     assert len(told) == 6

@@ -172,6 +172,7 @@ def _measure(
         best = min(medians[name] for name in entrants.baselines)
         return timing.clearly_slower(medians, best) - {OURS, PROBE, COPY}
 
+    watch.stage("first round")
     samples = timing.alternate(
         steps, schedule, before=before, drop=drop, timer=timer, on_round=watch.round
     )

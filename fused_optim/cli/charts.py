@@ -62,7 +62,8 @@ def bars(row: Row) -> list[Bar]:
         if name in row.samples_s:
             time = row.seconds(name)
             low, middle, high = (text.seconds(s) for s in (time.q1, time.median, time.q3))
-            shown = f"{middle} [{low}, {high}]"
+            # Whoever was dropped after the first round has no quartiles to speak of.
+            shown = f"{middle} [{low}, {high}]" if len(row.samples_s[name]) > 1 else middle
             found.append(Bar(name, shown, time.median, time.q1, time.q3, _kind(name)))
     return found
 

@@ -170,12 +170,7 @@ def _row(index: int, row: Row, is_open: bool) -> Markup:
     rows = []
     for name in row.contestants:
         if name in row.samples_s:
-            time = row.seconds(name)
-            cells = [text.seconds(value) for value in (time.median, time.q1, time.q3)]
-            rows.append(
-                [name, *cells, text.ratio(row.ratio_to(name)) if name != OURS else "",
-                 str(len(row.samples_s[name]))]
-            )  # fmt: skip
+            rows.append([name, *_times(row, name)])
         else:
             reason = f"not measured: {row.not_measured[name]}"
             rows.append([name, tag("td", reason, colspan=5, class_="text")])
@@ -196,6 +191,16 @@ def _row(index: int, row: Row, is_open: bool) -> Markup:
     if is_open:
         return tag("article", tag("h3", title), content, class_="card")
     return tag("details", tag("summary", title), content, class_="card")
+
+
+def _times(row: Row, name: str) -> list[str]:
+    """Median, quartiles, ratio and rounds; after one round there are no quartiles."""
+    time, n_rounds = row.seconds(name), len(row.samples_s[name])
+    ratio = "" if name == OURS else text.ratio(row.ratio_to(name))
+    if n_rounds == 1:
+        return [text.seconds(time.median), "", "", ratio.partition(" ")[0], "1"]
+    cells = [text.seconds(value) for value in (time.median, time.q1, time.q3)]
+    return [*cells, ratio, str(n_rounds)]
 
 
 def _calls(row: Row) -> Markup:

@@ -45,7 +45,9 @@ class _Live(Watch):
 
     def round(self, part: float, n_rounds: int) -> None:
         self._progress.update(
-            self._rows, completed=self._done + part, stage=f"measuring, round {n_rounds}"
+            self._rows,
+            completed=self._done + part,
+            stage=f"{n_rounds} round{'s' * (n_rounds > 1)} measured",
         )
 
 

@@ -60,6 +60,8 @@ def print_results(found: Results) -> None:
     against_others = [row for row in found.rows if row.baseline not in no_others]
     if against_others:
         console.print(_contestants_table(against_others))
+        if absent := _absent(against_others):
+            console.print(f"not measured: {absent}", markup=False)
     if linear_rows:
         console.print(_linear_table(linear_rows))
     for line in _footer(found):
@@ -126,8 +128,8 @@ def _stock_calls(rows: list[Row]) -> list[str]:
 
 
 def _contestants_table(rows: list[Row]) -> Table:
-    """Every contestant's median, and the reason where there is none."""
-    names = list(dict.fromkeys(name for row in rows for name in row.contestants))
+    """The median of every contestant that has one anywhere, and the reason where it has none."""
+    names = [name for name in _contestants(rows) if any(name in row.samples_s for row in rows)]
     table = _table("ms per step", *names)
     for row in rows:
         cells = []
@@ -138,6 +140,22 @@ def _contestants_table(rows: list[Row]) -> Table:
                 cells.append(escape(text.shorten(row.not_measured.get(name, ""))))
         table.add_row(escape(row.workload.title), *cells)
     return table
+
+
+def _contestants(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.contestants))
+
+
+def _absent(rows: list[Row]) -> str:
+    """Those that were measured nowhere, with all the reasons."""
+    told = []
+    for name in _contestants(rows):
+        if not any(name in row.samples_s for row in rows):
+            reasons = dict.fromkeys(
+                row.not_measured[name] for row in rows if name in row.not_measured
+            )
+            told.append(f"{name} ({'; '.join(reasons)})")
+    return ", ".join(told)
 
 
 def _linear_table(rows: list[Row]) -> Table:
