@@ -49,7 +49,7 @@ th, td { border-bottom: 1px solid var(--line); }
 thead th { color: var(--dim); font-weight: 600; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 th:first-child, td.text { text-align: left; }
-tbody th { font-weight: 500; min-width: 8rem; max-width: 20rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 500; min-width: 14rem; max-width: 20rem; overflow-wrap: anywhere; }
 td { white-space: nowrap; } td.text { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 figure { margin: 1rem 0 0; } figcaption { color: var(--dim); font-size: .9rem; margin-top: .4rem; }
@@ -77,7 +77,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 30rem) {
   header, main, footer { padding-left: 1rem; padding-right: 1rem; }
   .card { padding: .9rem; }
-  tbody th { max-width: 9rem; } th, td { padding: .4rem .5rem; } th:first-child { padding-left: 0; }
+  th, td { padding: .4rem .5rem; } th:first-child { padding-left: 0; }
+  tbody th { min-width: 8rem; max-width: 9rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; }
 }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
