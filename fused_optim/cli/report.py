@@ -86,9 +86,7 @@ def _header(found: Results) -> list[str]:
         f"Python {versions['python']}, {found.about['date']}",
     ]
     if found.about["settings"]["quick"]:
-        lines.append(
-            "Quick run: few rounds and a shortened GPT-2; for numbers to quote omit --quick."
-        )
+        lines.append("Quick run: few rounds; for numbers to quote omit --quick.")
     if found.interrupted:
         lines.append("Interrupted: only the rows finished by then.")
     return lines
