@@ -12,7 +12,7 @@ from marks import needs_cpu_kernels
 from matplotlib import image
 
 from fused_optim.cli import html, plot, results, text, verdict
-from fused_optim.cli.contestants import COPY, OURS, PROBE, Choice
+from fused_optim.cli.contestants import COPY, MATCHING, OURS, PROBE, Choice
 from fused_optim.cli.markup import Markup, join, tag
 from fused_optim.cli.style import STYLE
 from fused_optim.cli.timing import Quartiles
@@ -232,6 +232,9 @@ def test_the_headline_of_one_row_is_its_answer():
     assert verdict.headline([make_row(), make_row(cpu_elsewhere=0.5)]) == (
         "Steps of 2 works beside the fastest of torch.optim: faster in 1, not judged (busy) in 1."
     )
+    own = make_row(baseline=MATCHING)
+    own.samples_s[MATCHING] = own.samples_s.pop("fused")
+    assert "torch.optim, in some rows our own other step: " in verdict.headline([own, make_row()])
 
 
 def test_the_same_is_drawn_as_charts(found, tmp_path):

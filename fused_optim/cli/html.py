@@ -122,7 +122,7 @@ def _ratio_chart(rows: list[Row]) -> Markup:
     items = charts.ratios(rows)
     if len(items) < 2:
         return Markup("")
-    chart = svg.ratios("torch.optim's time divided by ours", items)
+    chart = svg.ratios("The baseline's time divided by ours", items)
     caption = tag(
         "figcaption",
         "Right of the line we are faster; logarithmic. Thin line: quartiles. Grey: not told apart, slower "

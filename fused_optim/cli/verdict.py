@@ -1,7 +1,7 @@
 """What the numbers say, in words."""
 
 from fused_optim.cli import text
-from fused_optim.cli.contestants import OURS
+from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS
 from fused_optim.cli.results import MIN_ROUNDS_TO_JUDGE, Results, Row
 
 FASTER, SLOWER = "faster", "slower"
@@ -27,7 +27,9 @@ def headline(rows: list[Row]) -> str:
     if len(rows) > 1:
         words = [judge(row) for row in rows]
         counts = ", ".join(f"{word} in {words.count(word)}" for word in dict.fromkeys(words))
-        return f"Steps of {len(rows)} works beside the fastest of torch.optim: {counts}."
+        own = any(row.baseline in (MATCHING, NEVER_ON) for row in rows)
+        beside = "the fastest of torch.optim" + ", in some rows our own other step" * own
+        return f"Steps of {len(rows)} works beside {beside}: {counts}."
     [row] = rows
     ours = text.seconds(row.seconds(OURS).median)
     begin = f"{row.workload.title}: a step of fused_optim takes {ours}"
