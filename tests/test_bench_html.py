@@ -193,7 +193,7 @@ def test_what_a_reader_has_to_know_is_said_first(found, page):
     told = verdict.notices(found)
     assert len(told) == 6
     for begin, words in (
-        ("The machine was busy", "no numbers to quote"),
+        ("The machine was busy", "no numbers to quote: AdamW, work. Measure again"),
         ("A quick run", "omit --quick"),
         ("Targets missed", "asked: 1.1x, found: 0.68x"),
         ("Some tensors fell back", "a complex tensor"),
@@ -204,6 +204,8 @@ def test_what_a_reader_has_to_know_is_said_first(found, page):
     assert page.index("Targets missed") < page.index("<h2>Results</h2>")
     quiet = results.Results(results.about(quick=False), [make_row()])
     assert verdict.notices(quiet) == []
+    all_busy = results.Results(results.about(quick=False), [make_row(cpu_elsewhere=0.5)])
+    assert "no numbers to quote: all rows. " in verdict.notices(all_busy)[0]
     quiet.interrupted = True
     assert verdict.notices(quiet) == ["Interrupted: only the rows finished by then are here."]
 

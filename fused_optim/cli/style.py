@@ -62,12 +62,13 @@ svg text { fill: var(--text); } svg .value { text-anchor: end; } svg .middle { t
 .roof { stroke: var(--text); stroke-width: 2; }
 svg .rooflabel { font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 svg .mark { fill: var(--card); font-size: 11px; font-weight: 600; text-anchor: middle; pointer-events: none; }
-.dot { stroke: var(--card); stroke-width: 1.5; }
+.dot.stock { fill: none; stroke: var(--stock); stroke-width: 2.5; }
 .key::before {
   content: ""; display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin: 0 .35em 0 .8em;
   background: var(--peer);
 }
-.key.ours::before { background: var(--ours); } .key.stock::before { background: var(--stock); }
+.key.ours::before { background: var(--ours); }
+.key.stock::before { background: none; border: 2px solid var(--stock); }
 details > summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .35rem 1.25rem; margin: 0; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }

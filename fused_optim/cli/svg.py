@@ -163,7 +163,7 @@ def roofline(title: str, points: Sequence[Point], roofs: dict[str, float]) -> Ma
         parts.append(tag("line", x1=place, x2=place, y1=low, y2=high, class_="pair"))
         for kind in reversed(levels):  # ours above the others
             told = f"{point.label}, {kind}: {point.bandwidths[kind] / 1e9:.1f} GB/s"
-            radius = 9 if kind == "ours" else 5
+            radius = 9 if kind == "ours" else 12  # a ring: seen where both are equal
             dot = tag("circle", tag("title", told), cx=place, cy=levels[kind], r=radius,
                       class_=f"dot {kind}")  # fmt: skip
             parts.append(dot)

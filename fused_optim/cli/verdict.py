@@ -47,10 +47,12 @@ def notices(found: Results) -> list[str]:
     told = []
     if found.interrupted:
         told.append("Interrupted: only the rows finished by then are here.")
-    if found.was_busy:
+    busy = [row.workload.title for row in found.rows if row.was_busy]
+    if busy:
+        which = "all rows" if len(busy) == len(found.rows) else "; ".join(busy)
         told.append(
             "The machine was busy: other processes took so much of the CPU time that these are no "
-            "numbers to quote. Measure again when nothing else runs."
+            f"numbers to quote: {which}. Measure again when nothing else runs."
         )
     if found.about["settings"]["quick"]:
         told.append("A quick run: few rounds. For numbers to quote, omit --quick.")
