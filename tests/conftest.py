@@ -1,5 +1,6 @@
 """Skips are printed, and one whose reason is not in ALLOWED_SKIPS fails the run."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ ALLOWED_SKIPS = (
     "needs 20 GiB of available memory",
     "needs Triton: a GPU or its interpreter",
     "needs triton",
+    "needs chromium",
 )
 
 _skips: list[tuple[str, str]] = []
@@ -56,6 +58,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def frozen_heap() -> Iterator[None]:
+    """Leaves what exists by now out of the collections of garbage that the benchmark begins with.
+
+    Each would visit all that torch has made: most of the time of a test that measures for milliseconds.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ from fused_optim.cli import (
     bench,
     contestants,
     device,
+    peers,
     phase,
     report,
     results,
@@ -24,7 +25,7 @@ from fused_optim.cli.device import EventTimer
 from fused_optim.cli.timing import HostTimer, Quartiles
 from fused_optim.cli.workloads import Target, Workload
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
 MIB = 2**20
 
@@ -219,9 +220,11 @@ def test_gpu_table_has_the_sizes_it_names():
 
 def test_huge_workloads_have_few_contestants():
     [billion] = workloads.select(["billion"], quick=False, device_type="cuda")
-    assert contestants.stock_variants(billion, quick=False) == ["fused"]
-    for peer in contestants.GPU_PEERS:
-        assert peer.why_not(billion, quick=False) == "workload too large"
+    variants, why_not = contestants.stock_variants(billion, quick=False)
+    assert variants == ["fused"]
+    assert why_not == dict.fromkeys(["for-loop", "foreach"], "workload too large")
+    for peer in peers.lineup(None, "cuda").peers:
+        assert peer.why_not(billion, quick=False, device_type="cuda") == "workload too large"
 
 
 # Not larger than what a test may take: 2 MiB of AdamW's streams in 5 tensors.
@@ -341,7 +344,8 @@ def printed(played, capsys, tmp_path):
         dataclasses.replace(WORK, target=target),
         dataclasses.replace(WORK, name="h", title="host time", timed="call", target=Target(5.0)),
     ]
-    found = bench.run(works, quick=True, threads=None, device=played)
+    lineup = peers.lineup(None, "cuda")
+    found = bench.run(works, quick=True, threads=None, device=played, lineup=lineup)
     found.skipped["other"] = "needs 39 GiB, 3 GiB are free"
     report.print_results(found)
     found.save(tmp_path / "bench.json")
@@ -401,12 +405,14 @@ def test_a_device_that_is_not_there_is_an_error(name, message, capsys):
 
 
 def test_peers_with_small_states_enter_the_rows_of_such_states(monkeypatch):
-    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     entered = {
         peer.name: {
-            row.name for row in workloads.gpu_table(False) if not peer.why_not(row, quick=False)
+            row.name
+            for row in workloads.gpu_table(False)
+            if not peer.why_not(row, quick=False, device_type="cuda")
         }
-        for peer in contestants.GPU_PEERS
+        for peer in peers.lineup(None, "cuda").peers
     }
     assert entered["torchao"] == entered["bitsandbytes"] == {"formats-int8"}
     assert entered["FlashOptim"] == {"formats-split8"}
@@ -422,10 +428,10 @@ def test_peers_with_small_states_are_built_from_their_libraries(monkeypatch):
     fakes = SimpleNamespace(AdamW8bit=build, FlashAdamW=build)
     imported = []
     monkeypatch.setattr(
-        contestants.importlib, "import_module", lambda name: imported.append(name) or fakes
+        peers.importlib, "import_module", lambda name: imported.append(name) or fakes
     )
-    for peer in contestants.GPU_PEERS:
+    for peer in peers.PEERS:
         if peer.formats:
-            (row,) = (r for r in workloads.gpu_table(True) if r.name in peer.formats)
+            (row,) = (r for r in workloads.gpu_table(True) if r.format in peer.formats)
             peer.build(row, [torch.nn.Parameter(torch.ones(3))])
     assert imported == ["torchao.optim", "bitsandbytes.optim", "flashoptim"]

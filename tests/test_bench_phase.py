@@ -12,7 +12,7 @@ from fused_optim.cli import bench, contestants, main, phase, report, results, ti
 from fused_optim.cli.contestants import NEVER_ON, OURS, STOCK_CALLS
 from fused_optim.cli.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
 SCHEDULE = timing.Schedule(
     budget_s=0.01, limit_s=9, min_rounds=4, max_rounds=5, n_passes=1, n_screening_rounds=1,
@@ -34,7 +34,7 @@ def short(monkeypatch):
 
 
 def enter(work=WORK):
-    params = contestants.make_params(work.shapes, work.dtype, work.layout)
+    params = contestants.make_params(work)
     return phase.enter(work, params, quick=False, timer=None), params
 
 
@@ -92,7 +92,7 @@ def test_both_read_the_same_grads_filled_before_each_step(short, chosen):
     work = dataclasses.replace(WORK, phase=chosen)
     entrants, params = enter(work)
     scale = phase.SCALE if "unscale" in chosen.parts else 1.0
-    [original] = contestants.make_params([work.shapes[0]], work.dtype, work.layout)
+    original = contestants.make_params(work)[0]
     assert original.grad is not None
     for _ in range(3):
         for step in entrants.steps.values():
@@ -104,8 +104,7 @@ def test_both_read_the_same_grads_filled_before_each_step(short, chosen):
                 assert not params[0].grad.any()
             elif step is entrants.steps[STOCK_CALLS]:
                 assert params[0].grad.norm() < 1 < before.norm()
-    own_norm = torch.cat([p.grad.flatten() for p in contestants.make_params(
-        work.shapes, work.dtype, work.layout)]).norm()  # fmt: skip
+    own_norm = torch.cat([p.grad.flatten() for p in contestants.make_params(work)]).norm()
     assert entrants.ours.grad_norm.item() == pytest.approx(own_norm.item(), rel=1e-6)
     assert entrants.ours.last_step.tensors == {"cpu": 3}
 
@@ -207,9 +206,7 @@ def test_a_disagreement_takes_the_place_of_the_row_and_is_an_error(short, monkey
 
 def test_options_that_are_off_again_change_nothing(short):
     work = dataclasses.replace(WORK, phase=None, switched=True, target=Target(1.0))
-    [params, others] = (
-        contestants.make_params(work.shapes, work.dtype, work.layout) for _ in range(2)
-    )
+    params, others = contestants.make_params(work), contestants.make_params(work)
     grads = [param.grad.clone() for param in params]
     switched, plain = contestants.switched(work, params), fused_optim.AdamW(others)
     assert switched.grad_norm is not None

@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 
 import fused_optim
+from fused_optim.cli import bench_command
 from fused_optim.packed import KernelOptions
 
-# Exit statuses: argparse itself ends with 2 on a bad command line, a shell with 130 after Ctrl-C.
-EXIT_FELL_BACK = 1
-EXIT_DISAGREES = 1
+# Exit statuses; argparse itself ends with 2 on a bad command line.
 EXIT_UNHEALTHY = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.command == "info":
         fused_optim.show_config()
         return 0
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     if args.command == "codegen":
         return _codegen(parser, args)
-    return _bench(parser, args)
+    return bench_command.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,30 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module's name")
     run.add_argument("program", metavar="PROGRAM", help="a script, or a folder with a __main__.py")
     run.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
-    bench = commands.add_parser(
-        "bench",
-        help="time the optimizers against torch.optim and peers",
-        description="Times every optimizer against the best of torch.optim's own variants, in one "
-        "process and in alternation. Exit status 0 also when a target is missed, 1 when a tensor "
-        "fell back to torch.optim, or when a phase and stock's calls do not compute the same.",
-    )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="save everything, raw samples too")
-    bench.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG charts into DIR")
-    bench.add_argument(
-        "--quick", action="store_true", help="under a minute: smaller models, fewer rounds"
-    )
-    bench.add_argument(
-        "--device", default="cpu", metavar="NAME", help="cpu (the default), cuda or cuda:N"
-    )
-    bench.add_argument(
-        "--threads",
-        type=_positive,
-        metavar="N",
-        help="default: torch's own choice; rows that name a number of threads are there for N instead",
-    )
-    bench.add_argument(
-        "--only", nargs="+", metavar="NAME", help="rows to measure, such as: tiny gpt2-* linear-*"
-    )
+    bench_command.add_parser(commands)
     codegen = commands.add_parser(
         "codegen",
         help="compile the GPU kernels, without a GPU, and check their machine code",
@@ -96,13 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     codegen.add_argument("--rule", nargs="+", metavar="NAME", help="such as: adam sgd")
     codegen.add_argument("--json", type=Path, metavar="FILE", help="save everything")
     return parser
-
-
-def _positive(text: str) -> int:
-    """An argparse type: a whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -118,50 +87,6 @@ def _run(args: argparse.Namespace) -> int:
         except OSError as error:
             args.refuse(str(error))
     return run(args.program, args.args, is_module=args.is_module, quiet=args.quiet, options=options)
-
-
-def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Check all that could fail late, measure, then print, save and draw."""
-    needed = ["rich"] + (["matplotlib"] if args.plot else [])
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"bench needs {' and '.join(missing)}: pip install 'fused-optim[bench]'",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
-
-    # Imported here so that `info` works without the bench extra.
-    from fused_optim.cli import bench, report
-    from fused_optim.cli.device import find
-    from fused_optim.cli.workloads import select
-
-    try:
-        device = find(args.device)
-        workloads = select(
-            args.only, quick=args.quick, device_type=device.type, threads=args.threads
-        )
-        for folder in filter(None, (args.json and args.json.parent, args.plot)):
-            folder.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            args.json.touch()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-    results = bench.run(workloads, quick=args.quick, threads=args.threads, device=device)
-    report.print_results(results)
-    if args.json:
-        results.save(args.json)
-    if args.plot:
-        from fused_optim.cli import plot
-
-        for path in plot.draw(results, args.plot):
-            print(f"wrote {path}")
-    if results.disagreements:
-        return EXIT_DISAGREES
-    if results.fallbacks:
-        return EXIT_FELL_BACK
-    return EXIT_INTERRUPTED if results.interrupted else 0
 
 
 def _codegen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

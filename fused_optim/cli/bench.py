@@ -3,20 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_optim import FusedOptimizer
-from fused_optim.cli import contestants, phase, results, timing
+from fused_optim.cli import agreement, contestants, memory, peers, phase, progress, results, timing
 from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
 from fused_optim.cli.device import CPU, Device, EventTimer, rotate
+from fused_optim.cli.peers import Lineup, Peer
+from fused_optim.cli.progress import Watch
 from fused_optim.cli.workloads import MEMORY, Workload
 
 # The lower quartile of 13 rounds is the fourth of them: no single bad round decides.
@@ -40,44 +37,66 @@ class NotMeasured(Exception):
 
 
 def run(
-    workloads: Sequence[Workload], *, quick: bool, threads: int | None, device: Device = CPU
+    workloads: Sequence[Workload],
+    *,
+    quick: bool,
+    threads: int | None,
+    device: Device = CPU,
+    lineup: Lineup | None = None,
+    command: str = "",
 ) -> results.Results:
     """Measure the workloads one after the other and show the progress on stderr.
 
     Args:
         quick: few rounds, and fewer of torch.optim's variants on large workloads.
         threads: for all contestants alike; None: torch's own choice.
+        lineup: who is timed beside ours; None: whoever makes sense on the device.
+        command: what asked for it, for a reader of the numbers.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    found = results.Results(results.about(quick=quick, device=device))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(workloads))
+    found = results.Results(results.about(quick=quick, device=device, command=command))
+    with progress.live(len(workloads)) as watch:
         try:
             for done, workload in enumerate(workloads):
-                progress.update(task, completed=done, description=workload.title)
-
-                def on_round(part: float, done: int = done) -> None:
-                    progress.update(task, completed=done + part)
-
+                watch.row(done, workload.title)
                 if workload.name == MEMORY:
-                    found.memory = measure_memory(workload)
+                    found.memory = memory.measure(workload)
                 else:
                     elsewhere = results.CpuElsewhere()
                     try:
-                        row = measure(workload, quick=quick, device=device, on_round=on_round)
+                        row = measure(
+                            workload, quick=quick, device=device, lineup=lineup, watch=watch
+                        )
                         row.cpu_elsewhere = elsewhere.part()
                         found.rows.append(row)
                     except NotMeasured as reason:
                         found.skipped[workload.name] = str(reason)
+                    except (MemoryError, torch.OutOfMemoryError) as error:
+                        found.skipped[workload.name] = f"out of memory: {error}"
                     except phase.Disagreement as difference:
                         found.disagreements[workload.name] = str(difference)
                 # Several GB belong to the last row; free them before the next one allocates.
                 device.release()
+            if found.rows and not found.roofs and device.new_event is None:
+                watch.stage("bandwidth of the memory")
+                found.plain_roofs = measure_roofs()
         except KeyboardInterrupt:
             found.interrupted = True
     return found
+
+
+def measure_roofs() -> dict[str, float]:
+    """Bytes per second of the probe and of the copy, where no row is large enough to be held to them."""
+    n_streams = 4  # AdamW's
+    nbytes = FLUSH_NBYTES * (2 * n_streams - 1)
+    steps = contestants.bandwidth_steps(nbytes, n_streams)
+    samples = timing.alternate(steps, dataclasses.replace(QUICK, budget_s=0.3))
+    moved = {PROBE: nbytes, COPY: contestants.copied_bytes(nbytes, n_streams)}
+    return {
+        name: moved[name] / timing.quartiles(timing.round_times(rounds)).median
+        for name, rounds in samples.items()
+    }
 
 
 def measure(
@@ -85,19 +104,22 @@ def measure(
     *,
     quick: bool,
     device: Device = CPU,
-    on_round: Callable[[float], object] = lambda part: None,
+    lineup: Lineup | None = None,
+    watch: Watch | None = None,
 ) -> results.Row:
     """Measure one workload.
 
     Args:
-        on_round: told the part done, from 0 to 1.
+        lineup: as for run().
+        watch: told what happens.
 
     Raises:
         NotMeasured: the device has too little memory.
         Disagreement: stock's phase and ours do not compute the same.
     """
+    lineup = lineup or peers.lineup(None, device.type)
     with _torch_threads(workload.threads):
-        return _measure(workload, quick=quick, device=device, on_round=on_round)
+        return _measure(workload, quick, device, lineup, watch or Watch())
 
 
 @contextlib.contextmanager
@@ -112,22 +134,21 @@ def _torch_threads(n_threads: int | None) -> Iterator[None]:
 
 
 def _measure(
-    workload: Workload, *, quick: bool, device: Device, on_round: Callable[[float], object]
+    workload: Workload, quick: bool, device: Device, lineup: Lineup, watch: Watch
 ) -> results.Row:
     by_device = device.new_event is not None and workload.timed == "step"
     copy: timing.Step | None = None
     timer: timing.Timer | None = None
     if workload.phase is None:
-        entrants = _enter(workload, quick=quick, device=device, rotates=by_device)
+        entrants = _enter(workload, quick, device, lineup, watch, rotates=by_device)
         if by_device:
             copy, timer = _copy_and_timer(device)
     else:
         _check_memory(workload, phase.N_SETS_OF_STREAMS, device)
+        watch.stage("choosing torch's calls")
         if by_device:
             copy, timer = _copy_and_timer(device)
-        params = contestants.make_params(
-            workload.shapes, workload.dtype, workload.layout, device.torch_device
-        )
+        params = contestants.make_params(workload, device.torch_device)
         entrants = phase.enter(workload, params, quick=quick, timer=timer)
     steps, nbytes, n_streams = entrants.steps, entrants.nbytes, entrants.n_streams
 
@@ -151,8 +172,9 @@ def _measure(
         best = min(medians[name] for name in entrants.baselines)
         return timing.clearly_slower(medians, best) - {OURS, PROBE, COPY}
 
+    watch.stage("first round")
     samples = timing.alternate(
-        steps, schedule, before=before, drop=drop, timer=timer, on_round=on_round
+        steps, schedule, before=before, drop=drop, timer=timer, on_round=watch.round
     )
     row = _row(workload, samples, entrants)
     if by_device:
@@ -175,7 +197,7 @@ def _copy_and_timer(device: Device) -> tuple[timing.Step, timing.Timer]:
 
 
 def _enter(
-    workload: Workload, *, quick: bool, device: Device, rotates: bool
+    workload: Workload, quick: bool, device: Device, lineup: Lineup, watch: Watch, *, rotates: bool
 ) -> contestants.Entrants:
     """Give every contestant tensors of its own, equal to ours.
 
@@ -183,19 +205,25 @@ def _enter(
         rotates: several sets of them, if one alone would stay in the device's cache.
     """
     n_sets = device.n_sets(workload.nbytes) if rotates else 1
-    variants = contestants.stock_variants(workload, quick=quick)
     against_stock = workload.layout == "matching" and not workload.switched
-    peers = contestants.peers(device.type) if against_stock else ()
-    refusals = {peer.name: peer.why_not(workload, quick=quick) for peer in peers}
-    not_measured = {name: reason for name, reason in refusals.items() if reason is not None}
-    n_entrants = 1 + len(variants) + len(peers) - len(not_measured)
-    _check_memory(workload, n_sets * n_entrants, device)
-    params = contestants.make_params(
-        workload.shapes, workload.dtype, workload.layout, device.torch_device
-    )
+    stock = functools.partial(contestants.stock_variants, workload, asked=lineup.variants)
+    variants, not_measured = stock(quick=quick)
+    entering = {}
+    for peer in lineup.peers if against_stock else ():
+        reason = peer.why_not(
+            workload, quick=quick, device_type=device.type, by_name=lineup.by_name
+        )
+        if reason is None:
+            entering[peer.name] = peer
+        else:
+            not_measured[peer.name] = reason
+    n_others = len(variants) + len(entering) if against_stock else 1
+    _check_memory(workload, n_sets * (1 + n_others), device)
+    params = contestants.make_params(workload, device.torch_device)
     steps: dict[str, timing.Step] = {}
 
     def enter(name: str, build: Callable[[list[nn.Parameter]], Optimizer], layout: str) -> None:
+        watch.stage(f"first step of {name}")
         optimizers = []
         # An optimizer may fail in any way, for example while it compiles itself; the row says so.
         try:
@@ -203,23 +231,31 @@ def _enter(
                 optimizers.append(build(contestants.copy_params(params, layout)))
                 contestants.start(optimizers[-1], workload)
             steps[name] = rotate([optimizer.step for optimizer in optimizers])
+            not_measured.pop(name, None)
         except Exception as error:
             not_measured[name] = f"failed: {type(error).__name__}: {error}"
 
     if against_stock:
         # Quick runs leave out variants; where none of the others takes the workload, they are back.
-        for chosen in (variants, contestants.stock_variants(workload, quick=False)):
+        for chosen in (variants, stock(quick=False)[0]):
             for variant in chosen if not steps else ():
-                stock = functools.partial(contestants.stock, workload, variant)
-                enter(variant, stock, workload.layout)
+                enter(
+                    variant,
+                    functools.partial(contestants.stock, workload, variant),
+                    workload.layout,
+                )
     else:
+        not_measured = {}
         name = NEVER_ON if workload.switched else MATCHING
         enter(name, functools.partial(contestants.ours, workload), "matching")
     baselines = list(steps)
-    for peer in peers:
-        if peer.name not in not_measured:
-            enter(peer.name, functools.partial(peer.build, workload), workload.layout)
+    for name, peer in entering.items():
+        if difference := _difference(peer, workload):
+            not_measured[name] = difference
+            continue
+        enter(name, functools.partial(peer.build, workload), workload.layout)
 
+    watch.stage(f"first step of {OURS}")
     ours = []
     for copy in [
         params,
@@ -240,10 +276,26 @@ def _enter(
     )
 
 
+def _difference(peer: Peer, workload: Workload) -> str | None:
+    """Why a peer's time would say nothing: it computes something else, or fails at that already.
+
+    Those of small states have their own roundings, compiled code is torch.optim's.
+    """
+    if peer.formats or peer.compiles:
+        return None
+    try:
+        return agreement.difference(peer, workload)
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+
+
 def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:
-    """Raise NotMeasured where the device's memory cannot hold them all."""
+    """Raise NotMeasured where the device's memory cannot hold them all, and what shows the bandwidth."""
     free_nbytes = device.free_nbytes()
-    needed_nbytes = workload.needs_nbytes(n_entrants) + 2 * COPY_NBYTES
+    if device.new_event is not None:
+        needed_nbytes = workload.needs_nbytes(n_entrants) + 2 * COPY_NBYTES
+    else:
+        needed_nbytes = workload.needs_nbytes(n_entrants + workload.is_large)
     if free_nbytes is not None and needed_nbytes > free_nbytes:
         raise NotMeasured(
             f"needs {needed_nbytes / 2**30:.0f} GiB, {free_nbytes / 2**30:.0f} GiB are free"
@@ -258,7 +310,10 @@ def _row(
     def median(name: str) -> float:
         return timing.quartiles(timing.round_times(samples[name])).median
 
-    baseline = min(entrants.baselines, key=median, default=None)
+    # One round of a variant that was dropped says nothing beside the many of the others.
+    most = max((len(samples[name]) for name in entrants.baselines), default=0)
+    measured = [name for name in entrants.baselines if len(samples[name]) == most]
+    baseline = min(measured, key=median, default=None)
     probe_part = probe_over_copy = None
     if PROBE in samples:
         probe_part = timing.quartiles(timing.paired_ratios(samples[PROBE], samples[OURS]))
@@ -279,50 +334,7 @@ def _row(
         probe_over_copy=probe_over_copy,
         not_measured=entrants.not_measured,
         backends=dict(last_step.tensors),
-        fallbacks=_fallbacks(entrants.ours),
+        fallbacks=contestants.fallbacks(entrants.ours),
         threads=torch.get_num_threads(),
         stock_calls=entrants.stock_calls,
     )
-
-
-def _fallbacks(ours: FusedOptimizer) -> list[str]:
-    """Distinct reasons for which tensors of the last step were left to torch.optim."""
-    assert ours.last_step is not None  # measured: it has stepped
-    return sorted({fallback.reason for fallback in ours.last_step.fallbacks})
-
-
-def measure_memory(workload: Workload) -> results.Memory | None:
-    """Peak growth of the process during one step after the first.
-
-    The kernel's high-water mark sees every allocator, where torch's counters would miss ours.
-    Returns None where /proc does not offer it.
-    """
-    growth = {}
-    fallbacks: list[str] = []
-    for name in (OURS, "fused", "foreach"):
-        params = contestants.make_params(workload.shapes, workload.dtype, workload.layout)
-        if name == OURS:
-            optimizer = contestants.ours(workload, params)
-        else:
-            optimizer = contestants.stock(workload, name, params)
-        for _ in range(2):
-            optimizer.step()
-        try:
-            # 5 resets the high-water mark to what is resident now; see proc(5).
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _high_water_nbytes()
-            optimizer.step()
-            growth[name] = _high_water_nbytes() - before
-        except OSError:
-            return None
-        if isinstance(optimizer, FusedOptimizer):
-            fallbacks = _fallbacks(optimizer)
-        del params, optimizer
-        gc.collect()
-    return results.Memory(workload.title, workload.numel, growth, fallbacks)
-
-
-def _high_water_nbytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    high_water = next(line for line in lines if line.startswith("VmHWM:"))
-    return int(high_water.split()[1]) * 1024

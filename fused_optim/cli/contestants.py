@@ -1,9 +1,7 @@
-"""Who is timed: our optimizers, torch.optim's variants, peers, and the bandwidth probes."""
+"""Who is timed: our optimizers, torch.optim's variants, and the bandwidth probes."""
 
-import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +10,9 @@ from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim import FusedOptimizer, OnePassOptions, backends
+from fused_optim.cli.peers import STOCK_FLAGS
 from fused_optim.cli.timing import Step
-from fused_optim.cli.workloads import Shapes, Workload
+from fused_optim.cli.workloads import Workload
 
 OURS = "fused_optim"
 MATCHING = "matching layout"
@@ -23,16 +22,8 @@ PROBE = "probe"
 COPY = "copy_"
 CPU = torch.device("cpu")
 QUICK_NUMEL = 1_000_000
-# torch.compile takes time for every tensor; with a list twice as long as GPT-2's, minutes.
-MOST_COMPILED_TENSORS = 300
 # Of each of the two buffers of the copy on a GPU, many times any L2.
 COPY_NBYTES = 2**30
-
-STOCK_FLAGS = {
-    "for-loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True, "fused": False},
-    "fused": {"foreach": False, "fused": True},
-}
 
 
 @dataclass(frozen=True)
@@ -73,23 +64,20 @@ class Entrants:
     stock_calls: dict[str, Choice] = field(default_factory=dict)
 
 
-def make_params(
-    shapes: Shapes, dtype: torch.dtype, layout: str, device: torch.device = CPU
-) -> list[nn.Parameter]:
-    """Parameters with grads, all uniform in (-1, 1): the same values whoever asks.
-
-    Args:
-        layout: strides of the grads, see Workload.
-    """
+def make_params(workload: Workload, device: torch.device = CPU) -> list[nn.Parameter]:
+    """Parameters with grads, all uniform in (-1, 1): the same values whoever asks."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def uniform(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1, generator=generator)
+    def uniform(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        values = torch.empty(shape, dtype=dtype, device=device)
+        real = torch.view_as_real(values) if dtype.is_complex else values
+        real.uniform_(-1, 1, generator=generator)
+        return values
 
     params = []
-    for shape in shapes:
-        param = nn.Parameter(uniform(shape))
-        param.grad = _with_layout(uniform(shape), layout)
+    for shape, dtype in zip(workload.shapes, workload.tensor_dtypes, strict=True):
+        param = nn.Parameter(uniform(shape, dtype))
+        param.grad = _with_layout(uniform(shape, dtype), workload.layout)
         params.append(param)
     return params
 
@@ -144,20 +132,31 @@ def switched(workload: Workload, params: Sequence[nn.Parameter]) -> FusedOptimiz
     return optimizer
 
 
-def stock_variants(workload: Workload, *, quick: bool) -> list[str]:
-    """The variants torch.optim has of this optimizer.
+def stock_variants(
+    workload: Workload, *, quick: bool, asked: Sequence[str] = tuple(STOCK_FLAGS)
+) -> tuple[list[str], dict[str, str]]:
+    """The variants of torch.optim's optimizer that are measured, and why the others are not.
 
-    For a huge workload, the fused one alone.
+    For a huge workload, the fused one alone. None where torch.optim has no such optimizer.
 
     Args:
         quick: leave out what is never the best where it would cost the most time: everything but
             fused, if there is a fused one, from QUICK_NUMEL parameters on.
+        asked: by the user; if torch.optim has none of these, they are as all.
     """
-    accepted = inspect.signature(getattr(torch.optim, workload.optimizer)).parameters
-    if "fused" not in accepted:
-        return ["for-loop", "foreach"]
-    left_out = workload.is_huge or (quick and workload.numel >= QUICK_NUMEL)
-    return ["fused"] if left_out else list(STOCK_FLAGS)
+    optimizer = getattr(torch.optim, workload.optimizer, None)
+    if optimizer is None:
+        return [], dict.fromkeys(asked, f"torch.optim has no {workload.optimizer}")
+    has_fused = "fused" in inspect.signature(optimizer).parameters
+    why_not = {} if has_fused else {"fused": f"torch.optim has no fused {workload.optimizer}"}
+    chosen = [name for name in STOCK_FLAGS if name in asked and name not in why_not]
+    chosen = chosen or [name for name in STOCK_FLAGS if name not in why_not]
+    if "fused" in chosen:
+        reason = "workload too large" if workload.is_huge else "left out of a quick run"
+        if workload.is_huge or (quick and workload.numel >= QUICK_NUMEL):
+            why_not |= dict.fromkeys([name for name in chosen if name != "fused"], reason)
+            chosen = ["fused"]
+    return chosen, why_not
 
 
 def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> Optimizer:
@@ -175,107 +174,12 @@ def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> O
 
 
 def _in_float32(param: nn.Parameter) -> nn.Parameter:
+    if param.dtype.itemsize > 2:
+        return param
     copy = nn.Parameter(param.detach().float())
     assert param.grad is not None
     copy.grad = param.grad.float()
     return copy
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An optimizer of another library.
-
-    factories: our class name -> constructor call that means the same mathematics.
-    compiles: whether it compiles itself for a list of tensors, which takes a minute for hundreds;
-        so it does that only for plain float32 rows.
-    formats: rows of formats whose states and params it keeps in about as many bits, and no others;
-        empty: it keeps whole states.
-    """
-
-    name: str
-    module: str
-    factories: dict[str, Callable[[Workload, Sequence[nn.Parameter]], Optimizer]]
-    compiles: bool = False
-    formats: tuple[str, ...] = ()
-
-    def why_not(self, workload: Workload, *, quick: bool) -> str | None:
-        """Why it cannot run this workload; None if it may."""
-        if workload.is_huge:
-            return "workload too large"
-        if workload.name not in self.formats and (workload.formats or self.formats):
-            return "keeps other states"
-        plain = workload.timed == "step" and workload.dtype == torch.float32
-        if self.compiles and (quick or not plain or workload.n_tensors > MOST_COMPILED_TENSORS):
-            return "compiles for too long"
-        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            return "not installed"
-        if workload.optimizer not in self.factories:
-            return f"has no {workload.optimizer}"
-        return None
-
-    def build(self, workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        return self.factories[workload.optimizer](workload, params)
-
-
-def _deepspeed_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    peer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-    # States in the params' dtype, as ours and stock's are; the peer's default is float32.
-    return peer(params, weight_decay=1e-2, adamw_mode=True, fp32_optimizer_states=False)
-
-
-def _optimi_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    peer = importlib.import_module("optimi").AdamW
-    # torch.optim's hyperparameters; Kahan summation would add a stream that no other one has.
-    return peer(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, kahan_sum=False)
-
-
-def _optimi_sgd(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    return importlib.import_module("optimi").SGD(
-        params, lr=1e-3, kahan_sum=False, **workload.options
-    )
-
-
-def _torchao_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    return importlib.import_module("torchao.optim").AdamW8bit(params, weight_decay=1e-2)
-
-
-def _bitsandbytes_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    return importlib.import_module("bitsandbytes.optim").AdamW8bit(params, weight_decay=1e-2)
-
-
-def _flashoptim_adamw(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    # Its default is 8-bit states and 8 more bits for bfloat16 params.
-    return importlib.import_module("flashoptim").FlashAdamW(params, lr=1e-3, weight_decay=1e-2)
-
-
-def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    optimizer = getattr(torch.optim, workload.optimizer)(params, foreach=True, **workload.options)
-    torch.compiler.reset()  # after eight lists of tensors torch would give up
-    optimizer.step = torch.compile(optimizer.step)
-    # Compiled in the first step and, now that there is state, in the second.
-    for _ in range(2):
-        optimizer.step()
-    return optimizer
-
-
-_OPTIMI = Peer("optimi", "optimi", {"AdamW": _optimi_adamw, "SGD": _optimi_sgd})
-_COMPILED_OPTIMIZERS = ("AdamW", "SGD", "RMSprop", "Adagrad")
-PEERS = (Peer("DeepSpeedCPUAdam", "deepspeed.ops.adam", {"AdamW": _deepspeed_adamw}), _OPTIMI)
-GPU_PEERS = (
-    _OPTIMI,
-    Peer("torch.compile", "torch", dict.fromkeys(_COMPILED_OPTIMIZERS, _compiled), compiles=True),
-    Peer("torchao", "torchao.optim", {"AdamW": _torchao_adamw}, formats=("formats-int8",)),
-    Peer(
-        "bitsandbytes", "bitsandbytes.optim", {"AdamW": _bitsandbytes_adamw},
-        formats=("formats-int8",),
-    ),
-    Peer("FlashOptim", "flashoptim", {"AdamW": _flashoptim_adamw}, formats=("formats-split8",)),
-)  # fmt: skip
-
-
-def peers(device_type: str) -> tuple[Peer, ...]:
-    """The peers on such a device."""
-    return PEERS if device_type == "cpu" else GPU_PEERS
 
 
 def start(optimizer: Optimizer, workload: Workload) -> None:
@@ -341,3 +245,9 @@ def device_copy(device: torch.device, nbytes: int) -> Step:
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def fallbacks(ours: FusedOptimizer) -> list[str]:
+    """Distinct reasons for which tensors of the last step were left to torch.optim."""
+    assert ours.last_step is not None  # measured: it has stepped
+    return sorted({fallback.reason for fallback in ours.last_step.fallbacks})

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ class Device:
     about: for a reader of the numbers.
     new_event: makes an event of the device's queue; None where calls return when the work is done.
     synchronize: waits until the queue is empty.
-    free_nbytes: memory not in use; None where the system would swap before it refuses.
+    free_nbytes: memory not in use; None where nobody tells.
     release: gives memory that is not in use back to the system.
     """
 
@@ -63,7 +64,29 @@ class Device:
         return 1 + math.ceil(max(0, ROTATION * self.l2_nbytes - nbytes) / nbytes)
 
 
-CPU = Device(torch.device("cpu"), about={"type": "cpu"})
+# This process's own control group, as a container sees it.
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _available_nbytes() -> int | None:
+    """Memory that the CPU's tensors may take: the system's, or what is left of a container's limit."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in meminfo if line.startswith("MemAvailable:")), None)
+    if line is None:
+        return None
+    available = int(line.split()[1]) * 1024
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return available
+    return max(0, min(available, limit - used))
+
+
+CPU = Device(torch.device("cpu"), about={"type": "cpu"}, free_nbytes=_available_nbytes)
 
 
 def find(text: str) -> Device:

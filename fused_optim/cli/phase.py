@@ -228,7 +228,7 @@ def _choose(
         }
         return Choice(min(seconds, key=lambda name: seconds[name]), seconds)
 
-    names = contestants.stock_variants(workload, quick=quick)
+    names, _ = contestants.stock_variants(workload, quick=quick)
     if "fused" in names:
         names = [name for name in names if name != "for-loop"]  # never the fastest then
     optimizers = {name: contestants.stock(workload, name, params) for name in names}

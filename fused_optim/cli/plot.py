@@ -9,11 +9,14 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
+from fused_optim.cli import charts, text
 from fused_optim.cli.contestants import OURS
 from fused_optim.cli.results import Results, Row
 from fused_optim.cli.workloads import LINEAR_N_TENSORS
 
 MET, MISSED, NO_TARGET = "#2a7f62", "#c8553d", "#7a8793"
+LONGEST = 70  # characters of a title, beside which bars still have room
+COLOURS = {"ours": "#0b6e69", "stock": "#b45309", "peer": "#64748b"}
 
 
 def draw(found: Results, folder: Path) -> list[Path]:
@@ -26,10 +29,15 @@ def draw(found: Results, folder: Path) -> list[Path]:
     rows = [row for row in found.rows if row.ratio and row.workload.name not in linear_names]
     linear_rows = [row for row in found.rows if row.workload.name in linear_names]
     written = []
-    if rows:
-        written.append(_draw_ratios(rows, _subtitle(found), folder / "ratios.png"))
-    if linear_rows:
-        written.append(_draw_linear(linear_rows, _subtitle(found), folder / "linear.png"))
+    # A name with dollars is a name, not mathematics.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        if rows:
+            written.append(_draw_ratios(rows, _subtitle(found), folder / "ratios.png"))
+            written.append(_draw_times(rows, _subtitle(found), folder / "times.png"))
+        if found.roofs and charts.points(found):
+            written.append(_draw_roofline(found, folder / "roofline.png"))
+        if linear_rows:
+            written.append(_draw_linear(linear_rows, _subtitle(found), folder / "linear.png"))
     return written
 
 
@@ -74,7 +82,9 @@ def _draw_ratios(rows: list[Row], subtitle: str, path: Path) -> Path:
                 linewidth=2.5,
             )
     axes.set_yticks(
-        list(positions), [f"{row.workload.title}  (vs {row.baseline})" for row in rows], fontsize=9
+        list(positions),
+        [f"{text.shorten(row.workload.title, LONGEST)}  (vs {row.baseline})" for row in rows],
+        fontsize=9,
     )
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -93,6 +103,57 @@ def _draw_ratios(rows: list[Row], subtitle: str, path: Path) -> Path:
         "baseline time / ours, right is faster (green: target met; line: quartiles; tick: target)"
     )
     axes.set_title(subtitle, fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+    return path
+
+
+def _draw_times(rows: list[Row], subtitle: str, path: Path) -> Path:
+    """One panel per row, one bar per contestant: median and quartiles."""
+    panels = [charts.bars(row) for row in rows]
+    heights = [len(bars) + 1.5 for bars in panels]
+    fig, axes = plt.subplots(
+        len(rows), figsize=(10, 0.6 + 0.32 * sum(heights)), layout="constrained", squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    for panel, row, bars in zip(axes[:, 0], rows, panels, strict=True):
+        for position, bar in enumerate(reversed(bars)):
+            panel.barh(position, bar.value * 1e3, height=0.6, color=COLOURS[bar.kind])
+            quartiles = [bar.low * 1e3, bar.high * 1e3]
+            panel.plot(quartiles, [position, position], color="black", linewidth=1.5)
+        panel.set_yticks(range(len(bars)), [bar.label for bar in reversed(bars)], fontsize=9)
+        panel.set_xlim(left=0)
+        panel.grid(axis="x", linewidth=0.4)
+        panel.set_axisbelow(True)
+        panel.set_title(text.shorten(row.workload.title, LONGEST), fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel("ms per step, median and quartiles")
+    fig.suptitle(subtitle, fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+    return path
+
+
+def _draw_roofline(found: Results, path: Path) -> Path:
+    """Bytes of a step against the bytes per second that it reached, beneath what memory allows."""
+    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    points = charts.points(found)
+    for kind, label in (("stock", "torch.optim, fastest"), ("ours", "fused_optim")):
+        shown = [point for point in points if kind in point.bandwidths]
+        bandwidths = [point.bandwidths[kind] / 1e9 for point in shown]
+        nbytes = [point.nbytes for point in shown]
+        axes.plot(nbytes, bandwidths, "o", color=COLOURS[kind], label=label)
+    for point in points:
+        place = (point.nbytes, point.bandwidths["ours"] / 1e9)
+        axes.annotate(point.mark, place, xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for style, (name, bandwidth) in zip(("-", "--"), found.roofs.items(), strict=False):
+        axes.axhline(bandwidth / 1e9, color="black", linestyle=style, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("bytes that a step has to move")
+    axes.set_ylabel("GB/s (the numbers are those of the rows)")
+    axes.grid(linewidth=0.4)
+    axes.legend()
+    axes.set_title(_subtitle(found), fontsize=9)
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return path

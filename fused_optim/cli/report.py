@@ -2,19 +2,19 @@
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fused_optim.cli import text
 from fused_optim.cli.contestants import (
     MATCHING,
     NEVER_ON,
     OURS,
     STOCK_CALLS,
-    STOCK_FLAGS,
-    peers,
 )
-from fused_optim.cli.results import MEMORY_TARGET_NBYTES, Memory, Results, Row
+from fused_optim.cli.results import Results, Row
 from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY, Target
+from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY
 
 # What a table needs when nobody says how wide the output is (a pipe, a log).
 WIDTH_OF_A_FILE = 150
@@ -59,7 +59,9 @@ def print_results(found: Results) -> None:
     no_others = (MATCHING, NEVER_ON, STOCK_CALLS)
     against_others = [row for row in found.rows if row.baseline not in no_others]
     if against_others:
-        console.print(_contestants_table(against_others, found.about["device"]["type"]))
+        console.print(_contestants_table(against_others))
+        if absent := _absent(against_others):
+            console.print(f"not measured: {absent}", markup=False)
     if linear_rows:
         console.print(_linear_table(linear_rows))
     for line in _footer(found):
@@ -84,9 +86,7 @@ def _header(found: Results) -> list[str]:
         f"Python {versions['python']}, {found.about['date']}",
     ]
     if found.about["settings"]["quick"]:
-        lines.append(
-            "Quick run: few rounds and a shortened GPT-2; for numbers to quote omit --quick."
-        )
+        lines.append("Quick run: few rounds; for numbers to quote omit --quick.")
     if found.interrupted:
         lines.append("Interrupted: only the rows finished by then.")
     return lines
@@ -100,12 +100,12 @@ def _main_table(rows: list[Row], on_gpu: bool) -> Table:
         bandwidth = row.nbytes / ours.median / 1e9
         roof_part = row.copy_part if on_gpu else row.probe_part
         table.add_row(
-            row.workload.title,
+            escape(row.workload.title),
             _ms(ours),
             _baseline(row),
-            _ratio(row),
-            _wanted(row.workload.target),
-            _verdict(row),
+            text.ratio(row.ratio),
+            text.wanted(row.workload.target),
+            text.verdict(row),
             f"{bandwidth:.1f}" if row.shows_bandwidth else "",
             f"{roof_part.median:.0%}" if roof_part else "",
         )
@@ -117,7 +117,7 @@ def _stock_calls(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         calls = [
-            f"{part}: {choice.variant} {_number(choice.seconds[choice.variant] * 1e3)} ms"
+            f"{part}: {choice.variant} {text.number(choice.seconds[choice.variant] * 1e3)} ms"
             for part, choice in row.stock_calls.items()
         ]
         if calls:
@@ -125,34 +125,35 @@ def _stock_calls(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _wanted(target: Target) -> str:
-    parts = []
-    if target.ratio is not None:
-        parts.append(f"{target.ratio:.3g}x")
-    parts += [f"{part:.0%}" for part in (target.probe, target.copy) if part is not None]
-    return (" or " if target.either else ", ").join(parts)
-
-
-def _verdict(row: Row) -> str:
-    if not row.workload.target.is_set:
-        return ""
-    unsound = "busy" if row.was_busy else f"{row.n_rounds} rounds"
-    return {True: "yes", False: "NO", None: unsound}[row.met]
-
-
-def _contestants_table(rows: list[Row], device_type: str) -> Table:
-    """Every contestant's median, and the reason where there is none."""
-    names = [OURS, *STOCK_FLAGS, *(peer.name for peer in peers(device_type))]
+def _contestants_table(rows: list[Row]) -> Table:
+    """The median of every contestant that has one anywhere, and the reason where it has none."""
+    names = [name for name in _contestants(rows) if any(name in row.samples_s for row in rows)]
     table = _table("ms per step", *names)
     for row in rows:
         cells = []
         for name in names:
             if name in row.samples_s:
-                cells.append(_number(row.seconds(name).median * 1e3))
+                cells.append(text.number(row.seconds(name).median * 1e3))
             else:
-                cells.append(_shorten(row.not_measured.get(name, "")))
-        table.add_row(row.workload.title, *cells)
+                cells.append(escape(text.shorten(row.not_measured.get(name, ""))))
+        table.add_row(escape(row.workload.title), *cells)
     return table
+
+
+def _contestants(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.contestants))
+
+
+def _absent(rows: list[Row]) -> str:
+    """Those that were measured nowhere, with all the reasons."""
+    told = []
+    for name in _contestants(rows):
+        if not any(name in row.samples_s for row in rows):
+            reasons = dict.fromkeys(
+                row.not_measured[name] for row in rows if name in row.not_measured
+            )
+            told.append(f"{name} ({'; '.join(reasons)})")
+    return ", ".join(told)
 
 
 def _linear_table(rows: list[Row]) -> Table:
@@ -166,11 +167,11 @@ def _linear_table(rows: list[Row]) -> Table:
         stock = row.seconds(row.baseline).median
         table.add_row(
             work.title,
-            _number(ours * 1e6),
+            text.number(ours * 1e6),
             f"{ours * 1e6 / work.n_tensors:.3f}",
             f"{ours * 1e9 / work.numel:.2f}",
             f"{stock * 1e6 / work.n_tensors:.2f} ({row.baseline})",
-            _ratio(row),
+            text.ratio(row.ratio),
         )
     return table
 
@@ -186,10 +187,9 @@ def _footer(found: Results) -> list[str]:
         )
     elsewhere = [row.cpu_elsewhere for row in found.rows if row.cpu_elsewhere is not None]
     if elsewhere:
-        busy = any(row.was_busy for row in found.rows)
         lines.append(
             f"other processes took {min(elsewhere):.0%} to {max(elsewhere):.0%} of the CPU time"
-            + (": THE MACHINE WAS BUSY, these are no numbers to quote" if busy else "")
+            + (": THE MACHINE WAS BUSY, these are no numbers to quote" if found.was_busy else "")
         )
     if found.about["device"]["type"] != "cpu":
         faster = [
@@ -202,20 +202,11 @@ def _footer(found: Results) -> list[str]:
         for name, difference in found.disagreements.items()
     ]
     if found.memory:
-        lines.append(_memory_line(found.memory))
+        lines.append(text.memory_line(found.memory))
     if found.fallbacks:
         lines.append("FELL BACK to torch.optim, so these rows do not measure fused_optim:")
         lines += [f"  {line}" for line in found.fallbacks]
     return lines
-
-
-def _memory_line(memory: Memory) -> str:
-    growth = ", ".join(f"{name} {_mib(n)}" for name, n in memory.growth_nbytes.items())
-    met = "met" if memory.met else "NOT met"
-    return (
-        f"memory that one step adds at its peak, {memory.title}: {growth} "
-        f"(target {_mib(MEMORY_TARGET_NBYTES)}: {met})"
-    )
 
 
 def _table(first: str, *others: str) -> Table:
@@ -229,29 +220,11 @@ def _table(first: str, *others: str) -> Table:
 def _baseline(row: Row) -> str:
     if row.baseline is None:
         return "none"
-    return f"{_number(row.seconds(row.baseline).median * 1e3)} ({row.baseline})"
-
-
-def _ratio(row: Row) -> str:
-    ratio = row.ratio
-    return f"{ratio.median:.2f}x [{ratio.q1:.2f}, {ratio.q3:.2f}]" if ratio else ""
+    return f"{text.number(row.seconds(row.baseline).median * 1e3)} ({row.baseline})"
 
 
 def _ms(seconds: Quartiles) -> str:
-    low, mid, high = (_number(value * 1e3) for value in (seconds.q1, seconds.median, seconds.q3))
+    low, mid, high = (
+        text.number(value * 1e3) for value in (seconds.q1, seconds.median, seconds.q3)
+    )
     return f"{mid} [{low}, {high}]"
-
-
-def _number(value: float) -> str:
-    """Three digits, never an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.1 else 4}f}"
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.2f} MiB"
-
-
-def _shorten(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."

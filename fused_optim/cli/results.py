@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 import fused_optim
-from fused_optim.cli.contestants import COPY, OURS, PROBE, STOCK_FLAGS, Choice
+from fused_optim.cli import peers
+from fused_optim.cli.contestants import COPY, OURS, PROBE, Choice
 from fused_optim.cli.device import CPU, Device
+from fused_optim.cli.peers import STOCK_FLAGS
 from fused_optim.cli.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
 from fused_optim.cli.workloads import PARITY, Target, Workload
 
@@ -72,6 +74,36 @@ class Row:
     def seconds(self, contestant: str) -> Quartiles:
         return quartiles(round_times(self.samples_s[contestant]))
 
+    def ratio_to(self, contestant: str) -> Quartiles:
+        """Its time / ours, paired in the rounds that both have."""
+        return quartiles(paired_ratios(self.samples_s[contestant], self.samples_s[OURS]))
+
+    @property
+    def contestants(self) -> list[str]:
+        """All that were timed or meant to be, ours first; without what shows the bandwidth."""
+        names = [OURS, *STOCK_FLAGS, *self.samples_s, *self.not_measured]
+        known = {*self.samples_s, *self.not_measured} - {COPY, PROBE}
+        return [name for name in dict.fromkeys(names) if name in known]
+
+    def bandwidth(self, contestant: str) -> float:
+        """Bytes that a step has to move / the contestant's time, per second.
+
+        A contestant that keeps other states, or makes temporaries, moves other bytes; it is held to these.
+        """
+        return self.nbytes / self.seconds(contestant).median
+
+    @property
+    def roofs(self) -> dict[str, float]:
+        """Bytes per second of the probe and of torch.Tensor.copy_, as far as the row has them."""
+        roofs = {}
+        if self.probe_part:
+            roofs[PROBE] = self.bandwidth(PROBE)
+        if self.probe_over_copy:
+            roofs[COPY] = roofs[PROBE] / self.probe_over_copy.median
+        if self.copy_part:
+            roofs[COPY] = self.bandwidth(OURS) / self.copy_part.median
+        return roofs
+
     @property
     def ratio(self) -> Quartiles | None:
         return quartiles(self.ratio_samples) if self.ratio_samples else None
@@ -97,11 +129,7 @@ class Row:
     def faster_peers(self) -> list[str]:
         """Contestants but torch.optim that were faster than ours."""
         peers = set(self.samples_s) - {OURS, COPY, PROBE, self.baseline, *STOCK_FLAGS}
-        ratios = {
-            name: quartiles(paired_ratios(self.samples_s[name], self.samples_s[OURS])).median
-            for name in sorted(peers)
-        }
-        return [name for name, ratio in ratios.items() if ratio < 1]
+        return [name for name in sorted(peers) if self.ratio_to(name).median < 1]
 
     @property
     def met(self) -> bool | None:
@@ -117,7 +145,8 @@ class Row:
             "title": work.title,
             "optimizer": work.optimizer,
             "options": work.options,
-            "dtype": str(work.dtype).removeprefix("torch."),
+            "dtype": ", ".join(work.dtype_names),
+            "format": work.format,
             "grad_layout": work.layout,
             "cold": work.cold,
             "n_tensors": work.n_tensors,
@@ -201,6 +230,7 @@ class Results:
     skipped: name of a row that was not measured -> why.
     disagreements: name of a row in which ours and the baseline computed something else -> what.
     interrupted: whether Ctrl-C ended it; rows are those finished by then.
+    plain_roofs: as Row.roofs, measured by themselves where no row has any.
     """
 
     about: dict[str, Any]
@@ -209,6 +239,21 @@ class Results:
     skipped: dict[str, str] = field(default_factory=dict)
     disagreements: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    plain_roofs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def roofs(self) -> dict[str, float]:
+        """Bytes per second that memory allows: the median over the rows, by what was measured with."""
+        names = dict.fromkeys(name for row in self.rows for name in row.roofs)
+        return self.plain_roofs or {
+            name: quartiles([row.roofs[name] for row in self.rows if name in row.roofs]).median
+            for name in names
+        }
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other processes disturbed a row so much that it is no number to quote."""
+        return any(row.was_busy for row in self.rows)
 
     @property
     def fallbacks(self) -> list[str]:
@@ -228,12 +273,17 @@ class Results:
             "memory": self.memory and self.memory.as_dict(),
             "skipped": self.skipped,
             "disagreements": self.disagreements,
+            "roofs_bytes_per_s": self.roofs,
         }
         path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def about(*, quick: bool, device: Device = CPU) -> dict[str, Any]:
-    """Machine, versions and settings, for a reader of the numbers."""
+def about(*, quick: bool, device: Device = CPU, command: str = "") -> dict[str, Any]:
+    """Machine, versions and settings, for a reader of the numbers.
+
+    Args:
+        command: that measured, as one would type it.
+    """
     config = fused_optim.config()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -252,7 +302,9 @@ def about(*, quick: bool, device: Device = CPU) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": device.about,
+        "peers": peers.versions(),
         "settings": {"quick": quick},
+        "command": command,
     }
 
 

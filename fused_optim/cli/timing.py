@@ -125,7 +125,7 @@ def alternate(
     drop: Callable[[dict[str, float]], set[str]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     timer: Timer | None = None,
-    on_round: Callable[[float], object] = lambda part_done: None,
+    on_round: Callable[[float, int], object] = lambda part_done, n_rounds: None,
 ) -> Samples:
     """Time every callable in alternation.
 
@@ -137,7 +137,7 @@ def alternate(
             then on; their samples so far are kept.
         clock: seconds, monotonic; the schedule goes by it.
         timer: what the samples are measured with; default: the clock too.
-        on_round: told the part done, from 0 to 1, after each round.
+        on_round: told the part done, from 0 to 1, and the number of rounds, after each of them.
     """
     timer = timer or HostTimer(clock)
     order = random.Random(0)
@@ -166,7 +166,7 @@ def alternate(
             n_rounds += 1
             elapsed = clock() - begin
             part_done = min(elapsed / schedule.budget_s, n_rounds / schedule.min_rounds)
-            on_round(min(1.0, max(part_done, n_rounds / schedule.max_rounds)))
+            on_round(min(1.0, max(part_done, n_rounds / schedule.max_rounds)), n_rounds)
             if n_rounds >= schedule.max_rounds or elapsed >= schedule.limit_s:
                 return samples
             if n_rounds >= schedule.min_rounds and elapsed >= schedule.budget_s:

@@ -1,4 +1,4 @@
-"""What the benchmark measures: model shapes, one row per workload, and each row's target."""
+"""What the benchmark measures: one row per workload, and each row's target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,52 +7,17 @@ from typing import Any
 
 import torch
 
-Shapes = list[tuple[int, ...]]
-
-GPT2_BLOCKS = 12
-# Two blocks and the embeddings are 54 M parameters: still far beyond any cache.
-GPT2_BLOCKS_QUICK = 2
-
-
-def _gpt_block(width: int) -> Shapes:
-    return [
-        (width,), (width,),  # ln_1
-        (width, 3 * width), (3 * width,),  # attn.c_attn
-        (width, width), (width,),  # attn.c_proj
-        (width,), (width,),  # ln_2
-        (width, 4 * width), (4 * width,),  # mlp.c_fc
-        (4 * width, width), (width,),  # mlp.c_proj
-    ]  # fmt: skip
-
-
-def gpt2_small(n_blocks: int = GPT2_BLOCKS) -> Shapes:
-    """GPT-2 small with tied output embedding: 148 tensors, 124,439,808 parameters at 12 blocks."""
-    width = 768
-    blocks = _gpt_block(width) * n_blocks
-    return [(50257, width), (1024, width), *blocks, (width,), (width,)]
-
-
-def billion() -> Shapes:
-    """25 blocks of GPT's shapes: 300 tensors, 1,034,023,200 parameters."""
-    return _gpt_block(1856) * 25
-
-
-def resnet50() -> Shapes:
-    """torchvision's ResNet-50: 161 tensors, 25,557,032 parameters."""
-
-    def conv_bn(c_in: int, c_out: int, size: int) -> Shapes:
-        return [(c_out, c_in, size, size), (c_out,), (c_out,)]
-
-    shapes = conv_bn(3, 64, 7)
-    c_in = 64
-    for width, n_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(n_blocks):
-            shapes += conv_bn(c_in, width, 1) + conv_bn(width, width, 3)
-            shapes += conv_bn(width, 4 * width, 1)
-            if block == 0:  # the shortcut changes the number of channels once per stage
-                shapes += conv_bn(c_in, 4 * width, 1)
-            c_in = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
+from fused_optim.cli.models import (
+    FORMATS,
+    GPT2_BLOCKS,
+    GPT2_BLOCKS_QUICK,
+    OWN,
+    SMALL_NUMEL,
+    Shapes,
+    billion,
+    gpt2_small,
+    resnet50,
+)
 
 
 @dataclass(frozen=True)
@@ -110,10 +75,10 @@ class Workload:
 
     layout: strides of the grads, "matching" the params', "transposed" or "channels_last". In the
         last two the baseline is our own time on matching grads, not torch.optim's.
+    dtypes: of each tensor, where a model mixes them; empty: `dtype` for all.
     cold: whether caches are flushed, unmeasured, before each step.
     state_dtypes: states kept in another dtype than the optimizer gives them.
-    formats: options of ours alone that make states or params smaller (FormatOptions). The baseline is
-        torch.optim on float32 params with float32 states.
+    format: a key of FORMATS. What it says of the params' dtype is in `dtype` already.
     timed: "step": until the work is done, on a GPU by the device's own time; "call": by the host's,
         until step() returns, with nothing in the device's queue before.
     phase: what is timed instead of the step alone; stock's calls are then the baseline.
@@ -130,15 +95,31 @@ class Workload:
     target: Target = Target()
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    dtypes: tuple[torch.dtype, ...] = ()
     layout: str = "matching"
     cold: bool = False
     state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    formats: dict[str, Any] = field(default_factory=dict)
+    format: str = OWN
     timed: str = "step"
     phase: Phase | None = None
     switched: bool = False
     threads: int | None = None
     quick: bool = True
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """The options of its format."""
+        return FORMATS[self.format].options
+
+    @property
+    def tensor_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each tensor."""
+        return self.dtypes or (self.dtype,) * self.n_tensors
+
+    @property
+    def dtype_names(self) -> list[str]:
+        """The params' dtypes, each once."""
+        return sorted({str(dtype).removeprefix("torch.") for dtype in self.tensor_dtypes})
 
     @property
     def n_tensors(self) -> int:
@@ -161,8 +142,10 @@ class Workload:
     @property
     def nbytes(self) -> int:
         """Bytes of params, grads and two states, all in the widest dtype among them."""
-        dtypes = [self.dtype, *self.state_dtypes.values()]
-        return 4 * self.numel * max(dtype.itemsize for dtype in dtypes)
+        dtypes = [*self.tensor_dtypes, *self.state_dtypes.values()]
+        # Stock's contestants of a smaller format are float32.
+        widest = max([4 * bool(self.formats), *(dtype.itemsize for dtype in dtypes)])
+        return 4 * self.numel * widest
 
     def needs_nbytes(self, n_contestants: int) -> int:
         """Memory for so many contestants, and for the temporaries of a stock step."""
@@ -213,33 +196,24 @@ def _phase_rows(
 
 
 def _format_rows(quick: bool, targets: dict[str, Target]) -> list[Workload]:
-    """AdamW with smaller states, and bfloat16 params with what they lack beside them."""
+    """AdamW with smaller states, and bfloat16 params with what they lack beside them.
+
+    Args:
+        targets: format -> what its row has to reach.
+    """
     shapes: Shapes = [(4096, 4096)] * (1 if quick else 4)
     size = "16 M" if quick else "64 M"
-    bf16 = torch.bfloat16
-    kinds: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
-        ("int8", "int8 states", torch.float32, {"state_dtype": "int8"}),
-        ("bf16", "bf16 states", torch.float32, {"state_dtype": bf16}),
-        (
-            "split16", "bf16 params + split16, bf16 states", bf16,
-            {"state_dtype": bf16, "master": "split16"},
-        ),
-        (
-            "split8", "bf16 params + split8, int8 states", bf16,
-            {"state_dtype": "int8", "master": "split8"},
-        ),
-    ]  # fmt: skip
     return [
         Workload(
-            f"formats-{name}", f"AdamW, {title}, {size} params", "AdamW", shapes, targets[name],
-            dtype=dtype, formats=formats, quick=name == "int8",
+            f"formats-{name.removesuffix('-states')}",
+            f"AdamW, {FORMATS[name].title}, {size} params", "AdamW", shapes, target,
+            dtype=FORMATS[name].dtype or torch.float32, format=name, quick=name == "int8",
         )
-        for name, title, dtype, formats in kinds
+        for name, target in targets.items()
     ]  # fmt: skip
 
 
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
-SMALL_NUMEL = 256
 # The name of the pseudo row that measures memory instead of time.
 MEMORY = "memory"
 
@@ -287,7 +261,12 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
             resnet50(), misfit, layout="channels_last",
         ),
     ]  # fmt: skip
-    targets = {"int8": Target(1.0), "bf16": Target(1.1), "split16": Target(1.2), "split8": Target()}
+    targets = {
+        "int8": Target(1.0),
+        "bf16-states": Target(1.1),
+        "split16": Target(1.2),
+        "split8": Target(),
+    }
     rows += _format_rows(quick, targets)
     rows += _phase_rows(
         {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
@@ -353,7 +332,7 @@ def gpu_table(quick: bool) -> list[Workload]:
             quick,
             {
                 "int8": Target(1.4, copy=0.8),
-                **dict.fromkeys(("bf16", "split16", "split8"), Target(copy=0.8)),
+                **dict.fromkeys(("bf16-states", "split16", "split8"), Target(copy=0.8)),
             },
         ),
         Workload(

@@ -1,0 +1,101 @@
+"""What the charts show, taken from the results; svg.py and plot.py draw it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fused_optim.cli import text
+from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, STOCK_CALLS
+from fused_optim.cli.peers import STOCK_FLAGS
+from fused_optim.cli.results import Results, Row
+from fused_optim.cli.verdict import FASTER, judge
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The time of one contestant, with its spread.
+
+    low, high: quartiles of `value`, all in seconds.
+    kind: "ours", "stock" or "peer".
+    """
+
+    label: str
+    shown: str
+    value: float
+    low: float
+    high: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One work: how many times as long as ours the baseline takes, and what was asked for.
+
+    kind: "ours" where we are faster, otherwise "peer".
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    target: float | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One work on the roofline.
+
+    mark: short enough for a dot.
+    bandwidths: kind ("ours", and "stock" where there is one) -> bytes per second.
+    """
+
+    mark: str
+    label: str
+    nbytes: float
+    bandwidths: dict[str, float]
+
+
+def bars(row: Row) -> list[Bar]:
+    """All that were timed."""
+    found = []
+    for name in row.contestants:
+        if name in row.samples_s:
+            time = row.seconds(name)
+            low, middle, high = (text.seconds(s) for s in (time.q1, time.median, time.q3))
+            # Whoever was dropped after the first round has no quartiles to speak of.
+            shown = f"{middle} [{low}, {high}]" if len(row.samples_s[name]) > 1 else middle
+            found.append(Bar(name, shown, time.median, time.q1, time.q3, _kind(name)))
+    return found
+
+
+def _kind(name: str) -> str:
+    if name == OURS:
+        return "ours"
+    is_stock = name in (*STOCK_FLAGS, MATCHING, NEVER_ON, STOCK_CALLS)
+    return "stock" if is_stock else "peer"
+
+
+def ratios(rows: Sequence[Row]) -> list[Ratio]:
+    """Of all rows that have one, numbered as they are."""
+    return [
+        Ratio(
+            f"{index}. {row.workload.title}", row.ratio.median, row.ratio.q1, row.ratio.q3,
+            row.workload.target.ratio, "ours" if judge(row) == FASTER else "peer",
+        )
+        for index, row in enumerate(rows, 1)
+        if row.ratio
+    ]  # fmt: skip
+
+
+def points(found: Results) -> list[Point]:
+    """Of all rows whose step was timed until its work was done, numbered as they are."""
+    listed = []
+    for index, row in enumerate(found.rows, 1):
+        if row.workload.timed != "step":
+            continue
+        bandwidths = {"ours": row.bandwidth(OURS)}
+        # In another format a step of torch.optim has other bytes to move.
+        if row.baseline in STOCK_FLAGS and not row.workload.formats:
+            bandwidths["stock"] = row.bandwidth(row.baseline)
+        listed.append(Point(str(index), row.workload.title, row.nbytes, bandwidths))
+    return listed
