@@ -10,6 +10,8 @@ import pytest
 import torch
 from marks import needs_cpu_kernels
 from matplotlib import image
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fused_optim.cli import html, plot, results, text, verdict
 from fused_optim.cli.contestants import COPY, MATCHING, OURS, PROBE, Choice
@@ -239,9 +241,23 @@ def test_the_headline_of_one_row_is_its_answer():
     assert "torch.optim, in some rows our own other step: " in verdict.headline([own, make_row()])
 
 
-def test_the_same_is_drawn_as_charts(found, tmp_path):
-    written = plot.draw(found, tmp_path)
-    assert [path.name for path in written] == ["ratios.png", "times.png", "roofline.png"]
+def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
+    seen, save = [], Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        seen.extend(label.get_text() for label in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    linear = [
+        make_row(Workload(f"linear-{n}", "linear", "AdamW", [(256,)] * n)) for n in (10, 100, 1000)
+    ]
+    written = plot.draw(dataclasses.replace(found, rows=found.rows + linear), tmp_path)
+    assert [path.name for path in written] == [
+        "ratios.png", "times.png", "roofline.png", "linear.png",
+    ]  # fmt: skip
+    # Mathematics is not parsed, for the sake of names; so there is none, in labels of axes neither.
+    assert [label for label in seen if "$" in label and EVIL[-8:] not in label] == []
     for path in written:
         pixels = image.imread(path)
         assert pixels.shape[0] > 300 and pixels.std() > 0.05

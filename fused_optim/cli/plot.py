@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from fused_optim.cli import charts, text
 from fused_optim.cli.contestants import OURS
@@ -140,16 +140,19 @@ def _draw_roofline(found: Results, path: Path) -> Path:
     for kind, label in (("stock", "torch.optim, fastest"), ("ours", "fused_optim")):
         shown = [point for point in points if kind in point.bandwidths]
         bandwidths = [point.bandwidths[kind] / 1e9 for point in shown]
-        nbytes = [point.nbytes for point in shown]
-        axes.plot(nbytes, bandwidths, "o", color=COLOURS[kind], label=label)
+        megabytes = [point.nbytes / 1e6 for point in shown]
+        axes.plot(megabytes, bandwidths, "o", color=COLOURS[kind], label=label)
     for point in points:
-        place = (point.nbytes, point.bandwidths["ours"] / 1e9)
+        place = (point.nbytes / 1e6, point.bandwidths["ours"] / 1e9)
         axes.annotate(point.mark, place, xytext=(6, -3), textcoords="offset points", fontsize=8)
     for style, (name, bandwidth) in zip(("-", "--"), found.roofs.items(), strict=False):
         axes.axhline(bandwidth / 1e9, color="black", linestyle=style, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("bytes that a step has to move")
+    axes.set_xlabel("MB that a step has to move")
     axes.set_ylabel("GB/s (the numbers are those of the rows)")
     axes.grid(linewidth=0.4)
     axes.legend()
@@ -171,6 +174,7 @@ def _draw_linear(rows: list[Row], subtitle: str, path: Path) -> Path:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.set_xlabel("tensors of 256 parameters")
