@@ -9,11 +9,8 @@ import browser
 import pytest
 import torch
 from marks import needs_cpu_kernels
-from matplotlib import image
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from fused_optim.cli import html, plot, results, text, verdict
+from fused_optim.cli import html, results, text, verdict
 from fused_optim.cli.contestants import COPY, MATCHING, OURS, PROBE, Choice
 from fused_optim.cli.markup import Markup, join, tag
 from fused_optim.cli.style import STYLE
@@ -26,6 +23,12 @@ pytestmark = needs_cpu_kernels
 EVIL = r"""<script>alert("1")</script> & '$\frac{x'"""
 WORK = Workload("work", "AdamW, work", "AdamW", [(1000, 1000)], Target(1.1))
 VOID = {"meta", "link"}
+
+
+def pixels_of(path):
+    from matplotlib import image  # not everywhere where tests are collected
+
+    return image.imread(path)
 
 
 def rounds(*seconds):
@@ -242,6 +245,11 @@ def test_the_headline_of_one_row_is_its_answer():
 
 
 def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    from fused_optim.cli import plot
+
     seen, save = [], Figure.savefig
 
     def savefig(figure, *args, **kwargs):
@@ -259,7 +267,7 @@ def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
     # Mathematics is not parsed, for the sake of names; so there is none, in labels of axes neither.
     assert [label for label in seen if "$" in label and EVIL[-8:] not in label] == []
     for path in written:
-        pixels = image.imread(path)
+        pixels = pixels_of(path)
         assert pixels.shape[0] > 300 and pixels.std() > 0.05
 
 
@@ -347,7 +355,7 @@ def test_a_browser_shows_it(tab, page, tmp_path, width, dark):
     assert tab.evaluate(OVERLAPS) == []
     assert tab.evaluate("document.querySelectorAll('figure > svg').length") == 9
     tab.screenshot(tmp_path / "report.png")
-    pixels = image.imread(tmp_path / "report.png")[..., :3]
+    pixels = pixels_of(tmp_path / "report.png")[..., :3]
     assert pixels.shape[1] == width and pixels.shape[0] > 2000
     # Its corner is the page's colour, and there is something on it.
     assert bool(pixels[0, 0].mean() < 0.2) is dark

@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "SGD momentum": {"momentum": 0.9},
     "RMSprop": {},
     "Adagrad": {},
+    "Lion": {},
 }
 
 
