@@ -46,7 +46,8 @@ class Lion(FusedOptimizer, reference.Lion):
 
     Difference from torch.optim:
         It has no Lion. What no kernel serves is stepped by plain PyTorch code of this package. As in the
-        authors' code, an element whose gradient is NaN does not move, then or later.
+        authors' code, the sign of NaN is 0: an element whose gradient is NaN moves by its weight decay
+        alone, then and later.
 
     Example:
         >>> param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

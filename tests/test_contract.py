@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import BACKEND, CASES, DEVICE, Case, stock_class
+from cases import BACKEND, CASES, DEVICE, OF_TORCH, VARIANTS, Case, stock_class
 from marks import not_interpreted
 from processes import python
 from torch import Tensor
@@ -66,6 +66,15 @@ def test_constructor_raises_as_stock(case: Case, key: str) -> None:
             except (ValueError, TypeError, RuntimeError) as error:
                 results.append((type(error), str(error)))
         assert results[0] == results[1], value
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {*OF_TORCH}))
+def test_constructor_of_what_torch_lacks_refuses_what_torch_would(name: str) -> None:
+    refused = {**REFUSED, "betas": ((1.0, 0.9), (0.9, -0.1), (0.9,), (0.9, 0.9, 0.9))}
+    for key in inspect.signature(stock_class(name)).parameters.keys() & refused.keys():
+        for value in refused[key]:
+            with pytest.raises(ValueError, match=r"Invalid|1-element"):
+                getattr(fused_optim, name)([torch.zeros(2)], **{key: value})
 
 
 @each_optimizer

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, OF_TORCH, Case
+from cases import CASES, Case
 from torch import Tensor
 from twins import FEW_CASES, ONE_EACH, SHAPES, STATE_CASES, Run, assert_same_groups, by_id, run_both
 
@@ -306,9 +306,7 @@ def test_flags_of_a_stock_checkpoint_arrive_and_are_harmless(case: Case, flag: s
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in FEW_CASES if case.optimizer in OF_TORCH], ids=by_id
-)
+@few_cases
 def test_setstate_fills_missing_keys_and_number_steps(case: Case) -> None:
     def program(run: Run) -> None:
         run.step(2)

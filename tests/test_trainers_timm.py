@@ -1,4 +1,4 @@
-"""timm's factories of optimizers, its Lookahead and its schedulers."""
+"""timm's factories of optimizers, its Lookahead, its schedulers and its Lion."""
 
 import copy
 import importlib.abc
@@ -193,6 +193,32 @@ def test_lookahead(timm: Any, make_model: Any, state_dtype: Any) -> None:
     assert are_equal(resumed.params[-1], whole.params[-1])
     # In step 6 the slow params begin, as copies; step 12 is the fifth of these.
     assert not are_equal(whole.groups[5][0]["params"], whole.params[4]), "Lookahead did nothing"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 1.0, "maximize": True}],
+    ids=str,
+)
+def test_lion_is_timms(timm: Any, options: dict[str, Any]) -> None:
+    """torch.optim has none to compare with. Ours also goes on from a checkpoint of timm's."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1000, generator=generator)
+    makes = [timm.optim.Lion, fused_optim.Lion]
+    pairs = [(make([param := nn.Parameter(values.clone())], **options), param) for make in makes]
+    for i in range(2 * N_STEPS):
+        if i == N_STEPS:
+            theirs, param = pairs[0]
+            resumed = nn.Parameter(param.detach().clone())
+            pairs.append((fused_optim.Lion([resumed]), resumed))
+            pairs[-1][0].load_state_dict(copy.deepcopy(theirs.state_dict()))
+        grad = torch.randn(1000, generator=generator)
+        for opt, param in pairs:
+            param.grad = grad.clone()
+            opt.step()
+    # lr times a sign is exact, and no sum of momentum and grad here is 0 to within its roundings.
+    assert all(torch.equal(param, pairs[0][1]) for _, param in pairs[1:])
+    assert not torch.equal(pairs[0][1], values)
 
 
 def test_example(timm: Any, capsys: pytest.CaptureFixture) -> None:
