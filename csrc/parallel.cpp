@@ -18,9 +18,13 @@ namespace fused_optim {
 
 namespace {
 
-// A multiple of 64 (the widest granularity of a storage format); 16 K elements of AdamW in float32
-// are 448 KiB, about 20 us: short enough to balance, long enough to hide the scheduling.
-constexpr int64_t CHUNK = 16384;
+// Multiples of 64, the widest granularity of a storage format. 16 K elements of AdamW in float32 are 448 KiB,
+// about 20 us: short enough to balance, long enough to hide the scheduling. A chunk begins with memory that
+// nothing has prefetched. So large steps have larger ones: 256 K instead of 16 K takes 3% off AdamW in
+// float32, 10% off AdamW and 12% off SGD in bfloat16 (GPT-2 small, 2 threads of an AMD EPYC); 4 M no more.
+constexpr int64_t CHUNK = 16384, LARGE_CHUNK = 262144;
+// The last ones to end then keep the other threads waiting for 1% of a step at most.
+constexpr int64_t CHUNKS_PER_THREAD = 64;
 // Below this many elements in the whole step, waking a second thread costs more than it saves.
 constexpr int64_t SERIAL = 65536;
 
@@ -126,18 +130,20 @@ void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int
     return;
   }
 
+  const int64_t balanced = total / (CHUNKS_PER_THREAD * num_threads) / 64 * 64;
+  const int64_t chunk = std::clamp(balanced, CHUNK, LARGE_CHUNK);
   static thread_local std::vector<Unit> units;  // kept: a step allocates nothing that grows
   units.clear();
   int64_t gathered = 0;  // elements of the small tasks that the last unit is made of
   for (uint32_t t = 0; t < tasks.size(); t++) {
     const Task& task = tasks[t];
-    if (task.slice.numel >= CHUNK) {
-      const int64_t stride = task.layout >= 0 ? layouts[task.layout].blocks_per(CHUNK) : CHUNK;
+    if (task.slice.numel >= chunk) {
+      const int64_t stride = task.layout >= 0 ? layouts[task.layout].blocks_per(chunk) : chunk;
       const int64_t parts = n_parts(task, layouts);
       for (int64_t begin = 0; begin < parts; begin += stride)
         units.push_back({t, t + 1, begin, std::min(begin + stride, parts)});
       gathered = 0;
-    } else if (gathered > 0 && gathered + task.slice.numel <= CHUNK) {
+    } else if (gathered > 0 && gathered + task.slice.numel <= chunk) {
       units.back().task_end = t + 1;
       gathered += task.slice.numel;
     } else {
