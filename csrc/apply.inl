@@ -29,12 +29,20 @@ struct Probe {
   }
 };
 
-constexpr int64_t AHEAD = 512;  // elements between what is prefetched and what is updated
+// Elements between what is prefetched and what is updated. 192 and 256 are 2 to 5% faster than 384 and 512,
+// AdamW in float32 and bfloat16, GPT-2 small, on 2 threads of an AMD EPYC; more is slower still.
+constexpr int64_t AHEAD = 256;
+
+// A NaN without its payload: Pairs::store relies on that.
+template <class T>
+inline T to_compute(double value) {
+  return value == value ? static_cast<T>(value) : std::numeric_limits<T>::quiet_NaN();
+}
 
 template <class H, class T>
 inline H convert_hypers(const double* hypers) {
   T values[sizeof(H) / sizeof(T)];
-  for (unsigned i = 0; i < sizeof(H) / sizeof(T); i++) values[i] = static_cast<T>(hypers[i]);
+  for (unsigned i = 0; i < sizeof(H) / sizeof(T); i++) values[i] = to_compute<T>(hypers[i]);
   H converted;
   std::memcpy(&converted, values, sizeof(H));
   return converted;
@@ -102,10 +110,10 @@ void apply(const Slice& slice) {
   // Where unscaled grads are not asked for, one factor unscales, clips and negates.
   const bool divides = slice.grad_scale != 0 && slice.grad_write == UNSCALED;
   const double unscaling = slice.grad_scale != 0 && !divides ? 1 / slice.grad_scale : 1;
-  const T clip = static_cast<T>(slice.clip * unscaling);
+  const T clip = to_compute<T>(slice.clip * unscaling);
   const T factor = static_cast<T>(slice.grad_sign) * clip;
-  const T grad_scale = static_cast<T>(slice.grad_scale);
-  const T ema_weight = static_cast<T>(slice.ema_weight);
+  const T grad_scale = to_compute<T>(slice.grad_scale);
+  const T ema_weight = to_compute<T>(slice.ema_weight);
   void* const* streams = slice.streams;
   const Dtype* dtypes = slice.dtypes;
   const Form form(slice);
@@ -270,7 +278,7 @@ constexpr Kernel kernel_of() {
    kernel_of<RULE, FORM, 15>()},
 #define FORMATS_OF(RULE)                                                                   \
   {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)    \
-   VARIANTS_OF(RULE, Uniform<BFloat16>) VARIANTS_OF(RULE, Uniform<Float16>)                \
+   VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>)                            \
    VARIANTS_OF(RULE, Mixed) VARIANTS_OF(RULE, Packed)},
 
 }  // namespace

@@ -148,6 +148,40 @@ struct Uniform {
   }
 };
 
+// All streams bfloat16. A rule does not mind the order of elements: a tile has the first of each pair of
+// neighbours, then the second of each, so that nothing is widened or narrowed. Every NaN comes from a bfloat16 or
+// is the default one: its lower 16 bits are zeros, so rounding leaves it as it is. AdamW in the cache, on one
+// thread of an AMD EPYC: 0.53 ns per element instead of 0.82 with AVX-512, 0.76 instead of 1.13 with AVX2.
+struct Pairs {
+  using compute = float;
+  typedef uint32_t Word __attribute__((may_alias, aligned(2)));
+  static constexpr bool rounds = true;
+  static constexpr int tile = 2 * TILE;
+  static constexpr int itemsize(Dtype) { return 2; }
+  static constexpr bool roots = false;
+  explicit Pairs(const Slice&) {}
+  static inline float* place(const Slice&, int, int64_t, float* buffer) { return buffer; }
+  static inline void load(const Slice& slice, int s, int64_t i, float* to) {
+    const auto words = reinterpret_cast<const Word*>(static_cast<const uint16_t*>(slice.streams[s]) + i);
+#pragma GCC unroll 1
+    for (int k = 0; k < TILE; k++) to[k] = from_bits(words[k] << 16);
+#pragma GCC unroll 1
+    for (int k = 0; k < TILE; k++) to[TILE + k] = from_bits(words[k] & 0xffff0000u);
+  }
+  static inline void load_stored(const Slice& slice, int s, int64_t i, float* to) {
+    load(slice, s, i, to);
+  }
+  static inline void store(const Slice& slice, int s, int64_t i, const float* from) {
+    const auto words = reinterpret_cast<Word*>(static_cast<uint16_t*>(slice.streams[s]) + i);
+    const auto rounded = [from](int k) {
+      const uint32_t bits = bits_of(from[k]);
+      return bits + 0x7fffu + (bits >> 16 & 1u);
+    };
+#pragma GCC unroll 1
+    for (int k = 0; k < TILE; k++) words[k] = rounded(k) >> 16 | (rounded(TILE + k) & 0xffff0000u);
+  }
+};
+
 struct Mixed {
   using compute = float;
   static constexpr bool rounds = true;

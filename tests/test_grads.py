@@ -1,5 +1,7 @@
 """Every kind of grad: served right, refused as stock refuses it, never half written."""
 
+import struct
+
 import pytest
 import torch
 from cases import CASES, DEVICE, STOCK_SHAPES, Case
@@ -194,6 +196,52 @@ def test_special_params_propagate_as_stock(case: Case, value: float) -> None:
         run.step(3)
 
     run_both(case, program)
+
+
+@few_cases
+@pytest.mark.parametrize("what", ["param", "grad", "both"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_nan_and_infinity_of_16_bits(case: Case, dtype: torch.dtype, what: str) -> None:
+    """A NaN whose bits are all ones must not be rounded up to a zero, nor a small one down to an infinity."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    special = patterns[~patterns.isfinite()].to(DEVICE)
+    runs = []
+    for build in (case.fused, case.stock):
+        run = Run(case, build, [special.shape], dtype)
+        for n in range(3):
+            run.set_grads()
+            if n == 0 and what != "grad":
+                run.params[0].data.copy_(special)
+            if n <= 1 and what != "param":
+                run.params[0].grad.copy_(special.flip(0) if what == "both" else special)
+            run.step_as_is()
+        runs.append([run.params[0].detach(), *run.opt.state.get(run.params[0], {}).values()])
+    for ours, stock in zip(*runs):
+        assert torch.equal(ours.isnan(), stock.isnan())
+        assert torch.equal(ours.isinf(), stock.isinf())
+
+
+@few_cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nan_as_a_hyperparameter_comes_out_as_nan(case: Case, dtype: torch.dtype) -> None:
+    """With all bits of its payload set, which rounding would carry into the sign."""
+    (payload,) = struct.unpack("d", bytes([0xFF] * 7 + [0x7F]))
+
+    def keys(group: dict) -> list[str]:
+        numbers = (float, int, tuple)
+        return [k for k, v in group.items() if isinstance(v, numbers) and not isinstance(v, bool)]
+
+    for key in keys(Run(case, case.stock).opt.param_groups[0]):
+        if key == "lr":  # step() refuses it
+            continue
+        runs = []
+        for build in (case.fused, case.stock):
+            run = Run(case, build, [(33,)], dtype)
+            group = run.opt.param_groups[0]
+            group[key] = (payload, 0.9) if isinstance(group[key], tuple) else payload
+            run.step(2)
+            runs.append(run.params[0].detach().isnan())
+        assert torch.equal(*runs), key
 
 
 @few_cases
