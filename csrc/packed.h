@@ -18,7 +18,7 @@ struct Random {
   }
   // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has the same hash.
   inline Bits operator()(int k) const {
-    static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Bits x;
     std::memcpy(&x, index, sizeof(x));
     x += start + uint32_t(k / 32 * 16 + k % 16);
