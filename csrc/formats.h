@@ -154,7 +154,6 @@ struct Uniform {
 // thread of an AMD EPYC: 0.53 ns per element instead of 0.82 with AVX-512, 0.76 instead of 1.13 with AVX2.
 struct Pairs {
   using compute = float;
-  typedef uint32_t Word __attribute__((may_alias, aligned(2)));
   static constexpr bool rounds = true;
   static constexpr int tile = 2 * TILE;
   static constexpr int itemsize(Dtype) { return 2; }
@@ -162,23 +161,31 @@ struct Pairs {
   explicit Pairs(const Slice&) {}
   static inline float* place(const Slice&, int, int64_t, float* buffer) { return buffer; }
   static inline void load(const Slice& slice, int s, int64_t i, float* to) {
-    const auto words = reinterpret_cast<const Word*>(static_cast<const uint16_t*>(slice.streams[s]) + i);
+    const auto from = static_cast<const uint16_t*>(slice.streams[s]) + i;
+    const auto word = [from](int k) {
+      uint32_t pair;
+      std::memcpy(&pair, from + 2 * k, sizeof(pair));
+      return pair;
+    };
 #pragma GCC unroll 1
-    for (int k = 0; k < TILE; k++) to[k] = from_bits(words[k] << 16);
+    for (int k = 0; k < TILE; k++) to[k] = from_bits(word(k) << 16);
 #pragma GCC unroll 1
-    for (int k = 0; k < TILE; k++) to[TILE + k] = from_bits(words[k] & 0xffff0000u);
+    for (int k = 0; k < TILE; k++) to[TILE + k] = from_bits(word(k) & 0xffff0000u);
   }
   static inline void load_stored(const Slice& slice, int s, int64_t i, float* to) {
     load(slice, s, i, to);
   }
   static inline void store(const Slice& slice, int s, int64_t i, const float* from) {
-    const auto words = reinterpret_cast<Word*>(static_cast<uint16_t*>(slice.streams[s]) + i);
+    const auto to = static_cast<uint16_t*>(slice.streams[s]) + i;
     const auto rounded = [from](int k) {
       const uint32_t bits = bits_of(from[k]);
       return bits + 0x7fffu + (bits >> 16 & 1u);
     };
 #pragma GCC unroll 1
-    for (int k = 0; k < TILE; k++) words[k] = rounded(k) >> 16 | (rounded(TILE + k) & 0xffff0000u);
+    for (int k = 0; k < TILE; k++) {
+      const uint32_t pair = rounded(k) >> 16 | (rounded(TILE + k) & 0xffff0000u);
+      std::memcpy(to + 2 * k, &pair, sizeof(pair));
+    }
   }
 };
 
