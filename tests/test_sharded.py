@@ -3,6 +3,8 @@
 import copy
 import os
 import socket
+import sys
+import types
 
 import pytest
 import torch
@@ -94,6 +96,8 @@ def _hidden_shards() -> None:
             opt.step()
     opt = fused_optim.SGD(linear.parameters(), max_grad_norm=1.0)
     opt.step()
+    sys.modules["deepspeed"] = types.ModuleType("deepspeed")
+    opt.step()  # not called by it
     for module in ("zero.stage_1_and_2", "zero.stage3", "bf16_optimizer"):
         deepspeed = {"__name__": f"deepspeed.runtime.{module}", "opt": opt}
         with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO gives each process"):
