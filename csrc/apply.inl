@@ -29,8 +29,8 @@ struct Probe {
   }
 };
 
-// Elements between what is prefetched and what is updated. 192 and 256 are 2 to 5% faster than 384 and 512,
-// AdamW in float32 and bfloat16, GPT-2 small, on 2 threads of an AMD EPYC; more is slower still.
+// Elements between what is prefetched and what is updated. On 2 threads of an AMD EPYC, AdamW of GPT-2 small, 192
+// and 256 were 2 to 5% faster than 384 and 512 in some runs, and none made a difference in others.
 constexpr int64_t AHEAD = 256;
 
 // A NaN without its payload: Pairs::store relies on that.
