@@ -160,7 +160,7 @@ def test_the_example_resumes_on_another_number_of_processes(tmp_path, monkeypatc
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setattr(sys, "argv", [str(script), *options, str(tmp_path)])
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(script))["main"]()
     lines = [*run.stdout.splitlines(), *capsys.readouterr().out.splitlines()]
     before, after = (line for line in lines if line.startswith("step"))
     assert before.startswith("step 2: loss") and after.startswith("step 4: loss")

@@ -27,6 +27,8 @@ def _process(rank: int, port: int) -> None:
         _hidden_shards()
     finally:
         torch.distributed.destroy_process_group()
+    # A thread of gloo's may abort an interpreter that ends, see examples/fsdp2_train.py.
+    os._exit(0)
 
 
 def _global_norm() -> None:
