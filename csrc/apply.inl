@@ -4,8 +4,8 @@
 namespace fused_optim {
 namespace {
 
-#include "formats.h"
 #include "lanes.h"
+#include "formats.h"
 #include "packed.h"
 #include "packed_kernel.h"
 #include "rules.h"
@@ -82,7 +82,7 @@ template <class Rule, unsigned VARIANT, bool ROOTS, int N, class T, class H>
 inline void update_tile(T* __restrict param, const T* __restrict grad, T factor, T* __restrict state0,
                         T* __restrict state1, T* __restrict state2, const H& h) {
   constexpr unsigned states = Rule::states(VARIANT);
-#pragma GCC unroll 1
+#pragma GCC unroll 4
   for (int k = 0; k < N; k++) {
     // In variables: GCC would store the param twice, as if a state could lie in the same place.
     T p = param[k], s0 = 0, s1 = 0, s2 = 0;
@@ -136,7 +136,7 @@ void apply(const Slice& slice) {
   for (int64_t i = 0; i < full; i += N) {
     alignas(64) T param[N], grad[N], state[MAX_STATES][N];
     fetch(PARAM, i);
-    if (remainder_size != 0) prefetch(slice.remainder, (i + ahead) * remainder_size);
+    for (int k = 0; k < N * remainder_size; k += 64) prefetch(slice.remainder, (i + ahead) * remainder_size + k);
     fetch(GRAD, i);
     if constexpr (states & 0b001) fetch(STATES, i);
     if constexpr (states & 0b010) fetch(STATES + 1, i);
@@ -279,7 +279,7 @@ constexpr Kernel kernel_of() {
 #define FORMATS_OF(RULE)                                                                   \
   {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)    \
    VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>)                            \
-   VARIANTS_OF(RULE, Mixed) VARIANTS_OF(RULE, Packed)},
+   VARIANTS_OF(RULE, Mixed) VARIANTS_OF(RULE, Packed) VARIANTS_OF(RULE, PackedPairs)},
 
 }  // namespace
 

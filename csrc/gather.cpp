@@ -352,7 +352,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     task.device = static_cast<int>(device_tasks_.size());
     device_tasks_.push_back(on);
   } else {
-    const Format format = task.packing >= 0  ? PACKED
+    const bool all_bf16 = all_same && p.dtype == BF16;
+    const Format format = task.packing >= 0  ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED
                           : !all_same          ? MIXED
                           : p.dtype == F32   ? ALL_F32
                           : p.dtype == F64   ? ALL_F64

@@ -12,10 +12,17 @@ constexpr int LANES = 4;
 
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef int16_t Shorts __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 
 inline Floats load_floats(const float* from) {
   Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+inline Shorts load_shorts(const uint16_t* from) {
+  Shorts values;
   std::memcpy(&values, from, sizeof(values));
   return values;
 }

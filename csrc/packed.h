@@ -7,7 +7,7 @@ constexpr uint32_t F16_NORMAL = 0x38800000u;     // 2^-14, the smallest normal f
 constexpr uint32_t F16_OVERFLOW = 0x47800000u;   // 2^16
 constexpr uint32_t F16_BIAS = 0x38000000u;       // float32's exponent bias less float16's
 
-// 16 random bits for each of the GROUP elements from `first` on, a multiple of GROUP: a hash of key and index,
+// 16 random bits for each of the GROUP elements from `first` on, a multiple of 32: a hash of key and index,
 // as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a block of 32.
 struct Random {
   uint32_t start, key1;
@@ -19,22 +19,48 @@ struct Random {
   // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has the same hash.
   inline Bits operator()(int k) const {
     static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    Bits x;
-    std::memcpy(&x, index, sizeof(x));
-    x += start + uint32_t(k / 32 * 16 + k % 16);
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= key1;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    x ^= x >> 16;
+    const Bits x = hash(index, k / 32 * 16 + k % 16);
     return k & 16 ? x >> 16 : x & 0xffffu;
+  }
+  // Those of 32 elements in the order of pairs: the first of each pair of neighbours, the second of each.
+  inline void pairs(Bits* firsts, Bits* seconds) const {
+#if defined(FUSED_OPTIM_AVX512)
+    static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) static constexpr uint16_t halves[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const Bits drawn = Bits(_mm512_permutexvar_epi16(_mm512_load_si512(halves), (__m512i)hash(index, 0)));
+    firsts[0] = drawn & 0xffffu;
+    seconds[0] = drawn >> 16;
+#else
+    static constexpr uint32_t index[] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    constexpr int half = 8 / LANES;
+    for (int j = 0; j < half; j++) {
+      const Bits x = hash(index + j * LANES, 0), y = hash(index + 8 + j * LANES, 0);
+      firsts[j] = x & 0xffffu;
+      firsts[half + j] = x >> 16;
+      seconds[j] = y & 0xffffu;
+      seconds[half + j] = y >> 16;
+    }
+#endif
   }
   inline void fill(uint32_t* random) const {
     for (int k = 0; k < GROUP; k += LANES) {
       const Bits some = (*this)(k);
       std::memcpy(random + k, &some, sizeof(some));
     }
+  }
+
+ private:
+  inline Bits hash(const uint32_t* index, int from) const {
+    Bits x;
+    std::memcpy(&x, index, sizeof(x));
+    x += start + uint32_t(from);
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15 ^ (key1 ^ key1 >> 15);  // of x ^ key1
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    return x;
   }
 };
 
@@ -241,6 +267,13 @@ inline void store_stochastic_f16(const float* from, const Draw& draw, uint16_t* 
   }
 }
 
+// What a bfloat16's remainder adds: nothing if it is not finite, or a 0 that someone else wrote, where bits would
+// be borrowed from nowhere.
+inline Shorts valid_rest(Shorts upper, Shorts rest) {
+  const Shorts magnitude = upper & 0x7fff;
+  return rest & ~((magnitude >= 0x7f80) | ((magnitude == 0) & (rest < 0)));
+}
+
 // A bfloat16 param with the bits that it lacks of a float32 beside it: all 16, or the upper 8 of them, the last
 // of these rounded stochastically. Rounded to nearest, ties away from zero, so `upper + remainder` is exact.
 template <class Remainder>
@@ -248,12 +281,11 @@ struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
   static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
                           float* __restrict to) {
-    // In 16 bits first: a register holds twice as many.
+    // In 16 bits first: a register holds twice as many. (As valid_rest.)
     alignas(64) int16_t rest[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
       const int16_t magnitude = upper[k] & 0x7fff, stored = remainder[k];
-      // Of a 0 that someone else wrote, bits would be borrowed from nowhere.
       const bool alone = (magnitude >= 0x7f80) | ((magnitude == 0) & (stored < 0));
       rest[k] = alone ? int16_t(0) : stored;
     }

@@ -43,6 +43,8 @@ EACH_FORMAT = [
     (torch.float32, torch.bfloat16, None),
     (torch.float32, "int8", None),
     (torch.bfloat16, torch.float32, "split16"),
+    (torch.bfloat16, torch.bfloat16, "split16"),
+    (torch.bfloat16, None, "stochastic"),
     (torch.bfloat16, "int8", "split8"),
     (torch.float16, None, "stochastic"),
     (torch.float16, "int8", "split16"),
@@ -87,16 +89,13 @@ def options_of(state_dtype, master) -> dict:
     return {"state_dtype": state_dtype, "master": master}
 
 
-@each_optimizer
-@each_combination
-def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
-    """Between the formats stands the float32 kernel's arithmetic, and the codec's outside of a step."""
-    run = Training(name, dtype, **options_of(state_dtype, master))
-    run.step(2)
-    if state_dtype is None:  # what stock's states make of 16 bits is no format
-        state_dtype = dtype
-    rule = run.opt._description()
+def assert_next_step_is_decode_float32_step_encode(run: Training, name: str, change=None) -> None:
+    """Between the formats stands the float32 kernel's arithmetic, and the codec's outside of a step.
+
+    `change` is called with each grad.
+    """
     group = run.opt.param_groups[0]
+    rule = run.opt._description()
     plain = Training(name, shapes=[(1,)])
     plain.params = [nn.Parameter(value) for value in run.opt.master_params()]
     plain.opt = getattr(fused_optim, name)(plain.params, **OPTIMIZERS[name])
@@ -107,11 +106,13 @@ def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
         if not rule["has_step"]:
             states.pop("step", None)
         plain.opt.state[twin] = {key: value.clone() for key, value in states.items()}
-        param.grad = run.randn(param.shape).to(dtype)
+        param.grad = run.randn(param.shape).to(param.dtype)
+        if change is not None:
+            change(param.grad)
         twin.grad = param.grad.float()
     run.opt.step()
     plain.opt.step()
-    assert run.opt.last_step.tensors == {"cpu": len(SHAPES)}
+    assert run.opt.last_step.tensors == {"cpu": len(run.params)}
     for number, (param, twin) in enumerate(zip(run.params, plain.params)):
         if param.numel() == 0:
             continue
@@ -128,6 +129,32 @@ def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
         assert_same_bits([param.detach()], [expected_param])
         if "param_remainder" in states:
             assert_same_bits([states["param_remainder"]], [rest])
+
+
+@each_optimizer
+@each_combination
+def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
+    run = Training(name, dtype, **options_of(state_dtype, master))
+    run.step(2)
+    assert_next_step_is_decode_float32_step_encode(run, name)
+
+
+@each_optimizer
+@pytest.mark.parametrize("master", MASTERS)
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
+def test_special_values_of_bfloat16_in_a_step(name, state_dtype, master, isas):
+    """Beside one another, in every combination; what has a master has bits of another value there."""
+    inf, nan, largest, smallest = torch.inf, torch.nan, torch.finfo(torch.bfloat16).max, 2.0**-133
+    values = torch.tensor([0.0, -0.0, inf, -inf, nan, largest, -largest, smallest, -smallest, 1.0])
+    for isa in isas:
+        fused_optim.backends.codec().set_isa(isa)
+        run = Training(name, torch.bfloat16, [(8200,)], **options_of(state_dtype, master))
+        run.step(2)
+        with torch.no_grad():
+            run.params[0].view(-1, 10).copy_(values)
+        assert_next_step_is_decode_float32_step_encode(
+            run, name, lambda grad: grad[:8000].view(-1, 10, 10).copy_(values[:, None])
+        )
 
 
 @each_optimizer
