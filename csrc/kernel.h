@@ -17,7 +17,7 @@ enum Dtype : uint8_t { F32, F64, BF16, F16, N_DTYPES, I8, U8, I16 };
 constexpr int ITEMSIZE[] = {4, 8, 2, 2, 0, 1, 1, 2};
 
 // How a kernel reads its streams: all of one dtype, or any mix of the three that compute in float32; with
-// some of them packed; all bfloat16 and none of 8 bits.
+// some of them packed, of any dtypes or bfloat16 all of them.
 enum Format : uint8_t { ALL_F32, ALL_F64, ALL_BF16, ALL_F16, MIXED, PACKED, PACKED_BF16, N_FORMATS };
 
 // What a stream's bits mean (packed.h): its dtype alone says it; it is rounded stochastically; 8 bits with a
@@ -33,7 +33,7 @@ struct Packing {
   int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
 
   // Whether PackedPairs can serve it, if all streams are bfloat16.
-  bool in_pairs() const { return storage[PARAM] != SPLIT8 && offset % (4 * TILE) == 0; }
+  bool in_pairs() const { return offset % (4 * TILE) == 0; }
 };
 
 // What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.

@@ -13,6 +13,7 @@ constexpr int LANES = 4;
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef int16_t Shorts __attribute__((vector_size(LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES * 2)));  // of as many as Shorts
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 
 inline Floats load_floats(const float* from) {
@@ -21,10 +22,33 @@ inline Floats load_floats(const float* from) {
   return values;
 }
 
-inline Shorts load_shorts(const uint16_t* from) {
-  Shorts values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
+// 16 bits, or the upper 8 of them.
+template <class S>
+inline Shorts load_shorts(const S* from) {
+  if constexpr (sizeof(S) == 1) {
+    Bytes upper;
+    std::memcpy(&upper, from, sizeof(upper));
+    return __builtin_convertvector(upper, Shorts) << 8;
+  } else {
+    Shorts values;
+    std::memcpy(&values, from, sizeof(values));
+    return values;
+  }
+}
+template <class S>
+inline void store_shorts(Shorts values, S* to) {
+  if constexpr (sizeof(S) == 2) {
+    std::memcpy(to, &values, sizeof(values));
+  } else {
+#if defined(FUSED_OPTIM_AVX512)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8((__m512i)(values >> 8)));
+#elif defined(FUSED_OPTIM_F16C)
+    const __m256i upper = (__m256i)(values >> 8);
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+#else
+    for (int k = 0; k < 2 * LANES; k++) to[k] = S(values[k] >> 8);
+#endif
+  }
 }
 
 // The lower halves, of numbers that are below 2^16.

@@ -147,8 +147,8 @@ struct Packed {
 };
 
 // Pairs with what it takes to train with masters: streams that are rounded stochastically, and a param with a
-// remainder. The bits are those of Packed; nothing is widened, narrowed or called, and of a NaN, whose lower bits
-// are zeros here too, nothing need be looked for.
+// remainder. The bits are those of Packed; no stream is widened, narrowed or called for, and of a NaN, whose lower
+// bits are zeros here too, nothing need be looked for.
 struct PackedPairs : Pairs {
   bool rounds_at_random[MAX_STREAMS];
   Storage param;
@@ -158,13 +158,17 @@ struct PackedPairs : Pairs {
   }
   inline void load(const Slice& slice, int s, int64_t i, float* to) const {
     if (s == PARAM && param == SPLIT16)
-      load_split16(slice, i, to);
+      load_split<int16_t>(slice, i, to);
+    else if (s == PARAM && param == SPLIT8)
+      load_split<int8_t>(slice, i, to);
     else
       Pairs::load(slice, s, i, to);
   }
   inline void store(const Slice& slice, int s, int64_t i, const float* from) const {
     if (s == PARAM && param == SPLIT16)
-      store_split16(slice, i, from);
+      store_split<int16_t>(slice, i, from);
+    else if (s == PARAM && param == SPLIT8)
+      store_split<int8_t>(slice, i, from);
     else if (rounds_at_random[s])
       store_random(slice, s, i, from);
     else
@@ -172,30 +176,38 @@ struct PackedPairs : Pairs {
   }
 
  private:
-  static inline void load_split16(const Slice& slice, int64_t i, float* to) {
+  template <class Remainder>
+  static inline void load_split(const Slice& slice, int64_t i, float* to) {
     for (int k = 0; k < words; k += LANES) {
       const Shorts upper = load_shorts(at<uint16_t>(slice, PARAM, i) + 2 * k);
-      const Shorts rest = valid_rest(upper, load_shorts(static_cast<uint16_t*>(slice.remainder) + i + 2 * k));
+      const Shorts rest = valid_rest(upper, load_shorts(static_cast<Remainder*>(slice.remainder) + i + 2 * k));
       const Floats first = Floats((Bits(upper) << 16) + Bits(Ints(Bits(rest) << 16) >> 16));
       const Floats second = Floats((Bits(upper) & 0xffff0000u) + Bits(Ints(rest) >> 16));
       std::memcpy(to + k, &first, sizeof(first));
       std::memcpy(to + words + k, &second, sizeof(second));
     }
   }
-  static inline void store_split16(const Slice& slice, int64_t i, const float* from) {
+  template <class Remainder>
+  static inline void store_split(const Slice& slice, int64_t i, const float* from) {
+    Bits firsts[words / LANES] = {}, seconds[words / LANES] = {};
+    if (sizeof(Remainder) == 1) draw(slice, PARAM, i, firsts, seconds);
     for (int k = 0; k < words; k += LANES) {
-      const Bits first = Bits(load_floats(from + k)), second = Bits(load_floats(from + words + k));
+      const Bits first = Bits(load_floats(from + k)) + (firsts[k / LANES] >> 8);
+      const Bits second = Bits(load_floats(from + words + k)) + (seconds[k / LANES] >> 8);
       const Bits upper = (first + 0x8000u) >> 16 | ((second + 0x8000u) & 0xffff0000u);
       const Shorts rest = Shorts((first & 0xffffu) | second << 16);
       const Shorts kept = (Shorts(upper) & 0x7fff) < 0x7f80 ? rest : Shorts{};
       std::memcpy(at<uint16_t>(slice, PARAM, i) + 2 * k, &upper, sizeof(upper));
-      std::memcpy(static_cast<uint16_t*>(slice.remainder) + i + 2 * k, &kept, sizeof(kept));
+      store_shorts(kept, static_cast<Remainder*>(slice.remainder) + i + 2 * k);
     }
+  }
+  static inline void draw(const Slice& slice, int s, int64_t i, Bits* firsts, Bits* seconds) {
+    for (int k = 0; k < words; k += TILE)
+      random_at<Random>(slice, s, i + 2 * k).pairs(firsts + k / LANES, seconds + k / LANES);
   }
   static inline void store_random(const Slice& slice, int s, int64_t i, const float* from) {
     Bits firsts[words / LANES], seconds[words / LANES];
-    for (int k = 0; k < words; k += TILE)
-      random_at<Random>(slice, s, i + 2 * k).pairs(firsts + k / LANES, seconds + k / LANES);
+    draw(slice, s, i, firsts, seconds);
     for (int k = 0; k < words; k += LANES) {
       const Bits first = Bits(load_floats(from + k)) + firsts[k / LANES];
       const Bits second = Bits(load_floats(from + words + k)) + seconds[k / LANES];
