@@ -121,6 +121,23 @@ int64_t Layout::blocks_per(int64_t numel) const {
 
 namespace {
 
+// A square of elements of 4 bytes, line by line.
+typedef uint32_t Line __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLE(A, B, I, J, K, L) __builtin_shufflevector(A, B, I, J, K, L)
+#else
+#define SHUFFLE(A, B, I, J, K, L) __builtin_shuffle(A, B, (Line{I, J, K, L}))
+#endif
+inline void transpose(Line (&lines)[4]) {
+  const Line a = SHUFFLE(lines[0], lines[1], 0, 4, 1, 5), b = SHUFFLE(lines[2], lines[3], 0, 4, 1, 5);
+  const Line c = SHUFFLE(lines[0], lines[1], 2, 6, 3, 7), d = SHUFFLE(lines[2], lines[3], 2, 6, 3, 7);
+  lines[0] = SHUFFLE(a, b, 0, 1, 4, 5);
+  lines[1] = SHUFFLE(a, b, 2, 3, 6, 7);
+  lines[2] = SHUFFLE(c, d, 0, 1, 4, 5);
+  lines[3] = SHUFFLE(c, d, 2, 3, 6, 7);
+}
+#undef SHUFFLE
+
 // Copies a block between a strided tensor and a buffer with rows `row_length` apart. Lines of the tensor
 // that run across the buffer's are taken four at a time, so that the buffer's are written in runs.
 template <class Element, bool TO_BUFFER>
@@ -147,7 +164,19 @@ void copy_block(Element* tensor, int64_t row_stride, int64_t col_stride, Element
       for (int64_t ahead = c + AHEAD; ahead < std::min(c + AHEAD + 4, cols); ahead++)
         for (int64_t r = 0; r < rows + LINE - 1; r += LINE)
           prefetch(tensor + ahead * col_stride + std::min(r, rows - 1));
-    for (int64_t r = 0; r < rows; r++) {
+    int64_t r = 0;
+    if constexpr (sizeof(Element) == 4)
+      for (; row_stride == 1 && r + 4 <= rows; r += 4) {
+        Element* outside = tensor + r + c * col_stride;
+        Element* inside = buffer + r * row_length + c;
+        Line lines[4];
+        for (int k = 0; k < 4; k++)
+          std::memcpy(&lines[k], TO_BUFFER ? outside + k * col_stride : inside + k * row_length, sizeof(Line));
+        transpose(lines);
+        for (int k = 0; k < 4; k++)
+          std::memcpy(TO_BUFFER ? inside + k * row_length : outside + k * col_stride, &lines[k], sizeof(Line));
+      }
+    for (; r < rows; r++) {
       Element* outside = tensor + r * row_stride + c * col_stride;
       Element* inside = buffer + r * row_length + c;
       Element four[4];

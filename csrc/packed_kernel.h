@@ -147,8 +147,8 @@ struct Packed {
 };
 
 // Pairs with what it takes to train with masters: streams that are rounded stochastically, and a param with a
-// remainder. The bits are those of Packed; no stream is widened, narrowed or called for, and of a NaN, whose lower
-// bits are zeros here too, nothing need be looked for.
+// remainder. The bits are those of Packed, payloads of NaN excepted; nothing of 16 bits is widened or narrowed, and
+// for NaN, whose lower bits are zeros here too, nothing need be looked for.
 struct PackedPairs : Pairs {
   bool rounds_at_random[MAX_STREAMS];
   Storage param;
