@@ -5,8 +5,10 @@ Links between pages, and into the API reference, are checked when Sphinx builds 
 
 import ast
 import doctest
+import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +151,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         if included:
             target = target.parent / included[1]
         assert not anchor or anchor in headings(target), link
+
+
+def test_ratios_of_the_tables_are_those_of_the_samples() -> None:
+    measured = set()
+    for file in (ROOT / "benchmarks/results").glob("*.json"):
+        for row in json.loads(file.read_text())["rows"]:
+            if row.get("ratio"):
+                q1, median, q3 = statistics.quantiles(row["ratio_samples"], n=4, method="inclusive")
+                measured.add(f"{median:.2f}x [{q1:.2f}, {q3:.2f}]")
+    one_pass = (ROOT / "docs/one-pass.md").read_text()
+    pages = (
+        (ROOT / "README.md").read_text(),
+        (ROOT / "docs/choosing-a-format.md").read_text(),
+        one_pass[one_pass.index("samples in\n") :],  # of another table's run, there is no file
+    )
+    for page in pages:
+        ratios = re.findall(r"\d+\.\d+x \[[\d., ]+\]", page)
+        assert len(ratios) >= 4
+        assert [ratio for ratio in ratios if ratio not in measured] == []
 
 
 def test_ratios_of_the_first_page_are_those_of_the_tables() -> None:
