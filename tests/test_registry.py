@@ -5,7 +5,9 @@ import inspect
 import re
 from pathlib import Path
 
+import distributed_worker
 import pytest
+import test_formats
 import torch
 from cases import CASES, VARIANTS, Case, stock_class
 
@@ -39,6 +41,11 @@ def test_table_package_and_kernels_list_the_same_optimizers() -> None:
     }
     assert classes - {"FusedOptimizer"} == VARIANTS.keys()
     assert {fused_class(name)._rule for name in VARIANTS} == RULES.keys()
+
+
+def test_every_table_of_tests_lists_all_optimizers() -> None:
+    assert test_formats.OPTIMIZERS.keys() == VARIANTS.keys()
+    assert distributed_worker.OPTIMIZERS.keys() == VARIANTS.keys()
 
 
 @every_optimizer
