@@ -281,7 +281,7 @@ struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
   static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
                           float* __restrict to) {
-    // In 16 bits first: a register holds twice as many. (As valid_rest.)
+    // In 16 bits first: a register holds twice as many. (By valid_rest, AdamW with split8 and int8 is 5% slower.)
     alignas(64) int16_t rest[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
