@@ -10,11 +10,17 @@ void Plan::read_ema(Group& group) {
   if (decay == nullptr && PyErr_Occurred()) throw PythonError();
   if (decay == nullptr || decay == Py_None) return;
   group.has_ema = true;
-  group.ema_decay = number(decay);
-  if (!(group.ema_decay >= 0 && group.ema_decay < 1))
-    raise(PyExc_ValueError, "Invalid ema_decay: " + std::to_string(group.ema_decay) +
-                                " in param group " + std::to_string(group.index) +
-                                "; it must be in [0, 1)");
+  try {
+    group.ema_decay = number(decay);
+  } catch (PythonError&) {
+    PyErr_Clear();
+    group.ema_decay = -1;
+  }
+  if (!(group.ema_decay >= 0 && group.ema_decay < 1)) {
+    PyErr_Format(PyExc_ValueError, "Invalid ema_decay in param group %zd: %R; it must be in [0, 1) or None",
+                 static_cast<Py_ssize_t>(group.index), decay);
+    throw PythonError();
+  }
   group.ema_warmup = truth(PyDict_GetItemWithError(group.dict, names.ema_warmup));
 }
 

@@ -50,9 +50,9 @@ void Plan::read_formats(Group& group) {
   group.packs = state_dtype != nullptr || master != nullptr;
   if (!group.packs) return;
   if (state_dtype != nullptr && state_dtype != Py_None) {
-    if (state_dtype == torch.float32)
+    if (state_dtype == torch.float32 || is(state_dtype, "float32"))
       group.state_format = STATE_F32;
-    else if (state_dtype == torch.bfloat16)
+    else if (state_dtype == torch.bfloat16 || is(state_dtype, "bfloat16"))
       group.state_format = STATE_BF16;
     else if (is(state_dtype, "int8"))
       group.state_format = STATE_INT8;

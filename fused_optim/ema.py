@@ -8,6 +8,7 @@ The kernels average in the step's own pass (csrc/ema.cpp); the arithmetic is the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -22,13 +23,21 @@ Entry = list  # [Tensor, int | Tensor]
 Emas = dict[Tensor, Entry]
 
 
+def number(value: Any) -> float:
+    """NaN, which no range includes, in place of what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
 def check(options: dict[str, Any]) -> None:
     """Raise ValueError for options of a param group outside their range."""
     decay = options.get("ema_decay")
     if decay is not None and options.get("differentiable"):
         raise ValueError("differentiable=True cannot be combined with ema_decay")
-    if decay is not None and not 0 <= float(decay) < 1:
-        raise ValueError(f"Invalid ema_decay: {decay}; it must be in [0, 1) or None")
+    if decay is not None and not 0 <= number(decay) < 1:
+        raise ValueError(f"Invalid ema_decay: {decay!r}; it must be in [0, 1) or None")
     dtype = options.get("ema_dtype")
     if dtype not in (None, torch.float32):
         raise ValueError(f"Invalid ema_dtype: {dtype}; it must be torch.float32 or None")

@@ -182,6 +182,8 @@ def _format(param: ParamOutlook, group: dict[str, Any]) -> str:
         parts = [f"{own} {formats.master_of(tensor, group)}"]
     else:
         parts = [own]
+    if formats.ignores_master([tensor], group):
+        parts.append(f"master {group['master']!r} unused")
     if grad is not None and _dtype(grad) != own:
         parts.append(f"grad {_dtype(grad)}")
     states = [

@@ -17,6 +17,7 @@ from fused_optim.codes import GROUP
 # Keys of a param group; in it only if the user gave some.
 OPTIONS = ("state_dtype", "master", "rounding_seed")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+_NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # as the command line has them
 MASTERS = (None, "stochastic", "split8", "split16")
 SMALLEST_INT8 = 4096  # elements; smaller states stay float32
 REMAINDER = "param_remainder"
@@ -34,8 +35,9 @@ class FormatOptions(TypedDict, total=False):
     dtypes keep torch.optim's states.
 
     Attributes:
-        state_dtype: of all states but ``step``. None: torch.optim's. torch.float32. torch.bfloat16: those
-            like a second moment are rounded stochastically. "int8": 8 bits an element and a bfloat16 scale
+        state_dtype: of all states but ``step``. None: torch.optim's. torch.float32 or "float32".
+            torch.bfloat16 or "bfloat16": those like a second moment are rounded stochastically. "int8": 8
+            bits an element and a bfloat16 scale
             for 64 of them, states of at least 4,096 elements, whatever a process holds of them; smaller
             ones are float32.
         master: of bfloat16 and float16 params. None: rounded to nearest, as torch.optim does. "stochastic":
@@ -49,9 +51,15 @@ class FormatOptions(TypedDict, total=False):
     rounding_seed: int
 
 
+def state_dtype_of(options: dict[str, Any]) -> Any:
+    """A name of a dtype stands for it."""
+    state_dtype = options.get("state_dtype")
+    return _NAMED.get(state_dtype, state_dtype) if isinstance(state_dtype, str) else state_dtype
+
+
 def check(options: dict[str, Any]) -> None:
     """Raise ValueError for options of a param group that there are not, or that nothing can serve."""
-    state_dtype, master = options.get("state_dtype"), options.get("master")
+    state_dtype, master = state_dtype_of(options), options.get("master")
     # As in `x in STATE_DTYPES`, but a str is never compared with a dtype.
     if not any(type(state_dtype) is type(known) and state_dtype == known for known in STATE_DTYPES):
         raise ValueError(
@@ -97,7 +105,7 @@ SPLITS = {"split8": torch.int8, "split16": torch.int16}
 
 
 def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
-    state_dtype = group.get("state_dtype")
+    state_dtype = state_dtype_of(group)
     if state_dtype is None:
         return Format("plain", param.dtype)
     if state_dtype == "int8" and param.numel() >= SMALLEST_INT8:
@@ -105,6 +113,16 @@ def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
     if state_dtype == torch.bfloat16:
         return Format("stochastic" if is_square else "plain", torch.bfloat16)
     return PLAIN_FLOAT32
+
+
+def ignores_master(params: Any, options: dict[str, Any]) -> bool:
+    """Whether the options ask for a master that none of these params can have."""
+    dtypes = {param.dtype for param in params if isinstance(param, Tensor)}
+    return (
+        options.get("master") is not None
+        and bool(dtypes)
+        and dtypes <= {torch.float32, torch.float64}
+    )
 
 
 def master_of(param: Tensor, group: dict[str, Any]) -> str | None:
@@ -357,6 +375,56 @@ def _convert_remainder(
         else:
             wide = wide * unit
     converted[REMAINDER] = sharding.rebuilt(_like(param, dtype, param.device).copy_(wide), whole)
+
+
+# torch.optim would load codes as if they were numbers. It can be stopped where it takes a `step` that is no
+# tensor for a number; without one, where it counts the params of a group.
+NOT_FOR_STOCK = "8-bit states of fused_optim: torch.optim loads what state_dict_for_stock() gives"
+SAVED_STEP = "step_of_codes"
+
+
+def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict that torch.optim's load_state_dict refuses if it holds codes.
+
+    Args:
+        rule: as in `encode_states`.
+    """
+    scales = [f"{name}_scale" for name in rule["states"]]
+    coded = {
+        index
+        for index, states in saved["state"].items()
+        if isinstance(states, dict) and any(key in states for key in scales)
+    }
+    if not rule["has_step"]:
+        groups = [
+            {**group, "params": [*group["params"], NOT_FOR_STOCK]}
+            if coded.intersection(group["params"])
+            else group
+            for group in saved["param_groups"]
+        ]
+        return {**saved, "param_groups": groups}
+    state = {
+        index: {**states, "step": NOT_FOR_STOCK.encode(), SAVED_STEP: states["step"]}
+        if index in coded
+        else states
+        for index, states in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def accept(saved: dict[str, Any]) -> dict[str, Any]:
+    """What `refuse_stock` was given, or any other state_dict as it is."""
+    groups = [
+        {**group, "params": [index for index in group["params"] if index != NOT_FOR_STOCK]}
+        for group in saved["param_groups"]
+    ]
+    state = {}
+    for index, states in saved["state"].items():
+        if isinstance(states, dict) and SAVED_STEP in states:
+            states = {**states, "step": states[SAVED_STEP]}
+            del states[SAVED_STEP]
+        state[index] = states
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def check_saved(states: States, names: list[str], index: Any, param: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -76,9 +76,10 @@ class OnePass:
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         if value is not None:
-            value = float(value)
-            if not value > 0:
-                raise ValueError(f"Invalid max_grad_norm: {value}; it must be > 0 or None")
+            number = ema.number(value)
+            if not number > 0:
+                raise ValueError(f"Invalid max_grad_norm: {value!r}; it must be > 0 or None")
+            value = number
         self._max_grad_norm = value
 
     @property
@@ -95,6 +96,13 @@ class OnePass:
 
 
 _OFF = OnePass()
+_OF_OPTIMIZER = OnePassOptions.__annotations__.keys() - {*ema.OPTIONS}
+
+
+def _check_flags(options: Mapping[str, Any]) -> None:
+    for key in ("write_clipped_grads", "skip_nonfinite", "zero_grads", "ema_warmup"):
+        if not isinstance(options.get(key, False), bool):
+            raise TypeError(f"Invalid {key}: {options[key]!r}; it must be True or False")
 
 
 class _Option:
@@ -109,6 +117,7 @@ class _Option:
         return getattr(unwrapped(optimizer)._one_pass or _OFF, self._name)
 
     def __set__(self, optimizer: Any, value: Any) -> None:
+        _check_flags({self._name: value})
         optimizer = unwrapped(optimizer)
         if optimizer._one_pass is None:
             if value == getattr(_OFF, self._name):
@@ -120,6 +129,21 @@ class _Option:
             else:
                 released._supported_scaling = True
         setattr(optimizer._one_pass, self._name, value)
+
+
+class GroupOption:
+    """In place of an attribute of the optimizer that would be ignored: param groups have this option."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._error = f"{name} is an option of param groups: optimizer.param_groups[0][{name!r}]"
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        raise AttributeError(self._error)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(self._error)
 
 
 class OnePassOptimizer(torch.optim.Optimizer):
@@ -141,6 +165,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
     skip_nonfinite = _Option()
     zero_grads = _Option()
 
+    ema_decay = GroupOption()
+    ema_warmup = GroupOption()
+    ema_dtype = GroupOption()
+
     def _take_one_pass(self, options: OnePassOptions) -> None:
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
         for key in options:
@@ -148,6 +176,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}"
                 )
+        _check_flags(options)
         ema.check(dict(options))
         given = {key: value for key, value in options.items() if key in ema.OPTIONS}
         if any(value is not None and value is not False for value in given.values()):
@@ -167,6 +196,9 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; ``ema_decay``, ``ema_warmup`` and ``ema_dtype`` may differ by group."""
         if isinstance(param_group, dict):
+            for key in _OF_OPTIMIZER & param_group.keys():
+                raise ValueError(f"{key} is an option of the optimizer, not of a param group")
+            _check_flags(param_group)
             for key, value in (unwrapped(self)._ema_options or {}).items():
                 param_group.setdefault(key, value)
             ema.check({"differentiable": self.defaults.get("differentiable"), **param_group})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_optim import backends, formats, sharding
 from fused_optim.formats import FormatOptions
-from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
+from fused_optim.one_pass import GroupOption, OnePassOptimizer, OnePassOptions
 from fused_optim.wrappers import unwrapped
 
 
@@ -24,6 +25,10 @@ class PackedOptimizer(OnePassOptimizer):
 
     _rule: ClassVar[str]  # key of _C.rules()
     _format_options: dict[str, Any] | None = None  # what a new param group gets
+
+    state_dtype = GroupOption()
+    master = GroupOption()
+    rounding_seed = GroupOption()
 
     def _take_options(self, options: KernelOptions) -> None:
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
@@ -45,6 +50,16 @@ class PackedOptimizer(OnePassOptimizer):
                 param_group.setdefault(key, value)
             formats.check({"differentiable": self.defaults.get("differentiable"), **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "state_dtype" in group:
+            group["state_dtype"] = formats.state_dtype_of(group)
+        if formats.ignores_master(group["params"], group):
+            warnings.warn(
+                f"master={group['master']!r} does nothing for float32 params: "
+                "it is for bfloat16 and float16",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_format_options": self._format_options}
@@ -119,7 +134,7 @@ class PackedOptimizer(OnePassOptimizer):
 
     def state_dict_for_stock(self) -> dict[str, Any]:
         """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
-        saved = self.state_dict()
+        saved = formats.accept(self.state_dict())
         names = self._description()["states"]
         stock_step = self._description()["has_step"]
         saved["state"] = {
@@ -139,6 +154,9 @@ class PackedOptimizer(OnePassOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with states as they are stored.
+
+        torch.optim refuses to load 8-bit states, which it would take for numbers; it loads what
+        :meth:`state_dict_for_stock` gives.
 
         8-bit states of sharded params (DTensors, FullyShardedDataParallel's), and all that
         torch.distributed.checkpoint asks for, are float32: codes of 64 elements mean nothing to a process
@@ -168,7 +186,7 @@ class PackedOptimizer(OnePassOptimizer):
                         for key, value in formats.decode_codes(converted, names).items()
                         if value is not None
                     }
-        return {**saved, "state": states}
+        return formats.refuse_stock({**saved, "state": states}, self._description())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
@@ -182,6 +200,7 @@ class PackedOptimizer(OnePassOptimizer):
         super().load_state_dict(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        state_dict = formats.accept(state_dict)
         converted = {}
         if backends.codec() is not None:
             for saved_group, group in zip(state_dict["param_groups"], self.param_groups):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import OF_TORCH
 from marks import needs_cpu_kernels
 from test_formats import MASTERS, OPTIMIZERS, STATE_DTYPES, Training, assert_same_bits
 from torch import nn
@@ -101,9 +102,33 @@ def test_codes_that_stock_took_for_numbers_are_refused():
     run = Training("Adam", shapes=[(5000,)], state_dtype="int8")
     run.step()
     stock = torch.optim.Adam([nn.Parameter(torch.zeros(5000))], amsgrad=True)
-    stock.load_state_dict(run.opt.state_dict())
+    stock.load_state_dict(formats.accept(run.opt.state_dict()))  # saved by an older version
     with pytest.raises(ValueError, match="as if they were numbers"):
         run.opt.load_state_dict(stock.state_dict())
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_torch_optim_refuses_codes(name, tmp_path):
+    run = Training(name, shapes=[(70, 70), (5,)], state_dtype="int8")
+    run.step(2)
+    torch.save(run.opt.state_dict(), tmp_path / "checkpoint")
+    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
+    params = [nn.Parameter(torch.zeros_like(param)) for param in run.params]
+    stock = getattr(torch.optim, name)(params, **OPTIMIZERS[name])
+    counts = "step" in run.opt.state[run.params[0]]
+    # Where stock reads no step, it has but one check, whose text is its own.
+    match = r"state_dict_for_stock\(\)" if counts else "doesn't match the size of optimizer's group"
+    with pytest.raises(ValueError, match=match):
+        stock.load_state_dict(saved)
+    assert formats.NOT_FOR_STOCK in str(saved)
+    stock = getattr(torch.optim, name)(params, **OPTIMIZERS[name])
+    stock.load_state_dict(run.opt.state_dict_for_stock())
+    for checkpoint in (saved, formats.accept(saved)):  # of this version, and of older ones
+        again = Training(name, shapes=[(70, 70), (5,)], state_dtype="int8")
+        again.opt.load_state_dict(copy.deepcopy(checkpoint))
+        for param, twin in zip(run.params, again.params):
+            assert again.state(twin).keys() == run.state(param).keys()
+            assert_same_bits([*run.state(param).values()], [*again.state(twin).values()])
 
 
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
