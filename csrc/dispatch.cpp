@@ -36,6 +36,7 @@ RuleInfo describe() {
           {std::begin(Rule::option_names), std::end(Rule::option_names)},
           {std::begin(Rule::state_names), std::end(Rule::state_names)},
           {std::begin(Rule::hyper_names), std::end(Rule::hyper_names)},
+          Rule::FLAGS,
           Rule::has_step,
           Rule::FIRST_STEP,
           [](const double* options) { return Rule::variant(to_options(options)); },

@@ -15,6 +15,7 @@ struct RuleInfo {
   std::vector<const char*> option_names;
   std::vector<const char*> state_names;
   std::vector<const char*> hyper_names;
+  unsigned flags;  // bit i: option i is true or false, not a number
   bool has_step;
   unsigned first_step_variant;  // added to the variant of a tensor whose states do not exist yet
   unsigned (*variant)(const double* options);

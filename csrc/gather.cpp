@@ -300,6 +300,12 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
       raise(PyExc_RuntimeError, where() + (s == PARAM ? "the param" : "a state") +
                                     " is larger than its storage, which was resized");
     if (call_bool(torch.is_neg, parts[s])) return reject("a tensor is lazily negated");
+    if (call_bool(torch.is_inference, parts[s])) {
+      if (!call_bool(torch.is_inference_mode_enabled))  // torch raises this when it has written
+        raise(PyExc_RuntimeError, where() + "Inplace update to inference tensor outside InferenceMode is "
+                                            "not allowed");
+      now.data[s] = nullptr;  // the next step may be outside of inference mode
+    }
   }
   if (!all_same && any_f64) return reject("float64 mixed with other dtypes");
   if (!one_order && numel > 0) {
@@ -328,7 +334,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     hypers_.resize(hypers_.size() + MAX_HYPERS);
     rule_.prepare(group.options, write.value, hypers_.data() + group.hypers);
     group.prepared_step = write.value;
+    // A bias correction of 0, say: stock raises, or steps with it.
+    group.hypers_fit = std::all_of(hypers_.begin() + group.hypers, hypers_.end(), fits_float);
   }
+  if (!prepared_on_device && !group.hypers_fit) return reject(ODD_OPTIONS);
   if (device) {
     DeviceTask on = {};
     on.key.device = p.device;

@@ -4,6 +4,8 @@
 
 #include <Python.h>
 
+#include <cfloat>
+#include <cmath>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -77,6 +79,11 @@ void random_key(uint64_t random_seed, uint64_t step, uint32_t* key);
 // the stream (with its scales or its remainder) from them.
 void unpack(const Slice& slice, int stream, float* values, int num_threads);
 void pack(const Slice& slice, int stream, const float* values, int num_threads);
+
+inline bool fits_float(double value) { return std::abs(value) <= FLT_MAX; }
+
+// Why torch.optim's code steps a group whose options no kernel takes as it does.
+constexpr const char* ODD_OPTIONS = "an option that is no number in float32's range";
 
 // One optimizer's step. Between two steps it keeps memory to work in and hints where to look first;
 // hints are compared, never dereferenced, so that nothing of the last step is trusted.
@@ -175,6 +182,7 @@ class Plan {
     unsigned variant;
     double prepared_step;  // what `hypers` were prepared for; -1: none yet
     int64_t hypers;  // index of the group's latest entry of hypers_
+    bool hypers_fit;  // into float32, all of these
   };
 
   void gather(PyObject* groups, PyObject* state, const StepContext& context);
@@ -193,8 +201,8 @@ class Plan {
   void enter_packing(Group& group, int64_t index, uint64_t ordinal, double step, Packing& packing,
                      void* remainder, const Hint& before, Hint& now, Task& task);
   void read_option(Group& group, size_t option, PyObject* value, const StepContext& context);
+  bool read_number(size_t option, PyObject* value, double& result);
   void know_options(Group& group);
-  void check_lr(const Group& group);
   void gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param, PyObject* state,
                     const StepContext& context, Hint& hint);
   EmaTask* gather_ema(Group& group, PyObject* param, const StepContext& context, Hint& hint);

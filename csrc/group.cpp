@@ -1,6 +1,8 @@
 // What a param group says: options as numbers, or where on a device they lie.
 #include "gather.h"
 
+#include <cstring>
+
 namespace fused_optim {
 
 // An option may be a tensor: on a device it is left there if the kernels of that device can read it.
@@ -16,17 +18,61 @@ void Plan::read_option(Group& group, size_t option, PyObject* value, const StepC
     group.option_device = view.device;
     group.has_addresses = true;
     group.numbers_known = false;
-  } else {
-    group.options[option] = number(value);
+  } else if (!read_number(option, value, group.options[option])) {
+    group.stock_reason = ODD_OPTIONS;
   }
   group.option_tensors[option] = value;
 }
 
-void Plan::check_lr(const Group& group) {
-  const double lr = group.options[0];  // every rule's first option
-  if (!(lr >= 0))
-    raise(PyExc_ValueError, "Invalid learning rate: " + std::to_string(lr) + " in param group " +
-                                std::to_string(group.index));
+namespace {
+
+// Of an array no; of another kind of number, stock decides.
+bool is_numpy_number(PyObject* value) {
+  const char* type = Py_TYPE(value)->tp_name;
+  for (const char* start : {"numpy.float", "numpy.int", "numpy.uint"})
+    if (std::strncmp(type, start, std::strlen(start)) == 0) return true;
+  return false;
+}
+
+bool read_flag(PyObject* value, double& result) {
+  const int flag = PyObject_IsTrue(value);
+  if (flag < 0) PyErr_Clear();
+  result = flag;
+  return flag >= 0;
+}
+
+// Schedules overshoot, and torch.optim steps with what they write.
+void warn_of_negative_lr(double lr) {
+  static bool warned = false;
+  if (warned || !(lr < -1e-12)) return;  // what schedules end with for 0 is rounded to about -1e-18
+  warned = true;
+  const std::string text = "step() with a negative learning rate, " + std::to_string(lr) +
+                           ", moves uphill, as in torch.optim; said once";
+  if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw PythonError();
+}
+
+}  // namespace
+
+// False if torch.optim's code must see this option: it may take it, or raise.
+bool Plan::read_number(size_t option, PyObject* value, double& result) {
+  if (PyFloat_CheckExact(value)) return fits_float(result = PyFloat_AS_DOUBLE(value));
+  const bool is_flag = rule_.flags >> option & 1;
+  if (PyObject_TypeCheck(value, torch.tensor)) {
+    View view;
+    // Stock takes lr and betas out of tensors with one element, the others out of those without dimensions.
+    const bool any_shape = option == 0 || option_items_[option] >= 0;
+    if (is_flag || !is_plain(value) || !view.read(value) || view.dtype == N_DTYPES ||
+        view.numel() != 1 || (view.ndim > 0 && !any_shape))
+      return false;
+    return fits_float(result = number(value));
+  }
+  if (is_flag) return read_flag(value, result);
+  if (PyBool_Check(value) || !(PyFloat_Check(value) || PyLong_Check(value) || is_numpy_number(value)))
+    return false;
+  result = PyFloat_AsDouble(value);
+  if (result != -1.0 || !PyErr_Occurred()) return fits_float(result);
+  PyErr_Clear();  // an int beyond float64's range
+  return false;
 }
 
 // For tensors elsewhere than the options: the host waits for the device.
@@ -34,7 +80,7 @@ void Plan::know_options(Group& group) {
   if (group.numbers_known) return;
   for (size_t o = 0; o < option_keys_.size(); o++)
     if (group.option_addresses[o] != 0) group.options[o] = number(group.option_tensors[o]);
-  check_lr(group);
+  warn_of_negative_lr(group.options[0]);
   group.numbers_known = true;
 }
 
@@ -52,7 +98,13 @@ void Plan::read_group(Group& group, const StepContext& context) {
   group.capturable = truth(get(names.capturable));
   group.fused = truth(get(names.fused));
   group.numbers_known = true;
-  group.grad_sign = truth(get(names.maximize)) ? -1.0 : 1.0;
+  PyObject* maximize = get(names.maximize);
+  double maximizes = 0;
+  if (maximize != nullptr && !read_flag(maximize, maximizes)) {
+    group.stock_reason = ODD_OPTIONS;
+    return;
+  }
+  group.grad_sign = maximizes != 0 ? -1.0 : 1.0;
   for (size_t o = 0; o < option_keys_.size(); o++) {
     PyObject* value = get(option_keys_[o]);
     if (value == nullptr) {
@@ -61,10 +113,15 @@ void Plan::read_group(Group& group, const StepContext& context) {
     }
     Py_INCREF(value);
     hold(value);
-    if (option_items_[o] >= 0) value = hold(check(PySequence_GetItem(value, option_items_[o])));
-    read_option(group, o, value, context);
+    if (option_items_[o] >= 0) {  // of a pair, betas
+      const bool is_pair = (PyTuple_Check(value) || PyList_Check(value)) && PySequence_Fast_GET_SIZE(value) == 2;
+      if (!is_pair) group.stock_reason = ODD_OPTIONS;
+      if (is_pair) value = hold(check(PySequence_GetItem(value, option_items_[o])));
+    }
+    if (group.stock_reason == nullptr) read_option(group, o, value, context);
+    if (group.stock_reason != nullptr) return;
   }
-  if (group.option_addresses[0] == 0) check_lr(group);
+  if (group.option_addresses[0] == 0) warn_of_negative_lr(group.options[0]);
   group.variant = rule_.variant(group.options);
   group.prepared_step = -1;
 }

@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
                              })
       .def_readonly("numels", &GradBatch::numels)
       .def_readonly("grads", &GradBatch::grads);
+  m.attr("ODD_OPTIONS") = ODD_OPTIONS;
   m.def("rules", &describe_rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("step"));
   m.def("isas", &available_isas);

@@ -36,6 +36,7 @@ struct SGD {
                                                  "nesterov"};
   static constexpr const char* state_names[] = {"momentum_buffer"};
   static constexpr const char* hyper_names[] = {"lr", "momentum", "dampening_comp", "weight_decay"};
+  static constexpr unsigned FLAGS = 0b10000;  // options that are true or false
   static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
@@ -88,6 +89,7 @@ struct Lion {
   static constexpr const char* state_names[] = {"exp_avg"};
   static constexpr const char* hyper_names[] = {"lr",    "beta1",      "beta1_comp",
                                                 "beta2", "beta2_comp", "param_decay"};
+  static constexpr unsigned FLAGS = 0;  // options that are true or false
   static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
@@ -126,6 +128,7 @@ struct Adagrad {
   static constexpr const char* option_names[] = {"lr", "lr_decay", "eps", "weight_decay"};
   static constexpr const char* state_names[] = {"sum"};
   static constexpr const char* hyper_names[] = {"decayed_lr", "eps", "weight_decay"};
+  static constexpr unsigned FLAGS = 0;  // options that are true or false
   static constexpr unsigned SQUARES = 0b1;  // states like a second moment
   static constexpr bool has_step = true;
 
@@ -165,6 +168,7 @@ struct RMSprop {
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr const char* hyper_names[] = {"lr",  "alpha",        "alpha_comp",
                                                 "eps", "weight_decay", "momentum"};
+  static constexpr unsigned FLAGS = 0b100000;  // options that are true or false
   static constexpr unsigned SQUARES = 0b001;  // states like a second moment
   static constexpr bool has_step = true;
 
@@ -224,6 +228,7 @@ struct Adam {
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* hyper_names[] = {"step_size", "beta1_comp",   "beta2",      "beta2_comp",
                                                 "eps_hat",   "weight_decay", "param_decay"};
+  static constexpr unsigned FLAGS = 0b1100000;  // options that are true or false
   static constexpr unsigned SQUARES = 0b110;  // states like a second moment
   static constexpr bool has_step = true;
 

@@ -41,7 +41,8 @@ bool on_one_device(PyObject* a, PyObject* b) {
 }
 
 bool call_bool(PyObject* callable, PyObject* argument) {
-  PyObject* result = check(PyObject_CallOneArg(callable, argument));
+  PyObject* result = check(argument == nullptr ? PyObject_CallNoArgs(callable)
+                                               : PyObject_CallOneArg(callable, argument));
   const bool value = result == Py_True;
   Py_DECREF(result);
   return value;
@@ -103,6 +104,8 @@ void bind_torch() {
   torch.parameter = reinterpret_cast<PyTypeObject*>(get(nn, "Parameter"));
   torch.is_neg = get(tensor, "is_neg");
   torch.is_zerotensor = get(tensor, "_is_zerotensor");
+  torch.is_inference = get(tensor, "is_inference");
+  torch.is_inference_mode_enabled = get(module, "is_inference_mode_enabled");
   torch.increment_version = get(C, "_increment_version");
   torch.float32 = get(module, "float32");
   torch.bfloat16 = get(module, "bfloat16");

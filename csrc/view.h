@@ -22,6 +22,7 @@ struct Torch {
   PyGetSetDef* grad;
   PyObject* is_neg;
   PyObject* is_zerotensor;
+  PyObject *is_inference, *is_inference_mode_enabled;
   PyObject* increment_version;
   PyObject *float32, *bfloat16;
 };
@@ -142,7 +143,7 @@ inline int64_t View::reach() const {
 
 bool truth(PyObject* value);  // of a value that may be null
 double number(PyObject* value);  // of a number or a tensor with one element
-bool call_bool(PyObject* callable, PyObject* argument);
+bool call_bool(PyObject* callable, PyObject* argument = nullptr);
 bool on_one_device(PyObject* a, PyObject* b);
 // Whether the tensor's storage holds all its elements (it may have been resized by hand).
 bool storage_holds(PyObject* tensor, const View& view);

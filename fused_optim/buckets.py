@@ -103,8 +103,10 @@ class _Chosen:
                 outcome = self._optimizer._step_groups(self._groups, keeper, self._step_with_stock)
         except Exception as error:
             is_told, self._stock_error = error is self._stock_error, None
+            if is_told:
+                raise
             text = re.sub(r"param (\d+) of group (\d+)|param group (\d+)", self._name, str(error))
-            if is_told or text == str(error):
+            if text == str(error):
                 raise
             raise type(error)(text) from None
         assert outcome is not None  # nobody has set found_inf

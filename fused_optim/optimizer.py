@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -156,8 +156,8 @@ class FusedOptimizer(PackedOptimizer):
         Raises:
             RuntimeError: a grad or state does not fit its param (shape, device, dtype), or its
                 memory was freed. Nothing has been written then.
-            ValueError: a param group's lr is negative or NaN, or its ema_decay not in [0, 1). Nothing
-                has been written then.
+            ValueError: a param group's ema_decay is not in [0, 1). Nothing has been written then.
+            What torch.optim raises where an option is no number that it takes, before anything is written.
         """
         if self._is_swapped:
             raise RuntimeError("step() within swapped_ema(): the params hold their averages")
@@ -330,6 +330,28 @@ class FusedOptimizer(PackedOptimizer):
         self._average(groups, set())
         return 0, 0, fallbacks
 
+    def _rehearse(self, step: Callable[..., Any], g: int, group: dict[str, Any]) -> None:
+        """Run the stock step on copies: with odd options it may raise when it has written half of them."""
+        groups, state = self.param_groups, self.state
+        copies = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]}
+        for param, copy in copies.items():
+            copy.grad = param.grad
+        self.param_groups = [{**group, "params": list(copies.values())}]
+        self.state = defaultdict(dict)
+        for param, copy in copies.items():
+            self.state[copy] = {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in state.get(param, {}).items()
+            }
+        try:
+            step(self)
+        except Exception as error:
+            keys = [key.partition(".")[0] for key in self._description()["options"]]
+            options = ", ".join(f"{k}={group.get(k)!r}" for k in dict.fromkeys([*keys, "maximize"]))
+            raise type(error)(f"param group {g} ({options}): {error}") from error
+        finally:
+            self.param_groups, self.state = groups, state
+
     def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
         """Run the stock, non-fused step for these (group, index, reason) alone."""
         if backends.forced() in ("cpu", "triton"):
@@ -345,8 +367,8 @@ class FusedOptimizer(PackedOptimizer):
             param = group["params"][i]
             if param.device.type != "cpu":
                 backends.warn_unless_served(param.device)
-            refusal = self._refuse_sparse(group)
-            if refusal is not None and param.grad.is_sparse:
+            refusal = self._refuse_sparse(group) if param.grad.is_sparse else None
+            if refusal is not None:
                 raise RuntimeError(refusal)
             chosen.setdefault(g, []).append(param)
             numbers.setdefault(g, []).append(formats.first_number(self.param_groups, g) + i)
@@ -383,6 +405,11 @@ class FusedOptimizer(PackedOptimizer):
                 ) as left,
                 self._in_float32(self.param_groups, list(numbers.values())),
             ):
+                kernels = backends.codec()
+                odd = kernels and {g for g, _, why in fallbacks if why == kernels.ODD_OPTIONS}
+                for g, group in zip(chosen, self.param_groups):
+                    if odd and g in odd:
+                        self._rehearse(step, g, group)
                 step(self)
             self._grads_left = left
         finally:

@@ -91,11 +91,14 @@ class Lion(Optimizer):
         return loss
 
 
+def _without_dimensions(number: Any) -> Any:
+    return number.squeeze() if isinstance(number, Tensor) else number
+
+
 def _step(param: Tensor, grad: Tensor, exp_avg: Tensor, group: dict[str, Any]) -> None:
-    lr, weight_decay = group["lr"], group["weight_decay"]
     beta1, beta2 = group["betas"]
-    if isinstance(lr, Tensor):
-        lr = lr.squeeze()
+    lr, beta1, beta2 = map(_without_dimensions, (group["lr"], beta1, beta2))
+    weight_decay = group["weight_decay"]
     if group["maximize"]:
         grad = -grad
     if torch.is_complex(param):

@@ -39,17 +39,6 @@ def begun(case: Case, n_steps: int = 2) -> Run:
     return run
 
 
-@all_cases
-@pytest.mark.parametrize("lr", [-0.1, float("nan"), torch.tensor(-1.0), -float("inf")], ids=str)
-@pytest.mark.parametrize("n_steps", [0, 2])
-def test_bad_lr_written_by_hand(case: Case, lr: object, n_steps: int) -> None:
-    run = begun(case, n_steps)
-    run.opt.param_groups[1]["lr"] = lr
-    assert_refused(run, ValueError, "[Ii]nvalid learning rate.*group 1")
-    run.opt.param_groups[1]["lr"] = 0.01
-    run.step()
-
-
 @few_cases
 @pytest.mark.parametrize("lr", ["0.1", None, [0.1]], ids=repr)
 def test_lr_that_is_no_number(case: Case, lr: object) -> None:
@@ -224,3 +213,25 @@ def test_integer_params_are_refused_or_stepped_as_stock(case: Case) -> None:
     # Grads of 1 leave whole numbers where stock can step at all.
     ours, stock = run_both(case, program)
     assert (ours.error is None) == (stock.error is None)
+
+
+@few_cases
+def test_inference_tensors(case: Case) -> None:
+    """Stepped within inference mode; refused outside of it, where stock raises when it has written."""
+    run = Run(case, case.fused)
+    with torch.inference_mode():
+        run.params[1] = torch.nn.Parameter(run.randn((33, 5)))
+        run.opt = run.make(run.params)
+        run.step(2)
+        assert run.opt.last_step.tensors == {case.backend: len(run.params)}
+    assert run.params[1].is_inference()
+    run.opt.state.clear()
+    for param in run.params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        case.stock(run.params).step()
+    before = snapshot(run.opt)
+    match = "param 1 of group 0: Inplace update to inference tensor"
+    with pytest.raises(RuntimeError, match=match):
+        run.opt.step()
+    assert_untouched(run.opt, before)

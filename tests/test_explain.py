@@ -298,10 +298,10 @@ def test_errors_are_those_of_the_step() -> None:
     optimizer = fused_optim.AdamW([param])
     param.grad = torch.ones_like(param)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="learning rate"):
+    optimizer.param_groups[0]["ema_decay"] = 1.0
+    with pytest.raises(ValueError, match="Invalid ema_decay"):
         optimizer.explain()
-    optimizer.param_groups[0]["lr"] = 1.0
+    del optimizer.param_groups[0]["ema_decay"]
     optimizer.state[param]["exp_avg"] = torch.ones(4, device=DEVICE)
     with pytest.raises(RuntimeError, match="param 0 of group 0: state 'exp_avg' has shape"):
         optimizer.explain()

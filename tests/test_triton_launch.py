@@ -219,9 +219,9 @@ def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
     steps_with(run)
     run.set_grads()
     run.params[3].grad = None
-    run.opt.param_groups[0]["lr"] = -1.0
+    run.opt.param_groups[0]["ema_decay"] = 1.0
     before, n_launches, launcher = snapshot(run.opt), len(gpu.launches), run.opt._plan[1]
-    with pytest.raises(ValueError, match="Invalid learning rate"):
+    with pytest.raises(ValueError, match="Invalid ema_decay"):
         run.opt.step()
     assert_untouched(run.opt, before)
     assert len(gpu.launches) == n_launches
@@ -232,10 +232,10 @@ def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
 def test_nothing_is_taken_for_unchanged_after_a_step_that_raised(gpu: StubGpu, case: Case) -> None:
     run = Run(case, case.fused)
     steps_with(run)
-    run.opt.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="Invalid learning rate"):
+    run.opt.param_groups[0]["ema_decay"] = 1.0
+    with pytest.raises(ValueError, match="Invalid ema_decay"):
         run.opt.step()
-    run.opt.param_groups[0]["lr"] = 0.25
+    del run.opt.param_groups[0]["ema_decay"]
     kept = [param.grad for param in run.params]  # so that the next ones lie elsewhere
     steps_with(run)
     tensors = gpu.launches[-1][2][0].view(len(run.params), -1)
