@@ -11,6 +11,7 @@ import tempfile
 import pytest
 import torch
 from marks import needs_cpu_kernels
+from processes import HANG_S
 
 from fused_optim import cli
 from fused_optim.cli import bench, contestants, peers, results, timing, workloads
@@ -29,7 +30,7 @@ def run_cli(*args, **env):
         cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         env={**os.environ, **env},
     )
 
@@ -65,7 +66,7 @@ def test_what_is_optional_is_imported_only_where_it_is_needed():
         "assert main(['bench']) == 2"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S,
         cwd=tempfile.gettempdir(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import tomllib
+from processes import HANG_S
 
 import fused_optim
 
@@ -85,7 +86,7 @@ def test_worked_example_fails_first_and_then_passes(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_S,
         )
         return done.returncode, done.stdout + done.stderr
 

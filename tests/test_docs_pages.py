@@ -17,6 +17,7 @@ import pytest
 import tomllib
 import torch
 from marks import needs_cpu_kernels
+from processes import HANG_S
 
 import fused_optim
 from fused_optim import cli
@@ -94,7 +95,7 @@ def test_quickstart_runs_unmodified(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"loss 0\.\d+\n", done.stdout)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cases import OF_TORCH
 from marks import needs_cpu_kernels
+from processes import HANG_S
 
 from fused_optim.cli import main
 
@@ -66,7 +67,7 @@ def python(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         env={**os.environ, **env},
     )
 
