@@ -112,7 +112,9 @@ def test_bench_json_summary_follows_from_its_samples(tiny_run):
         for name, rounds in row["samples_s"].items():
             per_round = [statistics.median(passes) for passes in rounds]
             assert row["seconds"][name]["median"] == pytest.approx(statistics.median(per_round))
-        stock = [name for name in row["samples_s"] if name in peers.STOCK_FLAGS]
+        # One that was dropped early may have had a quieter machine.
+        most = max(len(row["samples_s"][name]) for name in peers.STOCK_FLAGS)
+        stock = [name for name in peers.STOCK_FLAGS if len(row["samples_s"][name]) == most]
         assert row["baseline"] == min(stock, key=lambda name: row["seconds"][name]["median"])
         assert row["ratio"]["median"] == pytest.approx(statistics.median(row["ratio_samples"]))
 
