@@ -14,7 +14,7 @@ from marks import needs_cpu_kernels
 from processes import HANG_S
 
 from fused_optim import cli
-from fused_optim.cli import bench, contestants, peers, results, timing, workloads
+from fused_optim.cli import bench, contestants, peers, report, results, text, timing, workloads
 from fused_optim.cli.timing import Quartiles
 from fused_optim.cli.workloads import Target
 
@@ -314,6 +314,18 @@ def test_no_verdict_from_few_rounds_or_a_busy_machine(n_rounds, cpu_elsewhere, m
     ratios = [9.0] * n_rounds
     row = results.Row(tiny, "fused", {}, ratios, 0, None, None, {}, {}, [], cpu_elsewhere)
     assert row.met is met
+
+
+def test_what_the_process_takes_is_told_beside_the_times(tmp_path, capsys):
+    work = workloads.Workload(workloads.MEMORY, "AdamW, one", "AdamW", [(3,)])
+    found = bench.run([work], quick=True, threads=None)
+    assert found.import_s > 0
+    report.print_results(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("memory that one step adds at its peak, AdamW, one: fused_optim ")
+    assert f"already: {text.number(found.import_s * 1e3)} ms" in lines[-1]
+    found.save(tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["import_s"] == found.import_s
 
 
 def raise_build_error(workload, params):
