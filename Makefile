@@ -12,7 +12,7 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
   triton_momentum.py triton_formats.py triton_packed.py amp.py) -k "not False"
 
-.PHONY: demo test docs linkcheck formats lint sanitize triton-oldest clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest clean
 
 # torch comes first and by itself: of this version the CPU build is found; as a mere dependency, pip
 # might choose the newest build with gigabytes of CUDA libraries. timm comes alone: of torchvision, which it asks
@@ -31,11 +31,17 @@ demo: $(VENV)/installed
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test triton-oldest sanitize: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize: export OMP_NUM_THREADS = 1
 
-# The second run is of the Triton kernels, in Triton's interpreter on CPU tensors.
-test: $(VENV)/installed
+# Both halves run, whichever fails.
+test:
+	$(MAKE) --keep-going test-native test-interpreted
+
+test-native: $(VENV)/installed
 	$(PYTEST)
+
+# The Triton kernels, in Triton's interpreter on CPU tensors.
+test-interpreted: $(VENV)/installed
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)
 
 # The pages, in build/docs. What Sphinx warns of is an error: links between pages and into the API reference that

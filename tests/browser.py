@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from processes import HANG_S
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_S = 60
 
 
 def find() -> str | None:
@@ -62,10 +63,10 @@ class Page:
             self._note(answer)
 
     def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + TIMEOUT_S
+        end = time.monotonic() + HANG_S
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"the browser said nothing for {TIMEOUT_S} s"
+            assert ready, f"the browser said nothing for {HANG_S} s"
             received = os.read(self._read, 1 << 20)
             assert received, "the browser ended"
             self._buffer += received
@@ -132,6 +133,6 @@ def opened(browser: str) -> Iterator[Page]:
             yield Page(our_write, our_read)
         finally:
             process.terminate()
-            process.wait(TIMEOUT_S)
+            process.wait(HANG_S)
             os.close(our_write)
             os.close(our_read)

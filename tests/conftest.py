@@ -21,6 +21,7 @@ ALLOWED_SKIPS = (
     "needs Triton: a GPU or its interpreter",
     "needs triton",
     "needs chromium",
+    "needs make",
 )
 
 _skips: list[tuple[str, str]] = []

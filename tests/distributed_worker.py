@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import HANG_S
 from torch import Tensor, nn
 
 import fused_optim
@@ -375,7 +376,7 @@ def main() -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=HANG_S / 2),
     )
     outcomes: dict[str, str] = {}
     for name, run in SCENARIOS.items():

@@ -8,6 +8,9 @@ import tempfile
 import types
 from pathlib import Path
 
+# Seconds after which what has not ended hangs: no machine is so busy that anything here takes as long.
+HANG_S = 900
+
 METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
 # Programs fork from a process that has imported torch, and what torch.optim imports with the first
@@ -30,7 +33,7 @@ def _run(program: str, environment: dict[str, str], outputs: list[str]) -> None:
     exec(compile(program, "<string>", "exec"), main.__dict__)
 
 
-def python(program: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess:
+def python(program: str, **environment: str) -> subprocess.CompletedProcess:
     """`program` in an interpreter that has imported torch, and can import what the tests import.
 
     What malloc, OpenMP and triton read of `environment` they have read before: see `fresh_python`.
@@ -42,18 +45,16 @@ def python(program: str, timeout: float = 60, **environment: str) -> subprocess.
         arguments = (program, _environment(environment), [str(file) for file in outputs])
         process = _context.Process(target=_run, args=arguments)
         process.start()
-        process.join(timeout)
+        process.join(HANG_S)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(program, timeout)
+            raise subprocess.TimeoutExpired(program, HANG_S)
         stdout, stderr = (file.read_text() for file in outputs)
         return subprocess.CompletedProcess(program, process.exitcode, stdout, stderr)
 
 
-def fresh_python(
-    program: str, timeout: float = 60, **environment: str
-) -> subprocess.CompletedProcess:
+def fresh_python(program: str, **environment: str) -> subprocess.CompletedProcess:
     """`program` in an interpreter that starts from nothing, and ends as interpreters do."""
     return subprocess.run(
         [sys.executable, "-c", program],
@@ -62,5 +63,5 @@ def fresh_python(
         cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG_S,
     )

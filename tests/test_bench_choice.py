@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from marks import needs_cpu_kernels
+from processes import HANG_S
 
 import fused_optim
 from fused_optim import cli
@@ -379,7 +380,7 @@ def test_from_a_script_to_a_report(tmp_path):
     arguments = "--from model.py:make_model --quick --threads 1 --html out/r.html --json out/r.json"
     done = subprocess.run(
         [sys.executable, "-m", "fused_optim", "bench", *arguments.split()], cwd=tmp_path,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "row 1: AdamW, Sequential of model.py:make_model" in done.stderr

@@ -227,10 +227,10 @@ def test_huge_workloads_have_few_contestants():
         assert peer.why_not(billion, quick=False, device_type="cuda") == "workload too large"
 
 
-# Not larger than what a test may take: 2 MiB of AdamW's streams in 5 tensors.
-WORK = Workload("work", "AdamW, work", "AdamW", [(25_000,)] * 5, Target(0.01, copy=1e-6))
+# Not larger than what a test may take: 2 MiB of AdamW's streams in 5 tensors. Every machine meets the target.
+WORK = Workload("work", "AdamW, work", "AdamW", [(25_000,)] * 5, Target(1e-9, copy=1e-9))
 SCHEDULE = timing.Schedule(
-    budget_s=0.01, limit_s=9, min_rounds=4, max_rounds=5, n_passes=1, n_screening_rounds=1
+    budget_s=0.01, limit_s=1e9, min_rounds=4, max_rounds=5, n_passes=1, n_screening_rounds=1
 )
 
 
@@ -320,7 +320,7 @@ def test_a_workload_that_stock_does_not_take_has_the_copy_alone(played, monkeypa
 
     monkeypatch.setattr(contestants, "stock", refuse)
     row = bench.measure(
-        dataclasses.replace(WORK, target=Target(copy=1e-6)), quick=True, device=played
+        dataclasses.replace(WORK, target=Target(copy=1e-9)), quick=True, device=played
     )
     assert (row.baseline, row.ratio, row.met) == (None, None, True)
     assert row.not_measured["fused"] == "failed: RuntimeError: no fused"

@@ -85,6 +85,7 @@ def make_results():
     found.skipped["large"] = "needs 39 GiB, 3 GiB are free"
     found.disagreements["wrong"] = "param 0 differs by 1"
     found.memory = results.Memory("AdamW, work", 10**6, {OURS: 0, "fused": 2**20}, [])
+    found.import_s = 0.0123
     return found
 
 
@@ -177,8 +178,9 @@ def test_every_contestant_has_its_time_or_the_reason(found, parsed):
             else:
                 assert f"not measured: {row.not_measured[name]}" in said
     for words in (
-        "needs 39 GiB", "param 0 differs by 1", "memory that one step adds", "clip_grad_norm_(foreach=True)",
-        "caches flushed", "state_dtype=int8", torch.__version__, found.about["date"],
+        "needs 39 GiB", "param 0 differs by 1", "memory that one step adds", "already: 12.3 ms",
+        "clip_grad_norm_(foreach=True)", "caches flushed", "state_dtype=int8", torch.__version__,
+        found.about["date"],
         found.about["machine"]["cpu"], found.about["versions"]["isa"], "new order each time",
     ):  # fmt: skip
         assert words in said, words

@@ -51,9 +51,11 @@ JOBS = [
     for kernel in KERNELS
     if is_chosen(kernel, target) and (kernel.rule in ("sgd", "adam") or not kernel.one_pass)
 ]
-COMPILE_LIMIT_S = 2.0
+# A kernel compiles in two seconds: 1,000 operations took one CPU second at most (Triton 3.9, 45 of the jobs,
+# an Intel Xeon beside other work). `python -m fused_optim codegen` prints the seconds.
+MAX_OPERATIONS = 2_000
 # The masked and the whole block each have the formats, too.
-PACKED_COMPILE_LIMIT_S = 4.0
+MAX_PACKED_OPERATIONS = 4_000
 ADAM = Kernel("adam", 0, "float32", True)
 
 every_job = pytest.mark.parametrize(
@@ -105,12 +107,9 @@ def test_kernel_is_healthy(findings, kernel, target):
 
 
 @every_job
-def test_kernel_compiles_in_time(findings, own_cache, kernel, target):
-    seconds = findings[kernel, target].compile_s
-    limit = PACKED_COMPILE_LIMIT_S if kernel.dtypes in kernels.PACKED else COMPILE_LIMIT_S
-    if seconds >= limit:  # the first in its process loads the compiler
-        seconds = codegen.examine(kernel, target, disassemble=False).compile_s
-    assert seconds < limit
+def test_kernel_is_short_enough_to_compile_in_seconds(findings, kernel, target):
+    limit = MAX_PACKED_OPERATIONS if kernel.dtypes in kernels.PACKED else MAX_OPERATIONS
+    assert 0 < findings[kernel, target].measured.operations < limit
 
 
 def test_all_rules_options_dtypes_and_targets_are_there():
@@ -147,6 +146,7 @@ HEALTHY = Measured(
     takes_roots=True,
     rounded_divisions=8,
     rounded_roots=8,
+    operations=400,
 )
 NEEDS = Needs({128: 4}, {128: 3}, 64)
 
@@ -222,7 +222,7 @@ SASS = """
 
 def test_measurement_of_made_up_nvidia_code():
     measured = machine_code.measure_nvidia(TTIR, PTX, USAGE, SASS)
-    expected = Measured(40, 8, 16, 0, 0, {64: 1, 128: 1}, {64: 1}, 0, 0, 0, True, True, 1, 1)
+    expected = Measured(40, 8, 16, 0, 0, {64: 1, 128: 1}, {64: 1}, 0, 0, 0, True, True, 1, 1, 2)
     assert measured == expected
     assert machine_code.measure_nvidia(TTIR, PTX, USAGE, None) == expected
 
@@ -279,7 +279,7 @@ AMDGCN = """
 
 
 def test_measurement_of_made_up_amd_code():
-    expected = Measured(42, 0, 0, 0, 0, {128: 1}, {64: 1}, 0, 0, 0, True, True, 1, 1)
+    expected = Measured(42, 0, 0, 0, 0, {128: 1}, {64: 1}, 0, 0, 0, True, True, 1, 1, 2)
     assert machine_code.measure_amd(TTIR, AMDGCN) == expected
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tomllib
+from processes import HANG_S
 
 import fused_optim
 
@@ -42,6 +44,36 @@ def test_every_make_target_exists() -> None:
     named = set(re.findall(r"\bmake ([\w-]+)", "\n".join(CODE)))
     assert {"demo", "test", "lint"} <= named
     assert named <= set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+
+
+# In place of pytest: fails in one half.
+FAKE_PYTEST = """#!/bin/sh
+half=${FUSED_OPTIM_BACKEND:-native}
+echo "ran $half with $OMP_NUM_THREADS thread"
+test "$half" != "$FAILS"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("fails", ["native", "triton", "neither"])
+def test_make_test_runs_both_halves_whichever_fails(fails: str, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pytest").write_text(FAKE_PYTEST)
+    (tmp_path / "bin/pytest").chmod(0o755)
+    (tmp_path / "installed").touch()
+    # Without what a make that runs this test has set.
+    ours = ("MAKE", "MFLAGS", "FUSED_OPTIM_BACKEND")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), "test", f"VENV={tmp_path}"],
+        env={**environment, "FAILS": fails},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
+    ran = re.findall(r"^ran (\w+) with 1 thread$", done.stdout, re.MULTILINE)
+    assert ran == ["native", "triton"], done
+    assert (done.returncode == 0) == (fails == "neither")
 
 
 def test_every_folder_of_the_source_is_on_the_map() -> None:
@@ -85,7 +117,7 @@ def test_worked_example_fails_first_and_then_passes(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_S,
         )
         return done.returncode, done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import DEVICE
 from marks import needs_cpu_kernels
+from processes import HANG_S
 
 import fused_optim
 from fused_optim import formats
@@ -25,7 +25,6 @@ pytestmark = [
         DEVICE.type != "cpu" or not dist.is_available(), reason="needs a second GPU"
     ),
 ]
-TIMEOUT = 240  # s; it takes 30
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def outcomes(folder) -> list[dict[str, str]]:
             )
     try:
         for process in processes:
-            process.wait(TIMEOUT)
+            process.wait(HANG_S)
     finally:
         for process in processes:
             process.kill()
@@ -148,15 +147,12 @@ def test_the_example_resumes_on_another_number_of_processes(tmp_path, monkeypatc
         },
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=HANG_S,
     )
     assert run.returncode == 0, run.stderr
     # Alone, as torchrun would start it, but where torch is imported already.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # any that is free
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setattr(sys, "argv", [str(script), *options, str(tmp_path)])

@@ -5,18 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from processes import HANG_S
+
 ON_GPU = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
 
 
 def run_on_gpu(out, **env):
     return subprocess.run(
-        ["bash", str(ON_GPU)], capture_output=True, text=True, timeout=120,
+        ["bash", str(ON_GPU)], capture_output=True, text=True, timeout=HANG_S,
         env={**os.environ, "OUT": str(out), **env},
     )  # fmt: skip
 
 
 def test_the_script_lists_its_stages(tmp_path):
-    subprocess.run(["bash", "-n", str(ON_GPU)], check=True, timeout=60)
+    subprocess.run(["bash", "-n", str(ON_GPU)], check=True, timeout=HANG_S)
     done = run_on_gpu(tmp_path / "out", DRY_RUN="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     stages = [line.split(",")[0] for line in done.stdout.splitlines() if ", at most " in line]

@@ -216,5 +216,5 @@ squares = ShardedSquares()
 squares.add(DTensor.from_local(torch.ones(2, 2), mesh, placements, run_check=False))
 assert [dims for _, dims in squares._sums] == [(0, 1)], squares._sums
 """
-    result = python(program, timeout=120)
+    result = python(program)
     assert result.returncode == 0, result.stderr

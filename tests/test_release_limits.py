@@ -149,7 +149,7 @@ dist.destroy_process_group()
 @needs_cpu_kernels
 @pytest.mark.parametrize("reason", WRAPPERS)
 def test_distributed(reason: str) -> None:
-    done = python(DISTRIBUTED.format(wrap=WRAPPERS[reason]), timeout=120)
+    done = python(DISTRIBUTED.format(wrap=WRAPPERS[reason]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("release_gradients cannot work: " if reason else "later: ")
     assert (reason or "2 processes") in done.stdout, done.stdout

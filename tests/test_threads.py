@@ -140,7 +140,8 @@ def test_surgery_in_another_thread_during_steps(case: Case) -> None:
     assert all(param.isfinite().all() for param in run.params)
 
 
-# Each child program runs in a process of its own with a time limit: a hang is then an error, not a hang.
+# Each program runs in a process of its own, which is ended if it hangs. What it waits for itself it gives up
+# before that: its children would outlive it.
 FORK = """
 import os, sys, torch
 from twins import ONE_EACH, Run, assert_same_run
@@ -167,7 +168,7 @@ for case in ONE_EACH:
 
 @needs_fork
 def test_forked_child_and_its_parent_go_on_stepping() -> None:
-    done = fresh_python(FORK, timeout=240)
+    done = fresh_python(FORK)
     assert done.stdout.split() == [case.optimizer for case in ONE_EACH], done.stderr
 
 
@@ -187,7 +188,7 @@ for _ in range(2):
     stepped(case, 1)
 os._exit(7)
 """
-    assert fresh_python(program, timeout=240).returncode == 7
+    assert fresh_python(program).returncode == 7
 
 
 def _step_in_child(case_id: str, queue: multiprocessing.Queue) -> None:
@@ -198,6 +199,7 @@ def _step_in_child(case_id: str, queue: multiprocessing.Queue) -> None:
 
 MULTIPROCESSING = """
 import multiprocessing, torch
+from processes import HANG_S
 from test_threads import _step_in_child, stepped
 from twins import ONE_EACH, assert_close
 if __name__ == "__main__":
@@ -210,7 +212,7 @@ if __name__ == "__main__":
     for worker in workers:
         worker.start()
     for _ in workers:
-        for ours, stock in zip(queue.get(timeout=50), expected.params):
+        for ours, stock in zip(queue.get(timeout=HANG_S / 2), expected.params):
             assert_close(torch.from_numpy(ours), stock, 3)
     for worker in workers:
         worker.join()
@@ -224,14 +226,13 @@ def test_multiprocessing_children(method: str, tmp_path) -> None:
     # spawn imports the main module again, so it has to be a file.
     main = tmp_path / "main_module.py"
     main.write_text(MULTIPROCESSING.format(method=method))
-    done = fresh_python(
-        f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')", timeout=240
-    )
+    done = fresh_python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')")
     assert done.stdout.strip() == "[0, 0]", done.stderr
 
 
 DATA_LOADER = """
 import torch
+from processes import HANG_S
 from test_threads import stepped
 from twins import ONE_EACH, assert_close
 
@@ -244,7 +245,7 @@ class Stepping(torch.utils.data.Dataset):
 
 expected = [stepped(ONE_EACH[i % len(ONE_EACH)], 2, "stock") for i in range(4)]
 stepped(ONE_EACH[0], 2)
-loader = torch.utils.data.DataLoader(Stepping(), batch_size=None, num_workers=2, timeout=50)
+loader = torch.utils.data.DataLoader(Stepping(), batch_size=None, num_workers=2, timeout=HANG_S / 2)
 for run, params in zip(expected, loader):
     for ours, stock in zip(params, run.params):
         assert_close(ours, stock, 2)
@@ -255,7 +256,7 @@ print("loaded")
 
 @needs_fork
 def test_data_loader_workers_step() -> None:
-    done = fresh_python(DATA_LOADER, timeout=240)
+    done = fresh_python(DATA_LOADER)
     assert done.stdout.split() == ["loaded"], done.stderr
 
 
@@ -268,20 +269,21 @@ SHAPES = ((300, 300), (70_001,), *((64, 3),) * 100)
 backends.cpu_kernels()  # an interrupted import of them is not what this is about
 
 def interrupt(number, frame):
+    global interrupted
+    interrupted = True
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGALRM, interrupt)
-n_interrupted = 0
 for attempt in range(8):
     run = Run(case, case.fused, SHAPES, torch.float64)
     run.set_grads()
     interrupted = False
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.003 + 0.0017 * attempt)
-        for _ in range(10_000):
+        while not interrupted:
             run.opt.step()
     except KeyboardInterrupt:
-        n_interrupted += 1
+        pass
     counts = {{float(run.opt.state[param]["step"]) for param in run.params if run.opt.state[param]}}
     assert len(counts) <= 1, counts
     n_steps = int(counts.pop()) if counts else 0
@@ -296,7 +298,7 @@ for attempt in range(8):
     run.step()
     expected.step()
     assert_same_run(run, expected)
-print(n_interrupted)
+print("whole")
 """
 
 
@@ -311,8 +313,8 @@ def counts_steps(case: Case) -> bool:
     "case", [case for case in FEW_CASES if counts_steps(case) and not case.options], ids=by_id
 )
 def test_ctrl_c_leaves_whole_steps(case: Case) -> None:
-    done = python(CTRL_C.format(case_id=case.id), timeout=240)
-    assert done.stdout.split() == ["8"], done.stderr
+    done = python(CTRL_C.format(case_id=case.id))
+    assert done.stdout.split() == ["whole"], done.stderr
 
 
 @few_cases

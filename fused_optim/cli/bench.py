@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -62,6 +64,8 @@ def run(
                 watch.row(done, workload.title)
                 if workload.name == MEMORY:
                     found.memory = memory.measure(workload)
+                    watch.stage("import")
+                    found.import_s = measure_import()
                 else:
                     elsewhere = results.CpuElsewhere()
                     try:
@@ -84,6 +88,16 @@ def run(
         except KeyboardInterrupt:
             found.interrupted = True
     return found
+
+
+def measure_import() -> float:
+    """Seconds that `import fused_optim` adds to torch's import."""
+    program = (
+        "import time, torch; begin = time.perf_counter(); import fused_optim; "
+        "print(time.perf_counter() - begin)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    return float(done.stdout)
 
 
 def measure_roofs() -> dict[str, float]:

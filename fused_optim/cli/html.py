@@ -226,6 +226,8 @@ def _unmeasured(found: Results) -> Markup | None:
     ]
     if found.memory:
         lines.append(text.memory_line(found.memory))
+    if found.import_s is not None:
+        lines.append(text.import_line(found.import_s))
     if not lines:
         return None
     items = tag("ul", *(tag("li", line) for line in lines))

@@ -44,6 +44,7 @@ class Measured:
         approximate: quotients and square roots that are not correctly rounded.
         divides, takes_roots: whether the kernel asks for quotients and square roots.
         rounded_divisions, rounded_roots: correctly rounded ones in the code.
+        operations: of Triton's own code, which the compilers start from: their time grows with these.
     """
 
     registers: int
@@ -60,6 +61,7 @@ class Measured:
     takes_roots: bool
     rounded_divisions: int
     rounded_roots: int
+    operations: int
 
 
 def complaints(needs: Needs, measured: Measured) -> list[str]:
@@ -153,6 +155,7 @@ def measure_nvidia(
         takes_roots=_takes_roots(ttir),
         rounded_divisions=_total(of_ptx, r"div\.rn\.f(32|64)"),
         rounded_roots=_total(of_ptx, r"sqrt\.rn\.f(32|64)"),
+        operations=_operations(ttir),
     )
 
 
@@ -208,12 +211,18 @@ def measure_amd(ttir: str, amdgcn: str) -> Measured:
         takes_roots=_takes_roots(ttir),
         rounded_divisions=rounded_divisions,
         rounded_roots=_total(ops, r"v_(sqrt|rsq)_f\d+"),
+        operations=_operations(ttir),
     )
 
 
 def _total(ops: Counter[str], pattern: str) -> int:
     matches: Callable[[str], object] = re.compile(pattern).fullmatch
     return sum(n for op, n in ops.items() if matches(op))
+
+
+def _operations(ttir: str) -> int:
+    """Those with a result."""
+    return len(re.findall(r"^ *%\S+ = ", ttir, re.MULTILINE))
 
 
 def _divides(ttir: str) -> bool:

@@ -203,6 +203,8 @@ def _footer(found: Results) -> list[str]:
     ]
     if found.memory:
         lines.append(text.memory_line(found.memory))
+    if found.import_s is not None:
+        lines.append(text.import_line(found.import_s))
     if found.fallbacks:
         lines.append("FELL BACK to torch.optim, so these rows do not measure fused_optim:")
         lines += [f"  {line}" for line in found.fallbacks]

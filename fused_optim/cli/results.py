@@ -231,6 +231,7 @@ class Results:
     disagreements: name of a row in which ours and the baseline computed something else -> what.
     interrupted: whether Ctrl-C ended it; rows are those finished by then.
     plain_roofs: as Row.roofs, measured by themselves where no row has any.
+    import_s: what `import fused_optim` takes in a fresh interpreter that has imported torch.
     """
 
     about: dict[str, Any]
@@ -240,6 +241,7 @@ class Results:
     disagreements: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     plain_roofs: dict[str, float] = field(default_factory=dict)
+    import_s: float | None = None
 
     @property
     def roofs(self) -> dict[str, float]:
@@ -271,6 +273,7 @@ class Results:
             "interrupted": self.interrupted,
             "rows": [row.as_dict() for row in self.rows],
             "memory": self.memory and self.memory.as_dict(),
+            "import_s": self.import_s,
             "skipped": self.skipped,
             "disagreements": self.disagreements,
             "roofs_bytes_per_s": self.roofs,

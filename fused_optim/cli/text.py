@@ -66,6 +66,11 @@ def memory_line(memory: Memory) -> str:
     )
 
 
+def import_line(seconds: float) -> str:
+    """What the package adds to the start of a program."""
+    return f"import fused_optim, where torch is imported already: {number(seconds * 1e3)} ms"
+
+
 def mib(nbytes: int) -> str:
     """In MiB."""
     return f"{nbytes / 2**20:.2f} MiB"
