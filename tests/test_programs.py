@@ -1,4 +1,4 @@
-"""benchmarks/programs with trainings of a few steps."""
+"""benchmarks/programs with trainings of a few steps, and README's table of its committed results."""
 
 import json
 import runpy
@@ -223,3 +223,14 @@ def test_what_is_not_installed_is_left_out(
     found = json.loads(out.read_text())
     assert [row["name"] for row in found["rows"]] == ["characters", "characters"]
     assert {*found["skipped"]} == {"ppo", "dqn"}
+
+
+def test_readme_has_the_table_of_the_committed_samples(modules) -> None:
+    _, table, _ = modules
+    (file,) = (ROOT / "benchmarks/results").glob("programs-*.json")
+    readme = (ROOT / "README.md").read_text()
+    assert file.name in readme
+    machine, rows, latency = table.written(json.loads(file.read_text())).strip().split("\n\n")
+    assert rows in readme
+    prose = " ".join(readme.split())
+    assert machine in prose and latency in prose
