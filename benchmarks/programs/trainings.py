@@ -100,7 +100,7 @@ PROGRAMS = {
         "stable_baselines3", ("stable_baselines3", "stable-baselines3"),
     ),
     "characters": Program(
-        "character transformer", "batches", 150, "AdamW", train_characters,
+        "character transformer", "batches", 120, "AdamW", train_characters,
         "demo_tasks", ("sklearn", "scikit-learn"),
     ),
 }  # fmt: skip
