@@ -1,6 +1,7 @@
 // What a param group says: options as numbers, or where on a device they lie.
 #include "gather.h"
 
+#include <cstdio>
 #include <cstring>
 
 namespace fused_optim {
@@ -26,7 +27,7 @@ void Plan::read_option(Group& group, size_t option, PyObject* value, const StepC
 
 namespace {
 
-// Of an array no; of another kind of number, stock decides.
+// A scalar, not an array. Stock decides about other kinds of numbers.
 bool is_numpy_number(PyObject* value) {
   const char* type = Py_TYPE(value)->tp_name;
   for (const char* start : {"numpy.float", "numpy.int", "numpy.uint"})
@@ -46,9 +47,10 @@ void warn_of_negative_lr(double lr) {
   static bool warned = false;
   if (warned || !(lr < -1e-12)) return;  // what schedules end with for 0 is rounded to about -1e-18
   warned = true;
-  const std::string text = "step() with a negative learning rate, " + std::to_string(lr) +
-                           ", moves uphill, as in torch.optim; said once";
-  if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw PythonError();
+  char text[120];
+  std::snprintf(text, sizeof(text),
+                "step() with a negative learning rate, %g, moves uphill, as in torch.optim; said once", lr);
+  if (PyErr_WarnEx(PyExc_UserWarning, text, 1) != 0) throw PythonError();
 }
 
 }  // namespace
@@ -113,7 +115,7 @@ void Plan::read_group(Group& group, const StepContext& context) {
     }
     Py_INCREF(value);
     hold(value);
-    if (option_items_[o] >= 0) {  // of a pair, betas
+    if (option_items_[o] >= 0) {  // an item of a pair: betas
       const bool is_pair = (PyTuple_Check(value) || PyList_Check(value)) && PySequence_Fast_GET_SIZE(value) == 2;
       if (!is_pair) group.stock_reason = ODD_OPTIONS;
       if (is_pair) value = hold(check(PySequence_GetItem(value, option_items_[o])));
