@@ -204,12 +204,75 @@ def test_a_module_that_is_not_there(package: Path) -> None:
     assert without_reports(ours.stderr) == plain.stderr
 
 
-@pytest.mark.parametrize("args", [(), ("no_such.py",), ("--state-dtype", "int4", "x.py"), ("-m",)])
-def test_bad_arguments(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+CODE = """
+import json, sys
+import torch
+optimizer = torch.optim.SGD([torch.ones(1)])
+names = sorted(globals())
+print(json.dumps([sys.argv, sys.path[0], __name__, __spec__, str(__loader__), names]))
+def inner(): raise KeyError(optimizer.defaults["lr"])
+inner()
+"""
+
+
+def test_code_runs_as_in_python(tmp_path: Path) -> None:
+    plain, ours = both("-c", CODE, "-c", "--quiet", "--", "--help", "", cwd=tmp_path)
+    found, expected = (json.loads(done.stdout) for done in (ours, plain))
+    for seen in (found, expected):  # an empty dict of annotations is there or not: releases differ
+        seen[-1] = [key for key in seen[-1] if key != "__annotations__"]
+    assert found == expected
+    assert found[0] == ["-c", "-c", "--quiet", "--", "--help", ""]
+    assert ours.returncode == plain.returncode == 1
+    assert "KeyError: 0.001" in plain.stderr
+    assert without_reports(ours.stderr) == plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ((), "what to run is missing: a script or a folder, -m MODULE or -c CODE"),
+        (("--quiet",), "what to run is missing: a script or a folder, -m MODULE or -c CODE"),
+        (("-m",), "-m needs the name of a module"),
+        (("-c",), "-c needs the code to run"),
+        (("-m", "-c", "x"), "not allowed with argument"),
+        (("no_such.py",), "No such file or directory: 'no_such.py'"),
+        (("--state-dtype", "int4", "-c", "1 / 0"), "invalid choice: 'int4'"),
+        (("--max-grad-norm", "-1", "-c", "1 / 0"), "Invalid max_grad_norm: -1.0; it must be > 0"),
+        (("--max-grad-norm", "nan", "-c", "1 / 0"), "Invalid max_grad_norm: nan; it must be > 0"),
+        (("--ema-decay", "1", "-c", "1 / 0"), "Invalid ema_decay: 1.0; it must be in [0, 1)"),
+        (("--ema-decay", "x", "-c", "1 / 0"), "argument --ema-decay: invalid float value: 'x'"),
+    ],
+)
+def test_bad_arguments(
+    args: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["run", *args])
     assert caught.value.code == 2
-    assert "usage: python -m fused_optim run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: python -m fused_optim run [OPTIONS] (PROGRAM | -m MODULE | -c CODE)" in said
+    assert error in said
+
+
+def test_help_says_what_int8_checkpoints_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "int8 states is not one that torch.optim loads" in said
+    assert "state_dict_for_stock() gives one" in said
+
+
+def test_options_are_those_of_patch(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "for name in ('Adam', 'SGD'):\n"
+        "    o = getattr(torch.optim, name)([torch.ones(1)])\n"
+        "    print(o.max_grad_norm, o.skip_nonfinite, o.param_groups[0]['ema_decay'])\n"
+    )
+    options = ("--max-grad-norm", "0.5", "--ema-decay", "0.9", "--skip-nonfinite")
+    done = python(*RUN, *options, "-c", code, "--max-grad-norm", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0.5 True 0.9\n" * 2
 
 
 def test_quiet_and_state_dtype(trained, tmp_path: Path) -> None:
