@@ -125,10 +125,19 @@ def test_report_says_what_ran_where(trained) -> None:
     assert re.fullmatch(
         r"fused_optim: 2 AdamW: 6 steps, [\d.e-]+ s in step\(\), [\d.e-]+ ms each", lines[0]
     )
+    share = re.fullmatch(
+        r"fused_optim: step\(\) took ([\d.]+)% of the whole ([\d.e-]+) s", lines[3]
+    )
+    assert share
+    seconds = float(re.findall(r"([\d.e-]+) s in step", lines[0])[0])
+    # As printed: three digits of each number of seconds, and two decimals.
+    expected = 100 * seconds / float(share[2])
+    assert float(share[1]) == pytest.approx(expected, rel=0.011, abs=0.005)
     # 4 of one optimizer and 2 of the other, in 3 steps each.
     assert lines[1:] == [
         "fused_optim:   tensors in a step: 3 on CPU kernels, 0.5 by torch.optim's code",
         "fused_optim:   1 tensor by torch.optim's code: a complex tensor",
+        lines[3],
         "fused_optim: Shared derives from torch.optim.Adam and keeps its step",
     ]
 
@@ -341,18 +350,108 @@ def test_skipped_steps_closures_and_all_classes_are_counted(tmp_path: Path) -> N
         "    assert optimizer.step(closure) == 1.0\n"
         "    p.grad = torch.full((3,), float('nan'))\n"
         "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.step()\n"
     )
     done = python(*RUN, "train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = reports(done.stderr)
+    lines = reports(done.stderr)[:-1]
     assert len(lines) == 2 * len(OF_TORCH)
+    counts = "3 steps, 1 of them skipped, 1 of them without grads"
     for name, line in zip(OF_TORCH, lines[::2]):
-        found = re.match(rf"fused_optim: {name}: 2 steps, 1 of them skipped, ([\d.e-]+) s", line)
+        found = re.match(rf"fused_optim: {name}: {counts}, ([\d.e-]+) s", line)
         assert found, line
         assert float(found[1]) < 0.5
     assert set(lines[1::2]) == {
         "fused_optim:   tensors in a step: 1 on CPU kernels, 0 by torch.optim's code"
     }
+
+
+OTHERS = """
+import multiprocessing
+import torch
+from torch.optim import LBFGS, SGD, Adadelta, Muon, Optimizer
+import elsewhere, fused_optim
+
+def params():
+    return [torch.nn.Parameter(torch.ones(2))]
+
+class Own(Optimizer):
+    pass
+
+class Shared(SGD):
+    pass
+
+class Ours(fused_optim.SGD):
+    pass
+
+class Wrapper(Optimizer):
+    def __init__(self, held):
+        self.held = held
+
+class AlsoMadeOne(Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.held = [SGD(params)]
+
+def others():
+    return [Adadelta(params()), Adadelta(params()), Own(params(), {}), elsewhere.Derived(params())]
+
+made = others()
+for refused in (lambda: Muon(params()), lambda: LBFGS([]), lambda: elsewhere.Prodigy(params(), lr=-1)):
+    try:
+        made.append(refused())
+    except ValueError:
+        pass
+made += [Shared(params()), Ours(params()), Wrapper(SGD(params())), AlsoMadeOne(params())]
+made[-2].held.step()
+assert [len(o.param_groups) for o in made[:4]] == [1] * 4
+process = multiprocessing.get_context("fork").Process(target=others)
+process.start()
+process.join()
+Muon(params())
+"""
+
+ELSEWHERE = """
+from torch.optim import Optimizer
+
+class Prodigy(Optimizer):
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr})
+        if lr < 0:
+            raise ValueError("lr")
+
+class Derived(Prodigy):
+    def __init__(self, params):
+        super().__init__(params)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_is_not_served_is_named(tmp_path: Path) -> None:
+    """Not what a constructor refused, even the last one, nor wrappers; and each process names its own."""
+    (tmp_path / "train.py").write_text(OTHERS)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "__init__.py").write_text(
+        "from .optimizers import Derived, Prodigy\n"
+    )
+    (tmp_path / "elsewhere" / "optimizers.py").write_text(ELSEWHERE)
+    done = python(*RUN, "train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ValueError: Muon only supports 2D" in done.stderr, done.stderr
+    of_child, of_main = (
+        [line.split(": ", 1)[1] for line in reports(done.stderr) if ("process" in line) is of_child]
+        for of_child in (True, False)
+    )
+    named = [
+        "2 Adadelta of torch.optim, not served",
+        "1 Own of the program, not served",
+        "1 Derived of elsewhere, not served",
+    ]
+    assert of_main[-4:] == ["Shared derives from torch.optim.SGD and keeps its step", *named]
+    assert of_main[0].startswith("SGD: 1 step")
+    assert of_child[0].startswith("no step of Adam")
+    assert of_child[-3:] == named
 
 
 def test_console_script_is_the_same_command(

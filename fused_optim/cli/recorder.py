@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from fused_optim import patching
+from fused_optim.cli.unserved import Unserved
 from fused_optim.optimizer import FusedOptimizer, Outcome, _left_to_the_interpreter
 
 
@@ -28,12 +29,14 @@ class _Totals:
     optimizers: set[int] = field(default_factory=set)
     n_steps: int = 0
     n_skipped: int = 0
+    n_without_grads: int = 0
     seconds: float = 0.0
     tensors: Counter[str] = field(default_factory=Counter)
     fallbacks: dict[str, set[tuple[int, int, int]]] = field(default_factory=dict)
 
     def add(self, outcome: Outcome, optimizer: int) -> None:
         n_cpu, n_triton, fallbacks = outcome
+        self.n_without_grads += not (n_cpu or n_triton or fallbacks)
         self.tensors.update(cpu=n_cpu, triton=n_triton, stock=len(fallbacks or ()))
         for group, index, reason in fallbacks or ():
             self.fallbacks.setdefault(reason, set()).add((optimizer, group, index))
@@ -48,12 +51,15 @@ class Recorder:
 
     def __init__(self, *, is_child: bool) -> None:
         self._is_child = is_child
+        self._unserved = Unserved()
         self._forget()
 
     def _forget(self) -> None:
         self._totals: dict[str, _Totals] = {}
         self._numbers: WeakKeyDictionary[FusedOptimizer, int] = WeakKeyDictionary()
         self._n_optimizers = 0
+        self._unserved.counts.clear()
+        self._began = time.perf_counter()
 
     def start(self) -> None:
         """Before the first optimizer is made: it wraps step(), which then costs what it cost before."""
@@ -83,6 +89,7 @@ class Recorder:
             return loss
 
         FusedOptimizer.step = recorded  # type: ignore[method-assign]
+        self._unserved.start()
         atexit.register(self._print)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._begin_in_child)
@@ -119,19 +126,25 @@ class Recorder:
             sys.stderr.flush()
 
     def lines(self) -> list[str]:
-        """The report; empty for a child without a step."""
+        """The report; empty for a child without a step and without an optimizer that is not served."""
+        if self._is_child and not self._totals and not self._unserved.counts:
+            return []
         lines = []
         for name, totals in self._totals.items():
             lines += _describe(name, totals)
-        if not lines and self._is_child:
-            return []
-        if not lines:
+        if lines:
+            seconds = sum(totals.seconds for totals in self._totals.values())
+            whole = time.perf_counter() - self._began
+            lines.append(f"step() took {seconds / whole:.2%} of the whole {whole:.3g} s")
+        else:
             lines.append("no step of Adam, AdamW, SGD, RMSprop or Adagrad in this process")
         for derived in sorted(patching.derived, key=lambda cls: cls.__qualname__):
             base = next(cls for cls in derived.__mro__ if cls.__module__.startswith("torch.optim"))
             lines.append(
                 f"{derived.__qualname__} derives from torch.optim.{base.__name__} and keeps its step"
             )
+        for (name, package), n in self._unserved.counts.items():
+            lines.append(f"{n:,} {name} of {package}, not served")
         return lines
 
 
@@ -150,12 +163,14 @@ def _describe(name: str, totals: _Totals) -> list[str]:
     n_optimizers = len(totals.optimizers)
     who = name if n_optimizers == 1 else f"{n_optimizers} {name}"
     skipped = f", {totals.n_skipped} of them skipped" if totals.n_skipped else ""
+    if totals.n_without_grads:
+        skipped += f", {totals.n_without_grads} of them without grads"
     mean = totals.seconds / totals.n_steps
     lines = [
         f"{who}: {count(totals.n_steps, 'step')}{skipped}, {totals.seconds:.3g} s in step(), "
         f"{mean * 1e3:.3g} ms each"
     ]
-    n_stepped = totals.n_steps - totals.n_skipped
+    n_stepped = totals.n_steps - totals.n_skipped - totals.n_without_grads
     if n_stepped:
         by_backend = ", ".join(
             f"{totals.tensors[backend] / n_stepped:.4g} {where}"
