@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch.optim import Optimizer
+
 from fused_optim import patching
 from fused_optim.cli.unserved import Unserved
 from fused_optim.optimizer import FusedOptimizer, Outcome, _left_to_the_interpreter
@@ -47,27 +49,39 @@ class Recorder:
 
     Args:
         is_child: of a process that was started by hand, which says so if nothing was stepped in it.
+        keeps_params: to the end of the process, which params may otherwise not live to see.
     """
 
-    def __init__(self, *, is_child: bool) -> None:
-        self._is_child = is_child
+    def __init__(self, *, is_child: bool = False, keeps_params: bool = False) -> None:
+        self._is_child, self._keeps_params = is_child, keeps_params
         self._unserved = Unserved()
         self._forget()
 
     def _forget(self) -> None:
         self._totals: dict[str, _Totals] = {}
-        self._numbers: WeakKeyDictionary[FusedOptimizer, int] = WeakKeyDictionary()
+        self._numbers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._n_optimizers = 0
+        # Of each optimizer, in the order of their first steps.
+        self.param_groups: dict[int, list[dict[str, Any]]] = {}
         self._unserved.counts.clear()
         self._began = time.perf_counter()
 
-    def start(self) -> None:
-        """Before the first optimizer is made: it wraps step(), which then costs what it cost before."""
-        step: Callable[..., Any] = FusedOptimizer.step
+    def start(self, *stock: type[Optimizer]) -> None:
+        """Before the first optimizer is made: it wraps step(), which then costs what it cost before.
 
-        @_left_to_the_interpreter
+        Args:
+            stock: classes of torch.optim whose optimizers count as well.
+        """
+        steps = {cls: cls.step for cls in (FusedOptimizer, *stock)}
+        for cls, step in steps.items():
+            cls.step = self._recorded(cls, step)  # type: ignore[method-assign]
+        self._unserved.start()
+
+    def _recorded(self, cls: type[Optimizer], step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
-        def recorded(optimizer: FusedOptimizer, closure: Callable[[], Any] | None = None) -> Any:
+        def recorded(optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
+            if cls is not FusedOptimizer and type(optimizer) is not cls:
+                return step(optimizer, closure)  # as a part of another class's step
             in_closure = 0.0
 
             def timed() -> Any:
@@ -88,8 +102,9 @@ class Recorder:
             self._add(optimizer, seconds, None if is_skipped else outcome)
             return loss
 
-        FusedOptimizer.step = recorded  # type: ignore[method-assign]
-        self._unserved.start()
+        return _left_to_the_interpreter(recorded, with_callees=False)  # stock's may be compiled
+
+    def print_at_exit(self) -> None:
         atexit.register(self._print)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._begin_in_child)
@@ -102,13 +117,15 @@ class Recorder:
         self._is_child = True
         self._forget()
 
-    def _add(self, optimizer: FusedOptimizer, seconds: float, outcome: Outcome | None) -> None:
+    def _add(self, optimizer: Optimizer, seconds: float, outcome: Outcome | None) -> None:
         """outcome: None for a step that was skipped."""
         totals = self._totals.setdefault(type(optimizer).__name__, _Totals())
         if optimizer not in self._numbers:
             self._numbers[optimizer] = self._n_optimizers
             self._n_optimizers += 1
         number = self._numbers[optimizer]
+        if self._keeps_params:
+            self.param_groups[number] = optimizer.param_groups
         totals.optimizers.add(number)
         totals.n_steps += 1
         totals.seconds += seconds
@@ -116,6 +133,16 @@ class Recorder:
             totals.n_skipped += 1
         else:
             totals.add(outcome, number)
+
+    def step_seconds(self) -> float:
+        return sum(totals.seconds for totals in self._totals.values())
+
+    def n_steps(self) -> int:
+        return sum(totals.n_steps for totals in self._totals.values())
+
+    def whole_seconds(self) -> float:
+        """Since the start; in a child, since its own."""
+        return time.perf_counter() - self._began
 
     def _print(self) -> None:
         lines = self.lines()
@@ -133,9 +160,8 @@ class Recorder:
         for name, totals in self._totals.items():
             lines += _describe(name, totals)
         if lines:
-            seconds = sum(totals.seconds for totals in self._totals.values())
-            whole = time.perf_counter() - self._began
-            lines.append(f"step() took {seconds / whole:.2%} of the whole {whole:.3g} s")
+            share = 100 * self.step_seconds() / self.whole_seconds()
+            lines.append(f"step() took {share:.3g}% of the whole {self.whole_seconds():.3g} s")
         else:
             lines.append("no step of Adam, AdamW, SGD, RMSprop or Adagrad in this process")
         for derived in sorted(patching.derived, key=lambda cls: cls.__qualname__):
@@ -148,9 +174,10 @@ class Recorder:
         return lines
 
 
-def _n_skipped(optimizer: FusedOptimizer) -> int:
+def _n_skipped(optimizer: Any) -> int:
     """Without waiting for a device: what it alone skips counts as steps."""
-    return 0 if optimizer._one_pass is None else optimizer._one_pass.n_skipped
+    one_pass = getattr(optimizer, "_one_pass", None)  # stock's has none
+    return 0 if one_pass is None else one_pass.n_skipped
 
 
 def _prefix(is_child: bool) -> str:

@@ -45,7 +45,7 @@ def run(program: Program, *, quiet: bool, options: KernelOptions) -> int:
     Returns:
         The exit status of a program that ended without exception.
     """
-    _arm(quiet, options, is_child=False)
+    arm(options, None if quiet else Recorder())
     return execute(program)
 
 
@@ -134,17 +134,18 @@ def _show_only(traceback: TracebackType | None) -> None:
     sys.excepthook = show
 
 
-def _arm(quiet: bool, options: KernelOptions, *, is_child: bool) -> None:
+def arm(options: KernelOptions, recorder: Recorder | None) -> None:
     """Patch and count in this process, and in those that multiprocessing starts from it."""
     fused_optim.patch(**options)
-    if not quiet:
-        Recorder(is_child=is_child).start()
+    if recorder is not None:
+        recorder.start()
+        recorder.print_at_exit()
     original = multiprocessing.spawn.get_preparation_data
 
     # A spawned child unpickles this before it imports the program.
     @functools.wraps(original)
     def with_ours(name: str) -> dict[str, Any]:
-        return {**original(name), "fused_optim": _InChild(quiet, options)}
+        return {**original(name), "fused_optim": _InChild(recorder is None, options)}
 
     multiprocessing.spawn.get_preparation_data = with_ours
 
@@ -160,4 +161,4 @@ class _InChild:
 
 
 def _arm_child(quiet: bool, options: KernelOptions) -> None:
-    _arm(quiet, options, is_child=True)
+    arm(options, None if quiet else Recorder(is_child=True))

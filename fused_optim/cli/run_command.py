@@ -24,7 +24,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "they took, and which tensors no kernel could serve. The exit status is the program's.",
     )
     parser.set_defaults(refuse=parser.error)
-    parser.add_argument("--quiet", action="store_true", help="count and print nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="count and print nothing")
+    how.add_argument(
+        "--compare",
+        action="store_true",
+        help="run the program twice, first with torch.optim as it is, and print both times and how far the "
+        "final params are apart",
+    )
     parser.add_argument(
         "--state-dtype",
         choices=["float32", "bfloat16", "int8"],
@@ -81,7 +88,13 @@ def run_command(args: argparse.Namespace) -> int:
             pass
     except ValueError as error:
         refuse(str(error))
-    return run(Program(kind, args.program, args.args), quiet=args.quiet, options=options)
+    program = Program(kind, args.program, args.args)
+    if args.compare:
+        # Only now: this module is the main one of the processes that it starts.
+        from fused_optim.cli.compare import compare
+
+        return compare(program, options)
+    return run(program, quiet=args.quiet, options=options)
 
 
 def _options(args: argparse.Namespace) -> KernelOptions:
