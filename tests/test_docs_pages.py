@@ -119,7 +119,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 # What make, a build and the examples of the pages create or take for granted.
-MADE = (".venv", "build", "dist", "OUT", "train.py", "script.py")
+MADE = (".venv", "build", "dist", "OUT", "train.py", "ppo.py", "script.py")
 
 
 @pytest.mark.parametrize("page", ALL, ids=name_of)
