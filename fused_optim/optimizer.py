@@ -54,17 +54,21 @@ class StepReport:
     fallbacks: list[Fallback]
 
 
-def _left_to_the_interpreter(function: Any) -> Any:
+def _left_to_the_interpreter(function: Any, *, with_callees: bool = True) -> Any:
     """Keep torch.compile out of it: tracing would only find an opaque extension, and warn.
 
     Does what torch.compiler.disable does, without its import time and its cost per call.
+
+    Args:
+        with_callees: and out of what it calls.
     """
     function._torchdynamo_disable = True
     try:  # private, so that a release without it only loses the silence
         from torch._C._dynamo import eval_frame
 
-        skip = eval_frame._FrameAction.SKIP
-        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        action = eval_frame._FrameAction
+        callees = action.SKIP if with_callees else action.DEFAULT
+        strategy = eval_frame._FrameExecStrategy(action.SKIP, callees)
         eval_frame.set_code_exec_strategy(function.__code__, strategy)
     except (ImportError, AttributeError):
         pass

@@ -126,10 +126,18 @@ def test_report_says_what_ran_where(trained) -> None:
     assert re.fullmatch(
         r"fused_optim: 2 AdamW: 6 steps, [\d.e-]+ s in step\(\), [\d.e-]+ ms each", lines[0]
     )
+    share = re.fullmatch(
+        r"fused_optim: step\(\) took ([\d.e-]+)% of the whole ([\d.e-]+) s", lines[3]
+    )
+    assert share
+    seconds = float(re.findall(r"([\d.e-]+) s in step", lines[0])[0])
+    # Each of the three numbers is printed with three digits, so is off by half a percent at most.
+    assert float(share[1]) == pytest.approx(100 * seconds / float(share[2]), rel=0.0152)
     # 4 of one optimizer and 2 of the other, in 3 steps each.
     assert lines[1:] == [
         "fused_optim:   tensors in a step: 3 on CPU kernels, 0.5 by torch.optim's code",
         "fused_optim:   1 tensor by torch.optim's code: a complex tensor",
+        lines[3],
         "fused_optim: Shared derives from torch.optim.Adam and keeps its step",
     ]
 
@@ -205,12 +213,76 @@ def test_a_module_that_is_not_there(package: Path) -> None:
     assert without_reports(ours.stderr) == plain.stderr
 
 
-@pytest.mark.parametrize("args", [(), ("no_such.py",), ("--state-dtype", "int4", "x.py"), ("-m",)])
-def test_bad_arguments(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+CODE = """
+import json, sys
+import torch
+optimizer = torch.optim.SGD([torch.ones(1)])
+names = sorted(globals())
+print(json.dumps([sys.argv, sys.path[0], __name__, __spec__, str(__loader__), names]))
+def inner(): raise KeyError(optimizer.defaults["lr"])
+inner()
+"""
+
+
+def test_code_runs_as_in_python(tmp_path: Path) -> None:
+    plain, ours = both("-c", CODE, "-c", "--quiet", "--", "--help", "", cwd=tmp_path)
+    found, expected = (json.loads(done.stdout) for done in (ours, plain))
+    for seen in (found, expected):  # an empty dict of annotations is there or not: releases differ
+        seen[-1] = [key for key in seen[-1] if key != "__annotations__"]
+    assert found == expected
+    assert found[0] == ["-c", "-c", "--quiet", "--", "--help", ""]
+    assert ours.returncode == plain.returncode == 1
+    assert "KeyError: 0.001" in plain.stderr
+    assert without_reports(ours.stderr) == plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ((), "what to run is missing: a script or a folder, -m MODULE or -c CODE"),
+        (("--quiet",), "what to run is missing: a script or a folder, -m MODULE or -c CODE"),
+        (("-m",), "-m needs the name of a module"),
+        (("-c",), "-c needs the code to run"),
+        (("-m", "-c", "x"), "not allowed with argument"),
+        (("--compare", "--quiet", "-c", "1 / 0"), "--quiet: not allowed with argument --compare"),
+        (("no_such.py",), "No such file or directory: 'no_such.py'"),
+        (("--state-dtype", "int4", "-c", "1 / 0"), "invalid choice: 'int4'"),
+        (("--max-grad-norm", "-1", "-c", "1 / 0"), "Invalid max_grad_norm: -1.0; it must be > 0"),
+        (("--max-grad-norm", "nan", "-c", "1 / 0"), "Invalid max_grad_norm: nan; it must be > 0"),
+        (("--ema-decay", "1", "-c", "1 / 0"), "Invalid ema_decay: 1.0; it must be in [0, 1)"),
+        (("--ema-decay", "x", "-c", "1 / 0"), "argument --ema-decay: invalid float value: 'x'"),
+    ],
+)
+def test_bad_arguments(
+    args: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["run", *args])
     assert caught.value.code == 2
-    assert "usage: python -m fused_optim run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: python -m fused_optim run [OPTIONS] (PROGRAM | -m MODULE | -c CODE)" in said
+    assert error in said
+
+
+def test_help_says_what_int8_checkpoints_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "int8 states is not one that torch.optim loads" in said
+    assert "state_dict_for_stock() gives one" in said
+
+
+def test_options_are_those_of_patch(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "for name in ('Adam', 'SGD'):\n"
+        "    o = getattr(torch.optim, name)([torch.ones(1)])\n"
+        "    print(o.max_grad_norm, o.skip_nonfinite, o.param_groups[0]['ema_decay'])\n"
+    )
+    options = ("--max-grad-norm", "0.5", "--ema-decay", "0.9", "--skip-nonfinite")
+    done = python(*RUN, *options, "-c", code, "--max-grad-norm", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0.5 True 0.9\n" * 2
 
 
 def test_quiet_and_state_dtype(trained, tmp_path: Path) -> None:
@@ -282,18 +354,108 @@ def test_skipped_steps_closures_and_all_classes_are_counted(tmp_path: Path) -> N
         "    assert optimizer.step(closure) == 1.0\n"
         "    p.grad = torch.full((3,), float('nan'))\n"
         "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.step()\n"
     )
     done = python(*RUN, "train.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = reports(done.stderr)
+    lines = reports(done.stderr)[:-1]
     assert len(lines) == 2 * len(OF_TORCH)
+    counts = "3 steps, 1 of them skipped, 1 of them without grads"
     for name, line in zip(OF_TORCH, lines[::2]):
-        found = re.match(rf"fused_optim: {name}: 2 steps, 1 of them skipped, ([\d.e-]+) s", line)
+        found = re.match(rf"fused_optim: {name}: {counts}, ([\d.e-]+) s", line)
         assert found, line
         assert 0 < float(found[1]) < 1000
     assert set(lines[1::2]) == {
         "fused_optim:   tensors in a step: 1 on CPU kernels, 0 by torch.optim's code"
     }
+
+
+OTHERS = """
+import multiprocessing
+import torch
+from torch.optim import LBFGS, SGD, Adadelta, Muon, Optimizer
+import elsewhere, fused_optim
+
+def params():
+    return [torch.nn.Parameter(torch.ones(2))]
+
+class Own(Optimizer):
+    pass
+
+class Shared(SGD):
+    pass
+
+class Ours(fused_optim.SGD):
+    pass
+
+class Wrapper(Optimizer):
+    def __init__(self, held):
+        self.held = held
+
+class AlsoMadeOne(Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.held = [SGD(params)]
+
+def others():
+    return [Adadelta(params()), Adadelta(params()), Own(params(), {}), elsewhere.Derived(params())]
+
+made = others()
+for refused in (lambda: Muon(params()), lambda: LBFGS([]), lambda: elsewhere.Prodigy(params(), lr=-1)):
+    try:
+        made.append(refused())
+    except ValueError:
+        pass
+made += [Shared(params()), Ours(params()), Wrapper(SGD(params())), AlsoMadeOne(params())]
+made[-2].held.step()
+assert [len(o.param_groups) for o in made[:4]] == [1] * 4
+process = multiprocessing.get_context("fork").Process(target=others)
+process.start()
+process.join()
+Muon(params())
+"""
+
+ELSEWHERE = """
+from torch.optim import Optimizer
+
+class Prodigy(Optimizer):
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr})
+        if lr < 0:
+            raise ValueError("lr")
+
+class Derived(Prodigy):
+    def __init__(self, params):
+        super().__init__(params)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_is_not_served_is_named(tmp_path: Path) -> None:
+    """Not what a constructor refused, even the last one, nor wrappers; and each process names its own."""
+    (tmp_path / "train.py").write_text(OTHERS)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "__init__.py").write_text(
+        "from .optimizers import Derived, Prodigy\n"
+    )
+    (tmp_path / "elsewhere" / "optimizers.py").write_text(ELSEWHERE)
+    done = python(*RUN, "train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ValueError: Muon only supports 2D" in done.stderr, done.stderr
+    of_child, of_main = (
+        [line.split(": ", 1)[1] for line in reports(done.stderr) if ("process" in line) is of_child]
+        for of_child in (True, False)
+    )
+    named = [
+        "2 Adadelta of torch.optim, not served",
+        "1 Own of the program, not served",
+        "1 Derived of elsewhere, not served",
+    ]
+    assert of_main[-4:] == ["Shared derives from torch.optim.SGD and keeps its step", *named]
+    assert of_main[0].startswith("SGD: 1 step")
+    assert of_child[0].startswith("no step of Adam")
+    assert of_child[-3:] == named
 
 
 def test_console_script_is_the_same_command(

@@ -6,11 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import fused_optim
-from fused_optim.cli import bench_command
-from fused_optim.packed import KernelOptions
+from fused_optim.cli import bench_command, run_command
 
 # Exit statuses; argparse itself ends with 2 on a bad command line.
 EXIT_UNHEALTHY = 1
@@ -30,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fused_optim.show_config()
         return 0
     if args.command == "run":
-        return _run(args)
+        return run_command.run_command(args)
     if args.command == "codegen":
         return _codegen(parser, args)
     return bench_command.run(args)
@@ -42,24 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set, threads and backends")
-    run = commands.add_parser(
-        "run",
-        help="run a program, unmodified, with these optimizers in place of torch.optim's",
-        description="Runs a script as `python script.py args` would, or a module as `python -m` would. "
-        "Wherever it makes an Adam, AdamW, SGD, RMSprop or Adagrad of torch.optim, it gets ours. When it "
-        "ends, each of its processes that took steps prints to stderr how many, how long they took, and "
-        "which tensors no kernel could serve. The exit status is the program's.",
-    )
-    run.set_defaults(refuse=run.error)
-    run.add_argument("--quiet", action="store_true", help="count and print nothing")
-    run.add_argument(
-        "--state-dtype",
-        choices=["float32", "bfloat16", "int8"],
-        help="how all optimizers keep their states; default: as torch.optim does",
-    )
-    run.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module's name")
-    run.add_argument("program", metavar="PROGRAM", help="a script, or a folder with a __main__.py")
-    run.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+    run_command.add_parser(commands)
     bench_command.add_parser(commands)
     codegen = commands.add_parser(
         "codegen",
@@ -72,21 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     codegen.add_argument("--rule", nargs="+", metavar="NAME", help="such as: adam sgd")
     codegen.add_argument("--json", type=Path, metavar="FILE", help="save everything")
     return parser
-
-
-def _run(args: argparse.Namespace) -> int:
-    from fused_optim.cli.run import run
-
-    options: KernelOptions = {}
-    if args.state_dtype is not None:
-        is_int8 = args.state_dtype == "int8"
-        options["state_dtype"] = "int8" if is_int8 else getattr(torch, args.state_dtype)
-    if not args.is_module and not Path(args.program).is_dir():
-        try:
-            Path(args.program).open("rb").close()
-        except OSError as error:
-            args.refuse(str(error))
-    return run(args.program, args.args, is_module=args.is_module, quiet=args.quiet, options=options)
 
 
 def _codegen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -9,11 +9,11 @@ import runpy
 import sys
 from collections.abc import Sequence
 from importlib.abc import InspectLoader
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import BuiltinImporter, SourceFileLoader
 from importlib.util import module_from_spec
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import CodeType, ModuleType, TracebackType
+from typing import Any, NamedTuple
 
 import fused_optim
 from fused_optim.cli.recorder import Recorder
@@ -23,28 +23,44 @@ from fused_optim.packed import KernelOptions
 _NOT_THE_PROGRAMS = (__file__, "<frozen runpy>", runpy.__file__)
 
 
-def run(
-    program: str, args: Sequence[str], *, is_module: bool, quiet: bool, options: KernelOptions
-) -> int:
-    """Run a program with its arguments; its exceptions, SystemExit too, are for the interpreter.
+class Program(NamedTuple):
+    """What to run, and its own arguments.
+
+    kind: "path" of a script, or of a folder or zip file with a ``__main__.py``; "module"; or "code".
+    what: the path, the module's name, or the code.
+    """
+
+    kind: str
+    what: str
+    args: Sequence[str]
+
+
+def run(program: Program, *, quiet: bool, options: KernelOptions) -> int:
+    """Run a program with our optimizers; its exceptions, SystemExit too, are for the interpreter.
 
     Args:
-        program: path of a script, or of a folder or zip file with a ``__main__.py``, or a module's name.
-        is_module: whether it is the latter.
         quiet: nothing is counted and printed.
         options: of :func:`fused_optim.patch`.
 
     Returns:
         The exit status of a program that ended without exception.
     """
-    _arm(quiet, options, is_child=False)
-    sys.argv = ["-m" if is_module else program, *args]
+    arm(options, None if quiet else Recorder())
+    return execute(program)
+
+
+def execute(program: Program) -> int:
+    """Run a program as python would, in this process as it is."""
+    kind, what, args = program
+    sys.argv = [{"path": what, "module": "-m", "code": "-c"}[kind], *args]
     try:
-        if is_module:
+        if kind == "module":
             _replace_first_path(str(Path.cwd()))
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        elif kind == "code":
+            _run_code(what)
         else:
-            _run_path(str(Path(program).absolute()))
+            _run_path(str(Path(what).absolute()))
     except SystemExit:
         raise
     except BaseException as error:
@@ -85,6 +101,17 @@ def _run_path(path: str) -> None:
         module = module_from_spec(spec)
         code = spec.loader.get_code("__main__")
         assert code is not None  # which only a module of the C language has not
+    _execute_as_main(module, code)
+
+
+def _run_code(text: str) -> None:
+    _replace_first_path("")
+    module = ModuleType("__main__")
+    module.__loader__ = BuiltinImporter
+    _execute_as_main(module, compile(text, "<string>", "exec", dont_inherit=True))
+
+
+def _execute_as_main(module: ModuleType, code: CodeType) -> None:
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
     exec(code, module.__dict__)
@@ -107,17 +134,18 @@ def _show_only(traceback: TracebackType | None) -> None:
     sys.excepthook = show
 
 
-def _arm(quiet: bool, options: KernelOptions, *, is_child: bool) -> None:
+def arm(options: KernelOptions, recorder: Recorder | None) -> None:
     """Patch and count in this process, and in those that multiprocessing starts from it."""
     fused_optim.patch(**options)
-    if not quiet:
-        Recorder(is_child=is_child).start()
+    if recorder is not None:
+        recorder.start()
+        recorder.print_at_exit()
     original = multiprocessing.spawn.get_preparation_data
 
     # A spawned child unpickles this before it imports the program.
     @functools.wraps(original)
     def with_ours(name: str) -> dict[str, Any]:
-        return {**original(name), "fused_optim": _InChild(quiet, options)}
+        return {**original(name), "fused_optim": _InChild(recorder is None, options)}
 
     multiprocessing.spawn.get_preparation_data = with_ours
 
@@ -133,4 +161,4 @@ class _InChild:
 
 
 def _arm_child(quiet: bool, options: KernelOptions) -> None:
-    _arm(quiet, options, is_child=True)
+    arm(options, None if quiet else Recorder(is_child=True))
