@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
+from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -54,23 +55,6 @@ class StepReport:
     fallbacks: list[Fallback]
 
 
-def _left_to_the_interpreter(function: Any) -> Any:
-    """Keep torch.compile out of it: tracing would only find an opaque extension, and warn.
-
-    Does what torch.compiler.disable does, without its import time and its cost per call.
-    """
-    function._torchdynamo_disable = True
-    try:  # private, so that a release without it only loses the silence
-        from torch._C._dynamo import eval_frame
-
-        skip = eval_frame._FrameAction.SKIP
-        strategy = eval_frame._FrameExecStrategy(skip, skip)
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except (ImportError, AttributeError):
-        pass
-    return function
-
-
 class FusedOptimizer(PackedOptimizer):
     """Steps on kernels what they can serve, and the rest with the stock class's own code.
 
@@ -93,6 +77,7 @@ class FusedOptimizer(PackedOptimizer):
             [Fallback(*fallback) for fallback in fallbacks],
         )
 
+    @left_to_the_interpreter
     def explain(self, *, measure: bool = False) -> Explanation:
         """What the next :meth:`step` would do: its string is a table, and its ``rows`` are what is in it.
 
@@ -136,7 +121,12 @@ class FusedOptimizer(PackedOptimizer):
             ):  # for observers of other kinds
                 return func(self, *args, **kwargs)
 
-        return _left_to_the_interpreter(wrapper)
+        return left_to_the_interpreter(wrapper)
+
+    @left_to_the_interpreter
+    def _patch_step_function(self) -> None:
+        """As torch.optim's, which wraps step() when the first optimizer of a class is made."""
+        super()._patch_step_function()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -182,7 +172,7 @@ class FusedOptimizer(PackedOptimizer):
             self._last_step = outcome
         return loss
 
-    _left_to_the_interpreter(step)
+    left_to_the_interpreter(step)
 
     def _step_groups(
         self, groups: list[dict[str, Any]], keeper: Any, step_with_stock: Callable[..., None]
@@ -260,6 +250,7 @@ class FusedOptimizer(PackedOptimizer):
             keeper._plan = plan, launcher
         return outcome[:3]
 
+    @left_to_the_interpreter
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's."""
         super().zero_grad(set_to_none)

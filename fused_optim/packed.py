@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_optim import backends, formats, sharding
 from fused_optim.formats import FormatOptions
 from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
+from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 
@@ -25,6 +26,7 @@ class PackedOptimizer(OnePassOptimizer):
     _rule: ClassVar[str]  # key of _C.rules()
     _format_options: dict[str, Any] | None = None  # what a new param group gets
 
+    @left_to_the_interpreter
     def _take_options(self, options: KernelOptions) -> None:
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
         given = {
@@ -38,6 +40,7 @@ class PackedOptimizer(OnePassOptimizer):
         rest = {key: value for key, value in options.items() if key not in formats.OPTIONS}
         self._take_one_pass(rest)  # type: ignore[arg-type]
 
+    @left_to_the_interpreter
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the options of one pass and of formats may differ by group."""
         if isinstance(param_group, dict):
@@ -74,6 +77,7 @@ class PackedOptimizer(OnePassOptimizer):
         key = (group.get("rounding_seed", 0), formats.CONVERTING, 0 if step is None else int(step))
         return formats.encode_states(param, group, states, self._description(), key)
 
+    @left_to_the_interpreter
     def master_params(self) -> list[Tensor]:
         """The params in float32, in order: with the bits that ``master="split8"`` or ``"split16"`` keeps.
 
@@ -117,6 +121,7 @@ class PackedOptimizer(OnePassOptimizer):
             if rest is not None:
                 self.state[param] = {**self.state.get(param, {}), formats.REMAINDER: rest}
 
+    @left_to_the_interpreter
     def state_dict_for_stock(self) -> dict[str, Any]:
         """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
         saved = self.state_dict()
@@ -137,6 +142,7 @@ class PackedOptimizer(OnePassOptimizer):
         ]
         return saved
 
+    @left_to_the_interpreter
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with states as they are stored.
 
@@ -170,6 +176,7 @@ class PackedOptimizer(OnePassOptimizer):
                     }
         return {**saved, "state": states}
 
+    @left_to_the_interpreter
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
 

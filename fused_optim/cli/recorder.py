@@ -13,7 +13,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from fused_optim import patching
-from fused_optim.optimizer import FusedOptimizer, Outcome, _left_to_the_interpreter
+from fused_optim.optimizer import FusedOptimizer, Outcome
+from fused_optim.tracing import left_to_the_interpreter
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Recorder:
         """Before the first optimizer is made: it wraps step(), which then costs what it cost before."""
         step: Callable[..., Any] = FusedOptimizer.step
 
-        @_left_to_the_interpreter
+        @left_to_the_interpreter
         @functools.wraps(step)
         def recorded(optimizer: FusedOptimizer, closure: Callable[[], Any] | None = None) -> Any:
             in_closure = 0.0
