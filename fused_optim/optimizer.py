@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
-from fused_optim.tracing import left_to_the_interpreter
+from fused_optim.tracing import WATCHED, left_to_the_interpreter, n_dispatch_modes
 from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -195,11 +195,13 @@ class FusedOptimizer(PackedOptimizer):
         measured = self._begin_one_pass(found_inf)
         one_pass = self._one_pass
         kernels = backends.cpu_kernels()
-        if kernels is None:
+        if kernels is None or n_dispatch_modes():
             if found_inf is not None and found_inf.item():
                 self._skip()
                 return None
-            return self._step_all_with_stock(groups, step_with_stock, measured)
+            reason = "no kernels in use" if kernels is None else WATCHED
+            launcher = keeper.__dict__.get("_plan", (None, None))[1]
+            return self._step_all_with_stock(groups, step_with_stock, measured, reason, launcher)
         if backends.forced() == "triton" and not backends.interpreted():
             self._refuse_cpu_params(groups)
         # Taken out for the time of the step: two threads never share a plan.
@@ -304,9 +306,11 @@ class FusedOptimizer(PackedOptimizer):
         groups: list[dict[str, Any]],
         step_with_stock: Callable[..., None],
         measured: Callable[..., float | None] | None,
+        reason: str,
+        launcher: Any,
     ) -> Outcome:
         fallbacks = [
-            (g, i, "no kernels in use")
+            (g, i, reason)
             for g, group in enumerate(groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
@@ -316,7 +320,7 @@ class FusedOptimizer(PackedOptimizer):
         if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
             return 0, 0, None
         if fallbacks:
-            step_with_stock(fallbacks, None)
+            step_with_stock(fallbacks, launcher)
             grads.write(self.__dict__.pop("_grads_left", []))
         self._average(groups, set())
         return 0, 0, fallbacks

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends, formats, sharding
+from fused_optim import backends, formats, sharding, tracing
 from fused_optim.formats import FormatOptions
 from fused_optim.one_pass import OnePassOptimizer, OnePassOptions
 from fused_optim.tracing import left_to_the_interpreter
@@ -259,6 +259,7 @@ class PackedOptimizer(OnePassOptimizer):
                 for i, (param, number) in enumerate(zip(params, group_numbers)):
                     if not formats.applies(param, group):
                         continue
+                    tracing.refuse_formats()
                     states = self.state.get(param, {})
                     stand_in = nn.Parameter(formats.decode_param(param, states))
                     stand_in.grad = param.grad.to(torch.float32)
