@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _device_dtype_check_for_fused,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
@@ -339,6 +343,8 @@ class FusedOptimizer(PackedOptimizer):
             group = self.param_groups[g]
             param = group["params"][i]
             if param.device.type != "cpu":
+                if param.is_meta and group.get("fused"):
+                    _device_dtype_check_for_fused(param)  # stock's error
                 backends.warn_unless_served(param.device)
             refusal = self._refuse_sparse(group)
             if refusal is not None and param.grad.is_sparse:

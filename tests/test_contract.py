@@ -251,15 +251,18 @@ def test_pre_hook_may_change_grads_and_hypers(case: Case) -> None:
 
 @each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
-def test_profiler_label_appears_once(case: Case, dtype: torch.dtype) -> None:
+def test_profiler_labels_appear_once(case: Case, dtype: torch.dtype) -> None:
     def program(run: Run) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run.step()
+            run.opt.zero_grad()
         names = [event.name for event in profile.events()]
         run.seen.append([name for name in names if name.startswith("Optimizer.")])
 
     ours, _ = run_both(case, program, dtype=dtype)
-    assert ours.seen == [[f"Optimizer.step#{case.optimizer}.step"]]
+    assert ours.seen == [
+        [f"Optimizer.{method}#{case.optimizer}.{method}" for method in ("step", "zero_grad")]
+    ]
 
 
 @all_cases
