@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends, codes, sharding
+from fused_optim import backends, codes, sharding, tracing
 from fused_optim.codes import GROUP
 
 # Keys of a param group; in it only if the user gave some.
@@ -147,6 +147,7 @@ def _transcode(
     key: tuple,
     first: int = 0,
 ) -> None:
+    tracing.refuse_formats()
     codec = backends.codec()
     assert codec is not None
     codec.transcode(

@@ -17,7 +17,8 @@ class GradScaler(torch.amp.GradScaler):
     ``fused=True`` or an option of :class:`OnePassOptions`. With others it does what torch's does, and so
     it does if ``unscale_()`` is called.
 
-    Args, Raises: as torch.amp.GradScaler's.
+    Args, Raises: as torch.amp.GradScaler's, but for the default of device: "cuda" or, without CUDA, "cpu",
+    where torch's warns and switches itself off.
 
     Example:
         >>> param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -29,6 +30,21 @@ class GradScaler(torch.amp.GradScaler):
         >>> round(optimizer.grad_norm.item(), 3)
         4.472
     """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__(
+            device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
+        )
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """As torch.amp.GradScaler's."""

@@ -67,24 +67,24 @@ def stand_ins(
     Args:
         clip: the coefficient; a tensor lies on the grads' device, and nothing waits for it.
     """
-    originals = [(param, param.grad) for param in params]
+    originals = [(param, param.grad) for param in params if param.grad is not None]
     clips = isinstance(clip, Tensor) or clip != 1.0
     left: Left = []
     try:
         with torch.no_grad():
             for param, grad in originals:
-                assert grad is not None
                 unscaled = grad if grad_scale is None else grad / grad_scale.to(grad.device)
                 clipped = _times(unscaled, clip) if clips else unscaled
                 if clipped is not grad:
-                    param.grad = clipped
+                    put(param, clipped)
                 leaves = None if zeroes else clipped if writes_clipped else unscaled
                 if leaves is not grad:
                     left.append((param, grad, leaves))
         yield left
     finally:
         for param, grad in originals:
-            param.grad = grad
+            if param.grad is not grad:
+                put(param, grad)
 
 
 @torch.no_grad()
@@ -95,9 +95,21 @@ def write(left: Left) -> None:
             grad.zero_()
         elif _overlaps(grad):
             # Elements that share memory, of an expanded grad, cannot be written one by one.
-            param.grad = value
+            put(param, value)
         else:
             grad.copy_(value)
+
+
+def put(param: Tensor, grad: Tensor) -> None:
+    """``param.grad = grad``, which refuses another dtype than the param's; setting ``grad.data`` does not."""
+    dtype = param.grad_dtype if param.is_leaf else param.dtype
+    if dtype is None or dtype == grad.dtype:
+        param.grad = grad
+        return
+    values = grad.data
+    grad.data = values.to(dtype)
+    param.grad = grad
+    grad.data = values
 
 
 def _times(grad: Tensor, coefficient: float | Tensor) -> Tensor:

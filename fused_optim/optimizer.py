@@ -7,16 +7,21 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _device_dtype_check_for_fused,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from fused_optim import backends, ema, formats, grads, sharding
 from fused_optim.packed import PackedOptimizer
+from fused_optim.tracing import WATCHED, left_to_the_interpreter, n_dispatch_modes
 from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -54,25 +59,17 @@ class StepReport:
     fallbacks: list[Fallback]
 
 
-def _left_to_the_interpreter(function: Any, *, with_callees: bool = True) -> Any:
-    """Keep torch.compile out of it: tracing would only find an opaque extension, and warn.
-
-    Does what torch.compiler.disable does, without its import time and its cost per call.
-
-    Args:
-        with_callees: and out of what it calls.
-    """
-    function._torchdynamo_disable = True
-    try:  # private, so that a release without it only loses the silence
-        from torch._C._dynamo import eval_frame
-
-        action = eval_frame._FrameAction
-        callees = action.SKIP if with_callees else action.DEFAULT
-        strategy = eval_frame._FrameExecStrategy(action.SKIP, callees)
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except (ImportError, AttributeError):
-        pass
-    return function
+def _renamed(function: Any, qualname: str) -> Any:
+    copy = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    copy.__qualname__ = qualname
+    return copy
 
 
 class FusedOptimizer(PackedOptimizer):
@@ -97,6 +94,7 @@ class FusedOptimizer(PackedOptimizer):
             [Fallback(*fallback) for fallback in fallbacks],
         )
 
+    @left_to_the_interpreter
     def explain(self, *, measure: bool = False) -> Explanation:
         """What the next :meth:`step` would do: its string is a table, and its ``rows`` are what is in it.
 
@@ -140,7 +138,18 @@ class FusedOptimizer(PackedOptimizer):
             ):  # for observers of other kinds
                 return func(self, *args, **kwargs)
 
-        return _left_to_the_interpreter(wrapper)
+        return left_to_the_interpreter(wrapper)
+
+    @left_to_the_interpreter
+    def _patch_step_function(self) -> None:
+        """As torch.optim's, which wraps step() when the first optimizer of a class is made.
+
+        It wraps a step() that is called what stock's is: Python's errors name it.
+        """
+        cls = type(self)
+        if cls.step is FusedOptimizer.step:
+            cls.step = _renamed(cls.step, cls._stock.step.__qualname__)  # type: ignore[method-assign]
+        super()._patch_step_function()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -186,7 +195,7 @@ class FusedOptimizer(PackedOptimizer):
             self._last_step = outcome
         return loss
 
-    _left_to_the_interpreter(step)
+    left_to_the_interpreter(step)
 
     def _step_groups(
         self, groups: list[dict[str, Any]], keeper: Any, step_with_stock: Callable[..., None]
@@ -209,11 +218,13 @@ class FusedOptimizer(PackedOptimizer):
         measured = self._begin_one_pass(found_inf)
         one_pass = self._one_pass
         kernels = backends.cpu_kernels()
-        if kernels is None:
+        if kernels is None or n_dispatch_modes():
             if found_inf is not None and found_inf.item():
                 self._skip()
                 return None
-            return self._step_all_with_stock(groups, step_with_stock, measured)
+            reason = "no kernels in use" if kernels is None else WATCHED
+            launcher = keeper.__dict__.get("_plan", (None, None))[1]
+            return self._step_all_with_stock(groups, step_with_stock, measured, reason, launcher)
         if backends.forced() == "triton" and not backends.interpreted():
             self._refuse_cpu_params(groups)
         # Taken out for the time of the step: two threads never share a plan.
@@ -264,6 +275,7 @@ class FusedOptimizer(PackedOptimizer):
             keeper._plan = plan, launcher
         return outcome[:3]
 
+    @left_to_the_interpreter
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's."""
         super().zero_grad(set_to_none)
@@ -317,9 +329,11 @@ class FusedOptimizer(PackedOptimizer):
         groups: list[dict[str, Any]],
         step_with_stock: Callable[..., None],
         measured: Callable[..., float | None] | None,
+        reason: str,
+        launcher: Any,
     ) -> Outcome:
         fallbacks = [
-            (g, i, "no kernels in use")
+            (g, i, reason)
             for g, group in enumerate(groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
@@ -329,7 +343,7 @@ class FusedOptimizer(PackedOptimizer):
         if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
             return 0, 0, None
         if fallbacks:
-            step_with_stock(fallbacks, None)
+            step_with_stock(fallbacks, launcher)
             grads.write(self.__dict__.pop("_grads_left", []))
         self._average(groups, set())
         return 0, 0, fallbacks
@@ -339,7 +353,7 @@ class FusedOptimizer(PackedOptimizer):
         groups, state = self.param_groups, self.state
         copies = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]}
         for param, copy in copies.items():
-            copy.grad = param.grad
+            grads.put(copy, param.grad)
         self.param_groups = [{**group, "params": list(copies.values())}]
         self.state = defaultdict(dict)
         for param, copy in copies.items():
@@ -370,6 +384,8 @@ class FusedOptimizer(PackedOptimizer):
             group = self.param_groups[g]
             param = group["params"][i]
             if param.device.type != "cpu":
+                if param.is_meta and group.get("fused"):
+                    _device_dtype_check_for_fused(param)  # stock's error
                 backends.warn_unless_served(param.device)
             refusal = self._refuse_sparse(group) if param.grad.is_sparse else None
             if refusal is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends, ema, formats, sharding
+from fused_optim import backends, ema, formats, sharding, tracing
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
@@ -94,8 +94,10 @@ class Outlook:
 
     def _ask_kernels(self) -> None:
         optimizer, one_pass = self._optimizer, self._optimizer._one_pass
-        kernels = backends.cpu_kernels()
-        if kernels is not None:
+        kernels, why_all = backends.cpu_kernels(), None
+        if kernels is None or tracing.n_dispatch_modes():
+            why_all = "no kernels in use" if kernels is None else tracing.WATCHED
+        else:
             device_types = backends.device_types()
             served, fallbacks = kernels.Plan(optimizer._rule).explain(
                 [
@@ -125,7 +127,7 @@ class Outlook:
                 if param.backend is None and steps:
                     param.backend = "stock"
                     # Without a grad, the kernels say nothing about a subclass.
-                    param.reason = "no kernels in use" if kernels is None else "a tensor subclass"
+                    param.reason = why_all or "a tensor subclass"
 
     def _create(self, tensor: Tensor, group: dict[str, Any]) -> States:
         """The first states of a param, as FusedOptimizer._create_packed makes them."""

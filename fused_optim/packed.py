@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_optim import backends, formats, sharding
+from fused_optim import backends, formats, sharding, tracing
 from fused_optim.formats import FormatOptions
 from fused_optim.one_pass import GroupOption, OnePassOptimizer, OnePassOptions
+from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 
@@ -30,6 +31,7 @@ class PackedOptimizer(OnePassOptimizer):
     master = GroupOption()
     rounding_seed = GroupOption()
 
+    @left_to_the_interpreter
     def _take_options(self, options: KernelOptions) -> None:
         """Check and keep these arguments of the constructor; before torch.optim's begins."""
         given = {
@@ -43,6 +45,7 @@ class PackedOptimizer(OnePassOptimizer):
         rest = {key: value for key, value in options.items() if key not in formats.OPTIONS}
         self._take_one_pass(rest)  # type: ignore[arg-type]
 
+    @left_to_the_interpreter
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the options of one pass and of formats may differ by group."""
         if isinstance(param_group, dict):
@@ -89,6 +92,7 @@ class PackedOptimizer(OnePassOptimizer):
         key = (group.get("rounding_seed", 0), formats.CONVERTING, 0 if step is None else int(step))
         return formats.encode_states(param, group, states, self._description(), key)
 
+    @left_to_the_interpreter
     def master_params(self) -> list[Tensor]:
         """The params in float32, in order: with the bits that ``master="split8"`` or ``"split16"`` keeps.
 
@@ -132,6 +136,7 @@ class PackedOptimizer(OnePassOptimizer):
             if rest is not None:
                 self.state[param] = {**self.state.get(param, {}), formats.REMAINDER: rest}
 
+    @left_to_the_interpreter
     def state_dict_for_stock(self) -> dict[str, Any]:
         """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
         saved = formats.accept(self.state_dict())
@@ -152,6 +157,7 @@ class PackedOptimizer(OnePassOptimizer):
         ]
         return saved
 
+    @left_to_the_interpreter
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with states as they are stored.
 
@@ -188,6 +194,7 @@ class PackedOptimizer(OnePassOptimizer):
                     }
         return formats.refuse_stock({**saved, "state": states}, self._description())
 
+    @left_to_the_interpreter
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
 
@@ -271,6 +278,7 @@ class PackedOptimizer(OnePassOptimizer):
                 for i, (param, number) in enumerate(zip(params, group_numbers)):
                     if not formats.applies(param, group):
                         continue
+                    tracing.refuse_formats()
                     states = self.state.get(param, {})
                     stand_in = nn.Parameter(formats.decode_param(param, states))
                     stand_in.grad = param.grad.to(torch.float32)

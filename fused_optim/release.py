@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_optim.buckets import Bucket
-from fused_optim.optimizer import FusedOptimizer, Outcome, _left_to_the_interpreter
+from fused_optim.optimizer import FusedOptimizer, Outcome
+from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 # Backward and step with AdamW in float32 on 2 threads of an AMD EPYC, beside the ordinary loop: 2,000 tensors
@@ -311,7 +312,7 @@ class _Hook:
         if handle is not None:
             handle.completed(param)
 
-    _left_to_the_interpreter(__call__)
+    left_to_the_interpreter(__call__)
 
     def is_active(self) -> bool:
         handle = self._handle()
@@ -330,7 +331,7 @@ class _Backward:
         if handle is not None:
             handle.end_backward(self._task)
 
-    _left_to_the_interpreter(__call__)
+    left_to_the_interpreter(__call__)
 
 
 def _optimizer_refusal(optimizer: FusedOptimizer, of_release: bool = True) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_optim import sharding
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.packed import KernelOptions
+from fused_optim.tracing import left_to_the_interpreter
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -117,6 +118,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         )
         return {"momentum_buffer": sharding.rebuilt(buffer.zero_(), whole)}
 
+    @left_to_the_interpreter
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; without the momentum of which GradScaler has skipped every step."""
         return self._without_momentum_not_started(super().state_dict)

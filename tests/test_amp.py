@@ -1,6 +1,7 @@
 """torch.amp.GradScaler, with stock's for-loop as the reference for both ways of unscaling."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -19,6 +20,8 @@ from twins import (
     run_both,
     snapshot,
 )
+
+import fused_optim
 
 # Powers of 2, so that scaling and unscaling are exact.
 SCALE = 2.0**10
@@ -303,3 +306,37 @@ def test_autocast_training_in_bfloat16(case: Case) -> None:
         run.n_steps += 1
 
     run_both(case, program, tensors={case.backend: 4})
+
+
+def test_scaler_has_torchs_signature_but_for_the_default_device() -> None:
+    ours, torchs = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(cls).parameters.values()]
+        for cls in (fused_optim.GradScaler, torch.amp.GradScaler)
+    )
+    assert ours[0] == ("device", None, torchs[0][2]) and torchs[0][0] == "device"
+    assert ours[1:] == torchs[1:]
+
+
+def test_scaler_scales_on_the_cpu_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    amp = fused_optim.GradScaler(init_scale=SCALE)
+    assert amp.scale(torch.ones(())) == SCALE
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.full((3,), SCALE)
+    amp.step(torch.optim.SGD([param], lr=0.5))
+    assert param.tolist() == [0.5] * 3
+    amp.update(torch.tensor(2.0))  # which takes a scale from the scaler's own device alone
+
+
+def test_scaler_is_cudas_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    amp = fused_optim.GradScaler()
+    amp.scale(torch.ones(()))
+    with pytest.raises(AssertionError, match="new_scale"):
+        amp.update(torch.tensor(2.0))
+
+
+def test_device_that_is_given_is_torchs_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        assert not fused_optim.GradScaler("cuda").is_enabled()

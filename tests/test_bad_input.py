@@ -1,13 +1,15 @@
 """What cannot be stepped raises a clear error before anything is written."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, DEVICE, Case
+from cases import CASES, DEVICE, Case, stock_class
 from surgeries import tensors_of
 from twins import (
     FEW_CASES,
+    ONE_EACH,
     SHAPES,
     Run,
     assert_untouched,
@@ -235,3 +237,30 @@ def test_inference_tensors(case: Case) -> None:
     with pytest.raises(RuntimeError, match=match):
         run.opt.step()
     assert_untouched(run.opt, before)
+
+
+FUSED = [
+    case
+    for case in ONE_EACH
+    if "fused" in inspect.signature(stock_class(case.optimizer)).parameters
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=by_id)
+def test_fused_asks_for_more_than_the_meta_device(case: Case) -> None:
+    def meta_param() -> torch.nn.Parameter:
+        param = torch.nn.Parameter(torch.ones(3, device="meta"))
+        param.grad = torch.ones_like(param)
+        return param
+
+    with pytest.raises(RuntimeError) as stock:
+        stock_class(case.optimizer)([meta_param()], fused=True).step()
+    run = Run(case, case.fused, extra={"fused": True})
+    run.step()
+    run.set_grads()
+    run.opt.add_param_group({"params": [meta_param()]})
+    before = [param.detach().clone() for param in run.params]
+    with pytest.raises(RuntimeError) as ours:
+        run.opt.step()
+    assert str(ours.value) == str(stock.value)
+    assert all(map(torch.equal, run.params, before))

@@ -55,6 +55,17 @@ def test_is_the_stock_class_with_the_same_signatures_and_one_pass(case: Case) ->
 
 
 @each_optimizer
+def test_calls_of_step_that_do_not_fit_raise_as_stocks(case: Case) -> None:
+    for args, kwargs in (((), {"clousure": None}), ((None, None), {}), ((), {"foo": 1, "bar": 2})):
+        texts = []
+        for optimizer_class in (fused_class(case), stock_class(case.optimizer)):
+            with pytest.raises(TypeError) as raised:
+                optimizer_class([torch.nn.Parameter(torch.zeros(2))]).step(*args, **kwargs)
+            texts.append(str(raised.value))
+        assert texts[0] == texts[1]
+
+
+@each_optimizer
 @pytest.mark.parametrize("key", REFUSED)
 def test_constructor_raises_as_stock(case: Case, key: str) -> None:
     for value in REFUSED[key]:
@@ -251,15 +262,18 @@ def test_pre_hook_may_change_grads_and_hypers(case: Case) -> None:
 
 @each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
-def test_profiler_label_appears_once(case: Case, dtype: torch.dtype) -> None:
+def test_profiler_labels_appear_once(case: Case, dtype: torch.dtype) -> None:
     def program(run: Run) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run.step()
+            run.opt.zero_grad()
         names = [event.name for event in profile.events()]
         run.seen.append([name for name in names if name.startswith("Optimizer.")])
 
     ours, _ = run_both(case, program, dtype=dtype)
-    assert ours.seen == [[f"Optimizer.step#{case.optimizer}.step"]]
+    assert ours.seen == [
+        [f"Optimizer.{method}#{case.optimizer}.{method}" for method in ("step", "zero_grad")]
+    ]
 
 
 @all_cases
@@ -442,8 +456,10 @@ def trained(module, name, compiled):
         assert opt.last_step.tensors == {BACKEND: 2}
     if compiled:
         breaks = [reason for reason in counters["graph_break"] if "FusedOptimizer" in reason]
-        assert len(breaks) == 1 and "FusedOptimizer.step" in breaks[0], breaks
-        assert counters["graph_break"][breaks[0]] == 1, "compiled anew"
+        left = ("FusedOptimizer.zero_grad", "FusedOptimizer.step")
+        assert len(breaks) == len(left), breaks
+        assert all(method in reason for method, reason in zip(left, breaks)), breaks
+        assert all(counters["graph_break"][reason] == 1 for reason in breaks), "compiled anew"
     return model.weight.detach()
 
 for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):

@@ -8,6 +8,8 @@ from cases import CASES, DEVICE, STOCK_SHAPES, Case
 from torch import Tensor
 from twins import FEW_CASES, SHAPES, Run, assert_untouched, by_id, run_both, snapshot
 
+import fused_optim
+
 all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 
@@ -288,3 +290,73 @@ def test_grad_of_another_dtype(
 
     # State may take the grad's dtype, whose eps the comparison then uses.
     run_both(case, program, dtype=param_dtype)
+
+
+# The setter of param.grad refuses another dtype than the param's; that of param.grad.data does not.
+MIXED = [
+    (torch.float32, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float32),
+]
+mixed = pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
+
+
+@all_cases
+@mixed
+def test_grad_whose_data_has_another_dtype(
+    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    def program(run: Run) -> None:
+        run.step()
+        for _ in range(2):
+            run.set_grads()
+            for param in run.params[::2]:
+                param.grad.data = param.grad.data.to(grad_dtype)
+            grads = [param.grad for param in run.params]
+            run.step_as_is()
+            assert all(param.grad is grad for param, grad in zip(run.params, grads))
+
+    run_both(case, program, dtype=dtype)
+
+
+SCALE = 4.0
+
+
+@few_cases
+@mixed
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("option", ["write_clipped_grads", "zero_grads"])
+def test_one_pass_over_grads_whose_data_has_another_dtype(
+    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, scaled: bool, option: str
+) -> None:
+    if scaled and torch.float16 in (dtype, grad_dtype):
+        dtype, grad_dtype = torch.float64, torch.bfloat16  # GradScaler unscales no float16
+
+    def program(run: Run) -> None:
+        run.step()
+        if run.is_ours:
+            run.opt.max_grad_norm = 0.5
+            setattr(run.opt, option, True)
+        module = fused_optim if run.is_ours else torch.amp  # torch's cannot write to expanded grads
+        amp = module.GradScaler(DEVICE.type, init_scale=SCALE, enabled=scaled)
+        for _ in range(2):
+            run.set_grads()
+            for param in run.params:
+                param.grad.data = param.grad.data.to(grad_dtype) * (SCALE if scaled else 1)
+            rows = run.params[1].grad.data[:1].expand(33, 5)
+            run.params[1].grad.data = rows if run.is_ours else rows.clone()
+            amp.scale(torch.ones((), device=DEVICE))
+            if not run.is_ours:
+                amp.unscale_(run.opt)
+                torch.nn.utils.clip_grad_norm_(run.params, 0.5)
+            amp.step(run.opt)
+            amp.update()
+            run.n_steps += 1
+            if not run.is_ours and option == "zero_grads":
+                run.opt.zero_grad(set_to_none=False)
+            # No memory holds an expanded grad's elements one by one.
+            run.seen += [param.grad.contiguous() for param in run.params]
+
+    run_both(case, program, dtype=dtype)

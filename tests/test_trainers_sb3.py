@@ -123,3 +123,19 @@ def test_save_and_load(sb3: Any, tmp_path: Path, state_dtype: str | None) -> Non
         state, its_state = found.state[param], expected.state[its_twin]
         assert state.keys() == its_state.keys()
         assert are_equal(list(state.values()), list(its_state.values()))
+
+
+def test_schedule_that_overshoots(sb3: Any) -> None:
+    """stable-baselines3 counts whole rollouts: the last one of this linear schedule is beyond its end."""
+    with fused_optim.patched():
+        agent = sb3.PPO(
+            "MlpPolicy",
+            "CartPole-v1",
+            learning_rate=lambda remaining: remaining * 1e-3,
+            n_steps=64,
+            n_epochs=2,
+            device="cpu",
+        )
+    agent.learn(100)
+    assert agent.policy.optimizer.param_groups[0]["lr"] < 0
+    assert agent.policy.optimizer.last_step.tensors.keys() == {"cpu"}

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from fused_optim import patching
 from fused_optim.cli.unserved import Unserved
-from fused_optim.optimizer import FusedOptimizer, Outcome, _left_to_the_interpreter
+from fused_optim.optimizer import FusedOptimizer, Outcome
+from fused_optim.tracing import left_to_the_interpreter
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Recorder:
             self._add(optimizer, seconds, None if is_skipped else outcome)
             return loss
 
-        return _left_to_the_interpreter(recorded, with_callees=False)  # stock's may be compiled
+        return left_to_the_interpreter(recorded, with_callees=False)  # stock's may be compiled
 
     def print_at_exit(self) -> None:
         atexit.register(self._print)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 import fused_optim
 from fused_optim.cli.run import Program, run
 from fused_optim.packed import KernelOptions
@@ -101,8 +99,7 @@ def _options(args: argparse.Namespace) -> KernelOptions:
     """Those of patch() that were given."""
     options: KernelOptions = {}
     if args.state_dtype is not None:
-        is_int8 = args.state_dtype == "int8"
-        options["state_dtype"] = "int8" if is_int8 else getattr(torch, args.state_dtype)
+        options["state_dtype"] = args.state_dtype
     if args.max_grad_norm is not None:
         options["max_grad_norm"] = args.max_grad_norm
     if args.ema_decay is not None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fused_optim import patching
-from fused_optim.optimizer import FusedOptimizer, _left_to_the_interpreter
+from fused_optim.optimizer import FusedOptimizer
+from fused_optim.tracing import left_to_the_interpreter
 
 _SERVED = (FusedOptimizer, *patching._OURS)  # with the classes that derive from them
 
@@ -41,7 +42,7 @@ class Unserved:
             return
         original: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
-        @_left_to_the_interpreter
+        @left_to_the_interpreter
         @functools.wraps(original)
         def constructor(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)

@@ -1,0 +1,51 @@
+"""What torch.compile must not look into, and the modes that see nothing of what kernels do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+# A function of Python's around it would double its price, 60 ns in each step.
+from torch._C import _len_torch_dispatch_stack as n_dispatch_modes
+
+__all__ = ["WATCHED", "left_to_the_interpreter", "n_dispatch_modes", "refuse_formats"]
+
+# Why torch.optim's code steps a tensor then: a mode sees what torch does and nothing that kernels do.
+WATCHED = "a dispatch mode is active"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def left_to_the_interpreter(function: _Function, *, with_callees: bool = True) -> _Function:
+    """Keep torch.compile out of it: tracing would only find an opaque extension, and warn.
+
+    Does what torch.compiler.disable does, without its import time and its cost per call.
+
+    Args:
+        with_callees: and out of what it calls.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    try:  # private, so that a release without it only loses the silence
+        from torch._C._dynamo import eval_frame
+
+        action = eval_frame._FrameAction
+        callees = action.SKIP if with_callees else action.DEFAULT
+        strategy = eval_frame._FrameExecStrategy(action.SKIP, callees)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):
+        pass
+    return function
+
+
+def refuse_formats() -> None:
+    """Raise where a mode of torch is active that records operations, or has fake tensors stand in."""
+    keys = torch._C._TorchDispatchModeKey
+    for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
+        mode = torch._C._get_dispatch_mode(key)
+        if mode is not None:
+            raise RuntimeError(
+                f"state_dtype and master do not work under {type(mode).__name__}, which cannot see "
+                "how values are packed and unpacked"
+            )
