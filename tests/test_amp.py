@@ -276,10 +276,10 @@ def test_refused_step_does_not_unscale(case: Case) -> None:
     run = Run(case, case.fused)
     run.step()
     run.set_grads()
-    run.opt.param_groups[0]["lr"] = -1.0
+    run.opt.param_groups[0]["ema_decay"] = 1.0
     run.opt.grad_scale, run.opt.found_inf = on_device(SCALE), on_device(0.0)
     before = snapshot(run.opt)
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError, match="Invalid ema_decay"):
         run.opt.step()
     assert_untouched(run.opt, before)
 

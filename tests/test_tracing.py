@@ -28,7 +28,7 @@ one_each = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 )
 def test_compiled_functions_make_and_use_optimizers(name: str, patched: bool) -> None:
     """In a process of its own: the first optimizer of a class wraps its step()."""
-    done = python(f"from compiled import check; check({name!r}, {patched})", timeout=600)
+    done = python(f"from compiled import check; check({name!r}, {patched})")
     assert done.returncode == 0, done.stderr
 
 
