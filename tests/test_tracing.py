@@ -22,6 +22,7 @@ few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
 one_each = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 
 
+@not_interpreted
 @pytest.mark.parametrize(
     ("name", "patched"),
     [*((name, False) for name in VARIANTS), *((name, True) for name in OF_TORCH)],
@@ -45,7 +46,6 @@ class Recording(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@not_interpreted
 @few_cases
 def test_dispatch_mode_sees_what_it_sees_of_stock(case: Case) -> None:
     def program(run: Run) -> None:
@@ -64,7 +64,6 @@ def test_dispatch_mode_sees_what_it_sees_of_stock(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@not_interpreted
 @few_cases
 def test_states_that_are_made_under_a_dispatch_mode(case: Case) -> None:
     def program(run: Run) -> None:
@@ -76,7 +75,6 @@ def test_states_that_are_made_under_a_dispatch_mode(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@not_interpreted
 @one_each
 def test_explain_says_that_a_dispatch_mode_is_active(case: Case) -> None:
     run = Run(case, case.fused)
@@ -94,7 +92,6 @@ ONE_PASS = {
 }
 
 
-@not_interpreted
 @few_cases
 @pytest.mark.parametrize("options", ONE_PASS)
 def test_one_pass_under_a_dispatch_mode(case: Case, options: str) -> None:
@@ -136,7 +133,6 @@ FORMATS = {
 LONG = ((5000,),)  # int8 is for tensors of 4,096 elements
 
 
-@not_interpreted
 @one_each
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
@@ -156,7 +152,6 @@ def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
         assert_close(ours, expected, 1)
 
 
-@not_interpreted
 @one_each
 def test_released_grads_under_a_dispatch_mode(case: Case) -> None:
     weights = []

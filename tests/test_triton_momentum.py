@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from cases import BACKEND, DEVICE
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import fused_optim
 
@@ -70,6 +71,17 @@ def test_is_started_by_stock_where_that_takes_over() -> None:
     assert opt.last_step.tensors == {"stock": 1}
     assert param.tolist() == [0.0] * 5 and buffer(opt) == [2.0] * 5
     param.grad = grad
+    step(opt)
+    assert opt.last_step.tensors == {"triton": 1}
+    assert buffer(opt) == pytest.approx([2.8] * 5)
+
+
+def test_is_started_by_stock_under_a_dispatch_mode() -> None:
+    param, opt = skipped_first_step()
+    with BaseTorchDispatchMode():
+        step(opt)
+    assert opt.last_step.tensors == {"stock": 1}
+    assert param.tolist() == [0.0] * 5 and buffer(opt) == [2.0] * 5
     step(opt)
     assert opt.last_step.tensors == {"triton": 1}
     assert buffer(opt) == pytest.approx([2.8] * 5)
