@@ -37,9 +37,8 @@ class FormatOptions(TypedDict, total=False):
     Attributes:
         state_dtype: of all states but ``step``. None: torch.optim's. torch.float32 or "float32".
             torch.bfloat16 or "bfloat16": those like a second moment are rounded stochastically. "int8": 8
-            bits an element and a bfloat16 scale
-            for 64 of them, states of at least 4,096 elements, whatever a process holds of them; smaller
-            ones are float32.
+            bits an element and a bfloat16 scale for 64 of them, states of at least 4,096 elements, whatever a
+            process holds of them; smaller ones are float32.
         master: of bfloat16 and float16 params. None: rounded to nearest, as torch.optim does. "stochastic":
             rounded up or down so that the mean is exact. "split8" and "split16": beside the param are kept
             8 or 16 more bits, ``param_remainder``; 16 make a bfloat16 param an exact float32.
@@ -394,7 +393,9 @@ def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
     coded = {
         index
         for index, states in saved["state"].items()
-        if isinstance(states, dict) and any(key in states for key in scales)
+        if isinstance(states, dict)
+        and any(key in states for key in scales)
+        and ("step" in states or not rule["has_step"])
     }
     if not rule["has_step"]:
         groups = [

@@ -170,7 +170,8 @@ class FusedOptimizer(PackedOptimizer):
             RuntimeError: a grad or state does not fit its param (shape, device, dtype), or its
                 memory was freed. Nothing has been written then.
             ValueError: a param group's ema_decay is not in [0, 1). Nothing has been written then.
-            What torch.optim raises where an option is no number that it takes, before anything is written.
+            TypeError, RuntimeError, ...: torch.optim's own, of an option that it does not take. Nothing has
+                been written then.
         """
         if self._is_swapped:
             raise RuntimeError("step() within swapped_ema(): the params hold their averages")

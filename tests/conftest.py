@@ -62,6 +62,15 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small models: several threads would wait for each other, and for other tests."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
 def frozen_heap() -> Iterator[None]:
     """Leaves what exists by now out of the collections of garbage that the benchmark begins with.
 

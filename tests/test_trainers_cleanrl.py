@@ -7,7 +7,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from recordings import Recording, assert_stock_does_the_same, recorded
 
 import fused_optim
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("one_thread")]
 
 PPO = """
 import gymnasium as gym
@@ -85,15 +84,6 @@ if __name__ == "__main__":
 """
 LINE = "optimizer = optim.Adam(agent.parameters(), lr=LEARNING_RATE, eps=1e-5)"
 N_STEPS, N_TENSORS = 3 * 2 * 4, 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of a model this small; several would wait for each other, and for other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def trained(folder: Path, script: str = PPO) -> Recording:

@@ -16,7 +16,7 @@ from twins import assert_close
 
 import fused_optim
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("one_thread")]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 N_STEPS, HALF = 6, 3
@@ -30,15 +30,6 @@ OPTIMS = {
     "adagrad": "Adagrad",
 }
 SMALL_STATES = {"state_dtype": "int8", "ema_decay": 0.9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of a model this small; several would wait for each other, and for other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

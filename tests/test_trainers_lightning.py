@@ -1,7 +1,7 @@
 """Lightning's Trainer, its wrapper of optimizers, and Fabric."""
 
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,13 @@ import fused_optim
 
 pytestmark = [
     needs_cpu_kernels,
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 N_EPOCHS, N_BATCHES = 2, 3
 Make = Callable[[Any], torch.optim.Optimizer]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of a model this small; several would wait for each other, and for other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

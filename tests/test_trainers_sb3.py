@@ -1,6 +1,5 @@
 """stable-baselines3's agents, as their users swap an optimizer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from recordings import Recording, assert_stock_does_the_same, recorded
 
 import fused_optim
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("one_thread")]
 
 OF_ALGORITHM: dict[str, dict[str, Any]] = {
     "PPO": {"n_steps": 64, "batch_size": 32, "n_epochs": 3},
@@ -21,15 +20,6 @@ OF_ALGORITHM: dict[str, dict[str, Any]] = {
 N_ENV_STEPS = 256
 # Steps of the optimizer in as many of the environment.
 N_STEPS = {"PPO": 4 * 3 * 2, "DQN": (256 - 100) // 4, "A2C": -(-256 // 5)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of a model this small; several would wait for each other, and for other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

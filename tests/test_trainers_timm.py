@@ -6,7 +6,7 @@ import importlib.machinery
 import runpy
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import fused_optim
 
-pytestmark = needs_cpu_kernels
+pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("one_thread")]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Names of timm's whose classes are torch.optim's.
@@ -79,15 +79,6 @@ def timm() -> Any:
         sys.meta_path.remove(finder)
         for name in [name for name, module in sys.modules.items() if type(module) is _StandIn]:
             del sys.modules[name]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of a model this small; several would wait for each other, and for other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture
