@@ -11,6 +11,7 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
   states_.begin();
   emas_.begin();
   any_waiting_ = false;
+  lowest_lr_ = 0;
   if (context.launcher != Py_None && rule_.first_step_variant != 0)
     any_waiting_ = truth(hold(check(PyObject_GetAttr(context.launcher, names.any_waiting))));
   size_t ordinal = 0;
@@ -77,8 +78,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   PyObject* grad = hold(check(parts[PARAM] == nullptr ? PyObject_GetAttrString(param, "grad")
                                                       : torch.grad->get(param, torch.grad->closure)));
   if (grad == Py_None) return;
-  if (parts[PARAM] == nullptr) return stock("a tensor subclass");
   if (group.stock_reason != nullptr) return stock(group.stock_reason);
+  if (parts[PARAM] == nullptr) return stock("a tensor subclass");
   parts[GRAD] = part_of(grad, param);
   if (parts[GRAD] == nullptr)
     return stock(is_dtensor(param) ? "the grad is sharded otherwise than the param" : "a tensor subclass");

@@ -233,6 +233,7 @@ class Plan {
 
   std::vector<Hint> hints_;
   bool hints_hold_;  // no pointer that is written through has changed since the last step
+  double lowest_lr_ = 0;  // of the groups, if negative
   bool any_waiting_;  // the launcher knows momentum that may not have started
   Finder states_, emas_;
 

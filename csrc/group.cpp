@@ -1,7 +1,7 @@
 // What a param group says: options as numbers, or where on a device they lie.
 #include "gather.h"
 
-#include <cstdio>
+#include <algorithm>
 #include <cstring>
 
 namespace fused_optim {
@@ -42,17 +42,6 @@ bool read_flag(PyObject* value, double& result) {
   return flag >= 0;
 }
 
-// Schedules overshoot, and torch.optim steps with what they write.
-void warn_of_negative_lr(double lr) {
-  static bool warned = false;
-  if (warned || !(lr < -1e-12)) return;  // what schedules end with for 0 is rounded to about -1e-18
-  warned = true;
-  char text[120];
-  std::snprintf(text, sizeof(text),
-                "step() with a negative learning rate, %g, moves uphill, as in torch.optim; said once", lr);
-  if (PyErr_WarnEx(PyExc_UserWarning, text, 1) != 0) throw PythonError();
-}
-
 }  // namespace
 
 // False if torch.optim's code must see this option: it may take it, or raise.
@@ -82,7 +71,7 @@ void Plan::know_options(Group& group) {
   if (group.numbers_known) return;
   for (size_t o = 0; o < option_keys_.size(); o++)
     if (group.option_addresses[o] != 0) group.options[o] = number(group.option_tensors[o]);
-  warn_of_negative_lr(group.options[0]);
+  lowest_lr_ = std::min(lowest_lr_, group.options[0]);
   group.numbers_known = true;
 }
 
@@ -123,7 +112,7 @@ void Plan::read_group(Group& group, const StepContext& context) {
     if (group.stock_reason == nullptr) read_option(group, o, value, context);
     if (group.stock_reason != nullptr) return;
   }
-  if (group.option_addresses[0] == 0) warn_of_negative_lr(group.options[0]);
+  if (group.option_addresses[0] == 0) lowest_lr_ = std::min(lowest_lr_, group.options[0]);
   group.variant = rule_.variant(group.options);
   group.prepared_step = -1;
 }

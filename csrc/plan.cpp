@@ -1,6 +1,7 @@
 // One step as a whole: what the gatherer found is checked for shared memory, handed to whom it
 // belongs, and committed.
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
@@ -117,6 +118,21 @@ PyObject* Plan::explain(PyObject* groups, PyObject* state, const StepContext& co
   return check(Py_BuildValue("(OO)", served, fallbacks_ == nullptr ? Py_None : fallbacks_));
 }
 
+namespace {
+
+// Schedules overshoot, and torch.optim steps with what they write.
+void warn_of_negative_lr(double lr) {
+  static bool warned = false;
+  if (warned || lr >= -1e-12) return;  // what schedules end with for 0 is rounded to about -1e-18
+  warned = true;
+  char text[120];
+  std::snprintf(text, sizeof(text),
+                "step() with a negative learning rate, %g, moves uphill, as in torch.optim; said once", lr);
+  if (PyErr_WarnEx(PyExc_UserWarning, text, 1) != 0) throw PythonError();
+}
+
+}  // namespace
+
 PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& context) {
   struct Release {
     Plan& plan;
@@ -125,6 +141,7 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
   release();
   Py_CLEAR(fallbacks_);
   gather(groups, state, context);
+  warn_of_negative_lr(lowest_lr_);
   if (!device_tasks_.empty()) {
     stage(context);
     PyObject* grad_write = hold(check(PyLong_FromLong(context.grad_write())));

@@ -2,6 +2,7 @@
 // thread or storage format. Each rule names its options (keys of a param group; "betas.0" is the
 // first item of group["betas"]) and its states (keys of optimizer.state[param]), and has
 //   Options   what a param group says, as doubles in the order of option_names
+//   FLAGS     bit i: option i is true or false
 //   variant   the compile-time choices that these options make
 //   Hypers    the numbers one element needs, all of type T, in the order of hyper_names
 //   prepare   Options and step -> Hypers, in double, once per tensor
@@ -36,7 +37,7 @@ struct SGD {
                                                  "nesterov"};
   static constexpr const char* state_names[] = {"momentum_buffer"};
   static constexpr const char* hyper_names[] = {"lr", "momentum", "dampening_comp", "weight_decay"};
-  static constexpr unsigned FLAGS = 0b10000;  // options that are true or false
+  static constexpr unsigned FLAGS = 0b10000;
   static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
@@ -89,7 +90,7 @@ struct Lion {
   static constexpr const char* state_names[] = {"exp_avg"};
   static constexpr const char* hyper_names[] = {"lr",    "beta1",      "beta1_comp",
                                                 "beta2", "beta2_comp", "param_decay"};
-  static constexpr unsigned FLAGS = 0;  // options that are true or false
+  static constexpr unsigned FLAGS = 0;
   static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
@@ -128,7 +129,7 @@ struct Adagrad {
   static constexpr const char* option_names[] = {"lr", "lr_decay", "eps", "weight_decay"};
   static constexpr const char* state_names[] = {"sum"};
   static constexpr const char* hyper_names[] = {"decayed_lr", "eps", "weight_decay"};
-  static constexpr unsigned FLAGS = 0;  // options that are true or false
+  static constexpr unsigned FLAGS = 0;
   static constexpr unsigned SQUARES = 0b1;  // states like a second moment
   static constexpr bool has_step = true;
 
@@ -168,7 +169,7 @@ struct RMSprop {
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr const char* hyper_names[] = {"lr",  "alpha",        "alpha_comp",
                                                 "eps", "weight_decay", "momentum"};
-  static constexpr unsigned FLAGS = 0b100000;  // options that are true or false
+  static constexpr unsigned FLAGS = 0b100000;
   static constexpr unsigned SQUARES = 0b001;  // states like a second moment
   static constexpr bool has_step = true;
 
@@ -228,7 +229,7 @@ struct Adam {
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* hyper_names[] = {"step_size", "beta1_comp",   "beta2",      "beta2_comp",
                                                 "eps_hat",   "weight_decay", "param_decay"};
-  static constexpr unsigned FLAGS = 0b1100000;  // options that are true or false
+  static constexpr unsigned FLAGS = 0b1100000;
   static constexpr unsigned SQUARES = 0b110;  // states like a second moment
   static constexpr bool has_step = true;
 

@@ -423,8 +423,10 @@ def accept(saved: dict[str, Any]) -> dict[str, Any]:
     state = {}
     for index, states in saved["state"].items():
         if isinstance(states, dict) and SAVED_STEP in states:
-            states = {**states, "step": states[SAVED_STEP]}
-            del states[SAVED_STEP]
+            states = dict(states)
+            step = states.pop(SAVED_STEP)
+            if isinstance(states.get("step"), bytes):  # else the program has put one there
+                states["step"] = step
         state[index] = states
     return {**saved, "state": state, "param_groups": groups}
 

@@ -105,6 +105,13 @@ def _check_flags(options: Mapping[str, Any]) -> None:
             raise TypeError(f"Invalid {key}: {options[key]!r}; it must be True or False")
 
 
+def refuse_in_group(param_group: Mapping[str, Any]) -> None:
+    """Raise where a param group has options of the optimizer, or a flag that is no bool."""
+    for key in _OF_OPTIMIZER & param_group.keys():
+        raise ValueError(f"{key} is an option of the optimizer, not of a param group")
+    _check_flags(param_group)
+
+
 class _Option:
     """An attribute of the optimizer that is kept in its OnePass, which only those have who use one."""
 
@@ -135,15 +142,22 @@ class GroupOption:
     """In place of an attribute of the optimizer that would be ignored: param groups have this option."""
 
     def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
         self._error = f"{name} is an option of param groups: optimizer.param_groups[0][{name!r}]"
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:
             return self
-        raise AttributeError(self._error)
+        try:
+            return unwrapped(optimizer).__dict__[self._name]
+        except KeyError:
+            raise AttributeError(self._error) from None
 
     def __set__(self, optimizer: Any, value: Any) -> None:
-        raise AttributeError(self._error)
+        # A program that was patched means an attribute of its own.
+        if not unwrapped(optimizer).__dict__.get("_is_patched"):
+            raise AttributeError(self._error)
+        unwrapped(optimizer).__dict__[self._name] = value
 
 
 class OnePassOptimizer(torch.optim.Optimizer):
@@ -196,9 +210,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; ``ema_decay``, ``ema_warmup`` and ``ema_dtype`` may differ by group."""
         if isinstance(param_group, dict):
-            for key in _OF_OPTIMIZER & param_group.keys():
-                raise ValueError(f"{key} is an option of the optimizer, not of a param group")
-            _check_flags(param_group)
+            refuse_in_group(param_group)
             for key, value in (unwrapped(self)._ema_options or {}).items():
                 param_group.setdefault(key, value)
             ema.check({"differentiable": self.defaults.get("differentiable"), **param_group})

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from fused_optim import backends, formats, sharding, tracing
 from fused_optim.formats import FormatOptions
-from fused_optim.one_pass import GroupOption, OnePassOptimizer, OnePassOptions
+from fused_optim.one_pass import (
+    GroupOption,
+    OnePassOptimizer,
+    OnePassOptions,
+    refuse_in_group,
+)
 from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
@@ -56,7 +61,8 @@ class PackedOptimizer(OnePassOptimizer):
         group = self.param_groups[-1]
         if "state_dtype" in group:
             group["state_dtype"] = formats.state_dtype_of(group)
-        if formats.ignores_master(group["params"], group):
+        ignoring = [g for g in self.param_groups if formats.ignores_master(g["params"], g)]
+        if ignoring == [group]:  # else it is said already
             warnings.warn(
                 f"master={group['master']!r} does nothing for float32 params: "
                 "it is for bfloat16 and float16",
@@ -192,7 +198,10 @@ class PackedOptimizer(OnePassOptimizer):
                         for key, value in formats.decode_codes(converted, names).items()
                         if value is not None
                     }
-        return formats.refuse_stock({**saved, "state": states}, self._description())
+        saved = {**saved, "state": states}
+        if self._has_some_params:  # ZeroRedundancyOptimizer loads it by torch.optim's own code
+            return saved
+        return formats.refuse_stock(saved, self._description())
 
     @left_to_the_interpreter
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,6 +217,8 @@ class PackedOptimizer(OnePassOptimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         state_dict = formats.accept(state_dict)
+        for saved_group in state_dict["param_groups"]:
+            refuse_in_group(saved_group)
         converted = {}
         if backends.codec() is not None:
             for saved_group, group in zip(state_dict["param_groups"], self.param_groups):

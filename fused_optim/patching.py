@@ -114,6 +114,7 @@ def _make_ours(stock: type) -> _Constructor:
             original(self, *args, **kwargs)
         elif type(self) is stock:
             self.__class__ = ours
+            self._is_patched = True
             ours.__init__(self, *args, **{**_options, **kwargs})
         else:
             derived.add(type(self))

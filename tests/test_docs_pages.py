@@ -169,7 +169,7 @@ def written(ratios: list[float]) -> str:
 
 
 def ratios_of_programs(found: dict) -> set[str]:
-    """Of trainings, and of a step of tiny tensors; see benchmarks/programs."""
+    """Ratios of trainings, and of a step of tiny tensors; see benchmarks/programs."""
     measured = set()
     for row in found["rows"]:
         ours = row["samples"]["fused_optim"]

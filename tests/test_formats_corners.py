@@ -131,6 +131,16 @@ def test_torch_optim_refuses_codes(name, tmp_path):
             assert_same_bits([*run.state(param).values()], [*again.state(twin).values()])
 
 
+def test_a_step_that_was_put_into_saved_codes_is_loaded():
+    run = Training("Adam", shapes=[(5000,)], state_dtype="int8")
+    run.step(3)
+    saved = run.opt.state_dict()
+    saved["state"][0]["step"] = torch.tensor(1.0)
+    run.opt.load_state_dict(saved)
+    assert run.opt.state[run.params[0]]["step"] == 1
+    assert formats.SAVED_STEP not in run.opt.state[run.params[0]]
+
+
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_hooks_of_loading_see_and_change_what_is_loaded(state_dtype):
     options = {"state_dtype": state_dtype} if state_dtype else {}

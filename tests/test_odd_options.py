@@ -193,6 +193,12 @@ def step(lr):
         opt.step()
     return [str(warning.message) for warning in caught]
 assert step(-1e-18) == []
+param = torch.nn.Parameter(torch.ones(3))
+opt = fused_optim.SGD([param])
+opt.param_groups[0]["lr"] = -0.5
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    opt.explain()  # steps with nothing
 first, = step(-0.5)
 assert "negative learning rate" in first and "-0.5" in first, first
 assert step(-0.5) == step(torch.tensor(-1.0)) == []
@@ -217,3 +223,20 @@ def test_formats_and_one_pass_with_an_odd_option(case: Case) -> None:
         assert len(opt.last_step.fallbacks) == (2 if math.isinf(lr) else 0)
     assert opt.grad_norm.item() == pytest.approx(math.sqrt(5003))
     assert len(opt.ema_params()) == 2
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@each_optimizer
+def test_tensors_of_a_subclass_are_rehearsed_too(case: Case) -> None:
+    def program(run: Run) -> None:
+        run.params[0] = torch.nn.Parameter(run.randn((7,)).as_subclass(Subclass))
+        run.opt = run.make(run.params)
+        run.step()
+        run.opt.param_groups[0]["lr"] = "x"
+        step_or_leave_untouched(run)
+
+    ours, stock = run_both(case, program)
+    assert_named(ours, stock, "lr")

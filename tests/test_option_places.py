@@ -75,6 +75,10 @@ def test_options_stand_where_the_table_says(key: str) -> None:
         with pytest.raises(ValueError, match=f"{key} is an option of the optimizer"):
             opt.add_param_group({"params": params(), key: value})
         assert len(opt.param_groups) == 1
+        saved = opt.state_dict()
+        saved["param_groups"][0][key] = value
+        with pytest.raises(ValueError, match=f"{key} is an option of the optimizer"):
+            opt.load_state_dict(saved)
     opt = fused_optim.AdamW(params())
     if as_attribute:
         setattr(opt, key, value)
@@ -114,6 +118,16 @@ def test_values_out_of_range_in_a_group_are_named_by_the_step(key: str) -> None:
         assert torch.equal(opt.param_groups[0]["params"][0], before)
 
 
+def test_programs_that_are_patched_have_attributes_of_their_own() -> None:
+    with fused_optim.patched():
+        opt = torch.optim.AdamW(params())
+    opt.ema_decay, opt.master = 0.999, True
+    assert opt.ema_decay == 0.999 and opt.master is True
+    assert not hasattr(opt, "state_dtype")
+    assert opt.param_groups[0].keys().isdisjoint(GIVEN)
+    opt.step()
+
+
 def test_names_of_dtypes_stand_for_them() -> None:
     for name in ("float32", "bfloat16"):
         by_name, by_dtype, written = (
@@ -134,6 +148,9 @@ def test_a_master_that_float32_params_ignore_is_said() -> None:
     whole = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     with pytest.warns(UserWarning, match="master='split8' does nothing for float32 params"):
         opt = fused_optim.AdamW([whole], master="split8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, device=DEVICE))]})
     assert "master 'split8' unused" in str(opt.explain())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,16 +17,19 @@ NAMES = OF_TORCH
 # torch.optim wraps a class's step when its first optimizer is made.
 for name in NAMES:
     getattr(torch.optim, name)([torch.zeros(1)])
-ORIGINAL = {name: dict(vars(getattr(torch.optim, name))) for name in NAMES}
+INITS = {name: getattr(torch.optim, name).__init__ for name in NAMES}
 EARLY = {name: getattr(torch.optim, name) for name in NAMES}  # as a module imported before has them
 
 
 @pytest.fixture(autouse=True)
 def not_patched() -> Iterator[None]:
+    # Another test's torch.compile may have changed the classes since they were imported.
+    before = {name: dict(vars(getattr(torch.optim, name))) for name in NAMES}
     yield
     fused_optim.unpatch()
     for name in NAMES:
-        assert dict(vars(getattr(torch.optim, name))) == ORIGINAL[name]
+        assert dict(vars(getattr(torch.optim, name))) == before[name]
+        assert getattr(torch.optim, name).__init__ is INITS[name]
 
 
 def params() -> list[torch.nn.Parameter]:
@@ -189,7 +192,7 @@ def test_unpatching_leaves_what_others_have_wrapped() -> None:
         calls.append(type(self))
         ours(self, *args, **kwargs)
 
-    original = ORIGINAL["SGD"]["__init__"]
+    original = INITS["SGD"]
     try:
         torch.optim.SGD.__init__ = theirs
         fused_optim.unpatch()

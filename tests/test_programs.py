@@ -21,7 +21,7 @@ N_OPTIMIZER_STEPS = {"ppo": 320, "dqn": 25, "characters": 3}
 N_TENSORS = {"ppo": 12, "dqn": 6, "characters": 52}
 
 SB3 = "__import__('stable_baselines3').{}('MlpPolicy', 'CartPole-v1').policy.optimizer.param_groups[0]"
-# Of an optimizer that was asked for nothing.
+# The options of an optimizer that was asked for nothing.
 DEFAULT_GROUP = {
     "ppo": SB3.format("PPO"),
     "dqn": SB3.format("DQN"),

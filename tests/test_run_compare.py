@@ -11,7 +11,7 @@ from twins import ROUNDINGS_PER_STEP
 
 from fused_optim.cli.compare import Record, compare, lines
 from fused_optim.cli.run import Program
-from fused_optim.optimizer import _left_to_the_interpreter
+from fused_optim.tracing import left_to_the_interpreter
 
 pytestmark = needs_cpu_kernels
 
@@ -190,6 +190,25 @@ def test_what_does_not_match_is_said() -> None:
         assert last_line(record([[a], [b]]), ours) == f"the final params do not match: {said}"
 
 
+def test_params_that_have_no_values_are_said(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    code = """
+import torch
+class Sub(torch.Tensor): pass
+for param in (torch.ones(2).as_subclass(Sub), torch.empty(2, device="meta")):
+    param = torch.nn.Parameter(param)
+    opt = torch.optim.SGD([param])
+    param.grad = torch.ones_like(param)
+    opt.step()
+"""
+    assert compare(Program("code", code, []), {}) == 0
+    _, err = capfd.readouterr()
+    assert "the final params cannot be compared: NotImplementedError" in err
+    code = code.replace(', torch.empty(2, device="meta")', ",")
+    assert compare(Program("code", code, []), {}) == 0
+    _, err = capfd.readouterr()
+    assert "1 tensor of 1 optimizer differ by at most 0" in err
+
+
 def test_nan_and_infinities() -> None:
     """Equal where both have them; else the difference is theirs, whatever other tensors have."""
     nan, inf = math.nan, math.inf
@@ -218,7 +237,7 @@ def test_compile_reaches_what_a_wrapper_of_stocks_step_calls(with_callees: bool)
     def wrapper(x: torch.Tensor) -> torch.Tensor:
         return step(x)
 
-    _left_to_the_interpreter(wrapper, with_callees=with_callees)
+    left_to_the_interpreter(wrapper, with_callees=with_callees)
     counter = CompileCounter()
     torch.compile(lambda x: wrapper(x), backend=counter)(torch.ones(1))
     assert counter.frame_count == (0 if with_callees else 1)

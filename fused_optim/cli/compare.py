@@ -29,12 +29,12 @@ Params = list[list[list[Tensor]]]  # of each optimizer, of each of its groups
 
 
 class Record(NamedTuple):
-    """What a run leaves: of its main process."""
+    """What the main process of a run leaves."""
 
     step_seconds: float
     whole_seconds: float
     n_steps: int
-    params: Params
+    params: Params | str  # why there are none
 
 
 def compare(program: Program, options: KernelOptions) -> int:
@@ -95,7 +95,9 @@ def _row(what: str, stock: float, ours: float) -> str:
     return f"{what:<12}{stock:>11.3g} s  {ours:>11.3g} s{ratio}"
 
 
-def _difference(stock: Params, ours: Params) -> str:
+def _difference(stock: Params | str, ours: Params | str) -> str:
+    if isinstance(stock, str) or isinstance(ours, str):
+        return f"the final params cannot be compared: {stock if isinstance(stock, str) else ours}"
     mismatch = _mismatch(stock, ours)
     if mismatch:
         return f"the final params do not match: {mismatch}"
@@ -141,7 +143,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Of each two elements; 0 where both are the same infinity or both NaN."""
+    """The distance of each two elements; 0 where both are the same infinity or both NaN."""
     is_same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(is_same, 0.0, (a - b).abs())
 
@@ -154,15 +156,22 @@ def _nan_last(value: float) -> tuple[bool, float]:
     return math.isnan(value), value
 
 
+def _plain(param: Tensor) -> Tensor:
+    """What this process holds of it, in a copy: a view would save all that it shows a part of."""
+    return sharding.part_of(param.detach()).as_subclass(Tensor).to("cpu", copy=True)
+
+
 def _save(recorder: Recorder, path: Path, pid: int) -> None:
     """At the end of the program's main process, not of its forks."""
     if os.getpid() != pid:
         return
-    params = [
-        # What this process holds of each. A copy: of a view, all that it shows a part of would be saved.
-        [[sharding.part_of(p.detach()).to("cpu", copy=True) for p in g["params"]] for g in groups]
-        for groups in recorder.param_groups.values()
-    ]
+    try:
+        params = [
+            [[_plain(param) for param in group["params"]] for group in groups]
+            for groups in recorder.param_groups.values()
+        ]
+    except Exception as error:  # of tensors without values, say
+        params = f"{type(error).__name__}: {error}"
     record = Record(recorder.step_seconds(), recorder.whole_seconds(), recorder.n_steps(), params)
     torch.save(tuple(record), path)
 

@@ -62,7 +62,7 @@ class Recorder:
         self._totals: dict[str, _Totals] = {}
         self._numbers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._n_optimizers = 0
-        # Of each optimizer, in the order of their first steps.
+        # The groups of each optimizer, in the order of their first steps.
         self.param_groups: dict[int, list[dict[str, Any]]] = {}
         self._unserved.counts.clear()
         self._began = time.perf_counter()
