@@ -2,7 +2,7 @@
 
 python benchmarks/programs [--rounds N] [--only NAME ...] [--threads N ...] [--out FILE]
 
-Takes a quarter of an hour, on two cores without other work. Prints the table of README.md.
+Takes about 20 minutes, on two cores without other work. Prints the table of README.md.
 """
 
 from __future__ import annotations
