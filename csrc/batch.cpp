@@ -35,7 +35,13 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
     last_ = row;
     n_rows_++;
   }
-  bool aligned = true;  // wide accesses need 16 bytes
+  // What whole blocks need: wide accesses 16 bytes; random bits, each of which serves two elements of 32, both
+  // of these in one block, and in a block numbers with the same upper bits. No block is larger than 2^16.
+  bool aligned = true;
+  if (key.packed()) {
+    const int64_t first = slice.packing->offset, last = first + slice.numel - 1;
+    aligned = first % 32 == 0 && (first % (1 << 16) == 0 || first >> 33 == last >> 33);
+  }
   for (int s : streams)
     aligned = aligned && (reinterpret_cast<uintptr_t>(slice.streams[s]) & 15) == 0;
   aligned = aligned && (reinterpret_cast<uintptr_t>(slice.remainder) & 15) == 0;

@@ -1,8 +1,8 @@
-"""Storage formats of less than 32 bits: how a block of float32 becomes codes, and codes float32.
+"""Storage formats of less than 32 bits: how float32 becomes codes, and codes float32.
 
-csrc/packed.h's formats, bit for bit. A block is a 1-D tensor of BLOCK elements that follow each other in
-memory; elements behind the end of their tensor are zeros. Codes of 16 bits are bit patterns (uint16), as
-the scales are, of a bfloat16. `random` are random16's numbers for the same elements.
+csrc/packed.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16), as the scales are, of a
+bfloat16. `random` are 16 random bits for each element (uint32). What is not finite is rare and takes many
+instructions: with SPECIAL false the functions do without it, and the caller has made sure that there is none.
 
 Nothing here may depend on how a float is cast to an int that cannot hold it, or on subnormals: such values
 are computed and not chosen.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rules import divide, square_root
+from .rules import divide
 
 GROUP = tl.constexpr(64)  # elements of one scale
 SIGN = tl.constexpr(0x80000000)
@@ -24,10 +24,12 @@ F16_INF = tl.constexpr(0x7C00)
 F16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
 F16_OVERFLOW = tl.constexpr(0x47800000)  # 65536 as a float32
 F16_REBIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
-RANDOM_UNIT = tl.constexpr(2.0**-16)
+# Below it, a bfloat16 and its remainder are neither special nor rounded to what is.
+SAFE = tl.constexpr(2.0**127)
+# As a float32, 128; whose last bit is worth 2**-16.
+UNIT_128 = tl.constexpr(0x43000000)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
 ROUNDING = tl.constexpr(12582912.0)
-ROUNDING_BITS = tl.constexpr(0x4B400000)
 # Signed codes, up to 126; those of what is not finite.
 S8_INVERSE = tl.constexpr(1 / 126)
 S8_SMALLEST_SCALE = tl.constexpr(2.0**-120)
@@ -52,25 +54,44 @@ def random_key(seed, step):
 
 
 @triton.jit
-def random16(first, key0, key1, BLOCK: tl.constexpr):
-    """16 random bits for each element, uint32: one hash serves two elements that lie 16 apart.
+def pair_hash(number, key0, key1):
+    """32 random bits for each pair of elements that lie 16 apart: "lowbias32" (C. Wellons) with a key in it.
 
-    first: of the block's elements; key0, key1: uint32.
+    number: uint64, of the pair: of element e, e // 32 * 16 + e % 16.
     """
-    # Of element e the hash is number e // 32 * 16 + e % 16, whose upper half may change within the block.
-    number = first.to(tl.uint64) // 32 * 16
-    lower = number.to(tl.uint32)
-    lane = (first % 32).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
-    x = lower + ((lane >> 5 << 4) | (lane & 15))
-    upper = (number >> 32).to(tl.uint32) * 0x9E3779B9
-    x = x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper)
+    return mixed(pair_start(number, key0), key1)
+
+
+@triton.jit
+def pair_start(number, key0):
+    return number.to(tl.uint32) + (key0 + (number >> 32).to(tl.uint32) * 0x9E3779B9)
+
+
+@triton.jit
+def mixed(x, key1):
     x ^= x >> 16
     x *= 0x7FEB352D
-    x ^= key1
-    x ^= x >> 15
+    x ^= (x >> 15) ^ (key1 ^ (key1 >> 15))  # of x ^ key1
     x *= 0x846CA68B
-    x ^= x >> 16
-    return tl.where((lane & 16) == 0, x & 0xFFFF, x >> 16)
+    return x
+
+
+@triton.jit
+def first_half(x):
+    """16 random bits for the first element of each pair."""
+    return (x ^ (x >> 16)) & 0xFFFF
+
+
+@triton.jit
+def second_half(x):
+    return x >> 16
+
+
+@triton.jit
+def random16(element, key0, key1):
+    """16 random bits for each element, by its number in the whole param (int64)."""
+    x = pair_hash((element // 32 * 16 + element % 16).to(tl.uint64), key0, key1)
+    return tl.where((element & 16) == 0, first_half(x), second_half(x))
 
 
 @triton.jit
@@ -84,11 +105,22 @@ def float_of(bits):
 
 
 @triton.jit
+def is_special(value):
+    return (bits_of(value) & MAGNITUDE) >= INF
+
+
+@triton.jit
+def fraction(random):
+    """random / 2**16 as a float32."""
+    return float_of(random | UNIT_128) - 128.0
+
+
+@triton.jit
 def randomly(y, random):
     """The non-negative float32 as an int32, rounded up with a probability that is its fraction."""
     whole = y.to(tl.int32)
     # The sum with y itself would be rounded, and an integer might become the next one.
-    return whole + (y - whole.to(tl.float32) + random.to(tl.float32) * RANDOM_UNIT).to(tl.int32)
+    return whole + (y - whole.to(tl.float32) + fraction(random)).to(tl.int32)
 
 
 @triton.jit
@@ -100,9 +132,12 @@ def encode_bf16(value):
 
 
 @triton.jit
-def encode_bf16_stochastic(value, random):
+def encode_bf16_stochastic(value, random, SPECIAL: tl.constexpr):
     bits = bits_of(value)
-    return (tl.where(value != value, bits | QUIET, bits + random) >> 16).to(tl.uint16)
+    rounded = bits + random
+    if SPECIAL:
+        rounded = tl.where(value != value, bits | QUIET, rounded)
+    return (rounded >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -133,9 +168,8 @@ def decode_f16(codes):
 
 
 @triton.jit
-def group_scales(magnitude, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
-    """Of each group [n, 64] the scale as float32, rounded up to a bfloat16, and its inverse."""
-    largest = tl.max(magnitude, axis=1, keep_dims=True)
+def scale_of(largest, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale as a float32, rounded up to a bfloat16, and its inverse; of a finite magnitude."""
     up = float_of((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
     up = tl.where(up > SMALLEST, up, SMALLEST)
     there = largest > 0
@@ -144,90 +178,81 @@ def group_scales(magnitude, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @triton.jit
-def stored_scales(scale, special, BLOCK: tl.constexpr):
-    """As bits of a bfloat16, with the sign where some code of the group stands for NaN or an infinity."""
-    sign = tl.max(special.to(tl.int32), axis=1, keep_dims=True).to(tl.uint32) << 15
-    return tl.reshape(bits_of(scale) >> 16 | sign, (BLOCK // GROUP,)).to(tl.uint16)
+def encode_s8(value, inverse, SPECIAL: tl.constexpr):
+    """Linear codes, int8. inverse: of each element's scale."""
+    # The nearest integer is in the last byte. It is at most 126 and a few roundings, which is 126 again.
+    codes = bits_of(value * inverse + ROUNDING).to(tl.int8)
+    if SPECIAL:
+        m = bits_of(value) & MAGNITUDE
+        codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF).to(tl.int8), codes)
+        codes = tl.where(m > INF, S8_NAN, codes).to(tl.int8)
+    return codes
 
 
 @triton.jit
-def grouped(values, BLOCK: tl.constexpr):
-    return tl.reshape(values, (BLOCK // GROUP, GROUP))
+def decode_s8(codes, scale, SPECIAL: tl.constexpr):
+    """scale: each element's own, not negative."""
+    value = codes.to(tl.float32) * scale
+    if SPECIAL:
+        value = tl.where(codes == S8_INF, float("inf"), value)
+        value = tl.where(codes == -S8_INF, float("-inf"), value)
+        value = tl.where(codes == S8_NAN, float("nan"), value)
+    return value
 
 
 @triton.jit
-def encode_s8(value, BLOCK: tl.constexpr):
-    """Linear codes (int8), and scales [BLOCK // 64]."""
-    value = grouped(value, BLOCK)
-    m = bits_of(value) & MAGNITUDE
-    scale, inverse = group_scales(float_of(tl.where(m < INF, m, 0)), S8_INVERSE, S8_SMALLEST_SCALE)
-    codes = (value * inverse + ROUNDING).to(tl.int32, bitcast=True) - ROUNDING_BITS
-    # A finite one is at most 126 and a few roundings, which is 126 again.
-    codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF), codes)
-    codes = tl.where(m > INF, S8_NAN, codes)
-    return tl.reshape(codes.to(tl.int8), (BLOCK,)), stored_scales(scale, m >= INF, BLOCK)
+def encode_u8(root, inverse, random, SPECIAL: tl.constexpr):
+    """Codes of square roots, uint8, rounded stochastically, never to 0."""
+    codes = (root * inverse + fraction(random)).to(tl.int32)
+    codes = tl.minimum(codes, U8_LARGEST)
+    # As integers, positive numbers are at least 1. A root is not negative but for -0.
+    codes = tl.maximum(codes, tl.minimum(root.to(tl.int32, bitcast=True), 1))
+    if SPECIAL:
+        m = bits_of(root) & MAGNITUDE
+        codes = tl.where(m >= INF, tl.where(m == INF, U8_INF, U8_NAN), codes)
+    return codes.to(tl.uint8)
 
 
 @triton.jit
-def decode_s8(codes, scales):
-    """scales: each element's own."""
-    codes = codes.to(tl.int32)
-    value = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
-    value = tl.where(codes == S8_INF, float("inf"), value)
-    value = tl.where(codes == -S8_INF, float("-inf"), value)
-    return tl.where(codes == S8_NAN, float("nan"), value)
+def decode_u8(codes, scale, SPECIAL: tl.constexpr):
+    """scale: each element's own, not negative."""
+    root = codes.to(tl.float32) * scale
+    value = root * root
+    if SPECIAL:
+        value = tl.where(codes == U8_INF, float("inf"), value)
+        value = tl.where(codes == U8_NAN, float("nan"), value)
+    return value
 
 
 @triton.jit
-def encode_u8(value, random, BLOCK: tl.constexpr):
-    """Codes of square roots (uint8), rounded stochastically, never to 0; and scales [BLOCK // 64]."""
-    value = grouped(value, BLOCK)
-    bits = bits_of(value)
-    # As integers, negative numbers come behind infinity, as NaN does.
-    root = square_root(float_of(tl.where(bits < INF, bits, 0)))
-    scale, inverse = group_scales(root, U8_INVERSE, U8_SMALLEST_SCALE)
-    up = grouped(random, BLOCK).to(tl.float32) * RANDOM_UNIT
-    codes = (root * inverse + up).to(tl.int32)
-    codes = tl.minimum(tl.maximum(codes, 1), U8_LARGEST)
-    codes = tl.where(bits < INF, codes, U8_NAN)
-    codes = tl.where(bits == INF, U8_INF, codes)
-    codes = tl.where(value == 0, 0, codes)
-    return tl.reshape(codes.to(tl.uint8), (BLOCK,)), stored_scales(scale, codes > U8_LARGEST, BLOCK)
-
-
-@triton.jit
-def decode_u8(codes, scales):
-    """scales: each element's own."""
-    codes = codes.to(tl.int32)
-    root = codes.to(tl.float32) * tl.abs(decode_bf16(scales))
-    value = tl.where(codes == U8_INF, float("inf"), root * root)
-    return tl.where(codes == U8_NAN, float("nan"), value)
-
-
-@triton.jit
-def encode_bf16_split(value, random, REMAINDER: tl.constexpr):
+def encode_bf16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
     """The nearest bfloat16, and what remains (int16); int8: rounded stochastically to 24 bits before."""
     bits = bits_of(value)
     rounded = bits
     DROPPED: tl.constexpr = 8 if REMAINDER == tl.int8 else 0
     if DROPPED:
-        rounded = (bits + (random >> 8)) & 0xFFFFFF00
+        rounded = bits + (random >> 8)
     upper = (rounded + 0x8000) >> 16
-    remainder = (rounded - (upper << 16)).to(tl.int32, bitcast=True) >> DROPPED
-    upper = tl.where(value != value, (bits | QUIET) >> 16, upper)
-    remainder = tl.where((upper & 0x7FFF) < (INF >> 16), remainder, 0)
-    return upper.to(tl.uint16), remainder.to(REMAINDER)
+    # Below the nearest upper part it counts down from it: two's complement.
+    remainder = (rounded >> DROPPED).to(REMAINDER)
+    if SPECIAL:
+        upper = tl.where(value != value, (bits | QUIET) >> 16, upper)
+        remainder = tl.where((upper & 0x7FFF) < (INF >> 16), remainder, 0).to(REMAINDER)
+    return upper.to(tl.uint16), remainder
 
 
 @triton.jit
-def decode_bf16_split(upper, remainder):
+def decode_bf16_split(upper, remainder, SPECIAL: tl.constexpr):
+    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE, or NaN."""
     upper = upper.to(tl.uint32)
     DROPPED: tl.constexpr = 8 if remainder.dtype == tl.int8 else 0
     rest = (remainder.to(tl.int32) << DROPPED).to(tl.uint32, bitcast=True)
-    m = upper & 0x7FFF
-    # A zero beside a negative remainder has been written by someone else.
-    alone = (m >= (INF >> 16)) | ((m == 0) & (remainder < 0))
-    return float_of((upper << 16) + tl.where(alone, 0, rest))
+    if SPECIAL:
+        m = upper & 0x7FFF
+        # A zero beside a negative remainder has been written by someone else.
+        alone = (m >= (INF >> 16)) | ((m == 0) & (remainder < 0))
+        rest = tl.where(alone, 0, rest)
+    return float_of((upper << 16) + rest)
 
 
 @triton.jit

@@ -17,9 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formats import random_key
+from .formats import SAFE, random_key
 from .rules import divide, lerp
-from .streams import PLAIN, decode, encode, load, store, without_remainder, zero
+from .streams import (
+    PLAIN,
+    RUN,
+    decode,
+    decoded,
+    draws_random,
+    encode,
+    is_any_decoded_specially,
+    is_any_encoded_specially,
+    is_decoded_specially,
+    is_encoded_specially,
+    is_odd,
+    largest_of,
+    load,
+    load_extra,
+    mask_of,
+    offsets_of,
+    random_bits,
+    store,
+    to_encode,
+    without_remainder,
+    zero,
+)
 
 # The columns of `hypers`: at most so many hypers, then what every rule has.
 MAX_HYPERS = tl.constexpr(8)
@@ -40,59 +62,145 @@ ZEROED = tl.constexpr(3)
 
 
 @triton.jit
-def update_block(
-    streams, extras, keys, first, first_random, mask, numel, hypers, variant, grad_sign, grad_scale,
-    clip, ema_weight,
-    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
-    COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+def decode_block(
+    codes, extras, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    EMA: tl.constexpr = len(DTYPES) - 1
-    index = first + tl.arange(0, BLOCK)
+    """The values of all streams, each a tuple of parts."""
     values = ()
-    for s in tl.static_range(EMA + 1):
+    for s in tl.static_range(len(DTYPES)):
         if DTYPES[s] is not None:
-            value = load(
-                streams[s], extras[s], first, mask,
-                STORAGES[s], DTYPES[s], COMPUTE, BLOCK, INTERPRETED,
+            value = decoded(
+                codes[s], extras[s], SPECIAL, STORAGES[s], DTYPES[s], COMPUTE, PARTS, BLOCK,
+                INTERPRETED,
             )  # fmt: skip
             values = values + (value,)
         else:
             values = values + (values[0],)
-    param = values[0]
-    grad = values[1]
-    states = ()
-    for s in tl.static_range(2, EMA):
-        states = states + (values[s],)
-    if GRAD_WRITE == UNSCALED:
-        grad = divide(grad, grad_scale)
-        tl.store(streams[1] + index, encode(grad, DTYPES[1], INTERPRETED), mask=mask)
-    if clip is not None:
-        if GRAD_WRITE == CLIPPED:
-            tl.store(streams[1] + index, encode(clip * grad, DTYPES[1], INTERPRETED), mask=mask)
-        grad = grad_sign * clip * grad
-    else:
-        grad = grad_sign * grad
-    if GRAD_WRITE == ZEROED:
-        zero(streams[1] + index, mask, BLOCK)
-    param, states = RULE(param, grad, states, hypers, variant, OPTIONS)
-    stored = store(
-        streams[0], extras[0], param, first, mask, numel, keys[0], first_random,
-        STORAGES[0], DTYPES[0], BLOCK, INTERPRETED,
-    )  # fmt: skip
-    for s in tl.static_range(2, EMA):
-        if DTYPES[s] is not None:
-            store(
-                streams[s], extras[s], states[s - 2], first, mask, numel, keys[s], first_random,
-                STORAGES[s], DTYPES[s], BLOCK, INTERPRETED,
+    return values
+
+
+@triton.jit
+def store_block(
+    streams, extras, values, sizes, first, offsets, rest, random, ema, ema_weight,
+    WHOLE: tl.constexpr, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr, COMPUTE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Encode and store the param, the states, and with `ema`, its old values, the average."""
+    EMA: tl.constexpr = len(DTYPES) - 1
+    for s in tl.static_range(EMA):
+        if s != 1 and DTYPES[s] is not None:
+            stored = store(
+                streams[s], extras[s], values[s], sizes[s], first, offsets, rest, random[s], WHOLE,
+                SPECIAL, STORAGES[s], DTYPES[s], PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
-    if DTYPES[EMA] is not None:
-        if STORAGES[0] == PLAIN:
-            param = decode(stored, COMPUTE, INTERPRETED)
+            if s == 0 and DTYPES[EMA] is not None:
+                for p in tl.static_range(PARTS):
+                    mask = mask_of(offsets[p], rest, WHOLE)
+                    if STORAGES[0] == PLAIN:
+                        param = decode(stored[p], COMPUTE, INTERPRETED)
+                    else:
+                        param = without_remainder(stored[p], DTYPES[0])
+                    # An average of what is not finite would keep that: the first one copies.
+                    average = tl.where(ema_weight == 1, param, lerp(ema[p], param, ema_weight))
+                    code = encode(average, DTYPES[EMA], INTERPRETED)
+                    tl.store(streams[EMA] + first + offsets[p], code, mask=mask)
+
+
+@triton.jit
+def update_block(
+    streams, extras, keys, first, first_random, numel, hypers, variant, grad_sign, grad_scale,
+    clip, ema_weight, WHOLE: tl.constexpr,
+    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """WHOLE: no element is behind the end; the pairs of random_bits are within parts."""
+    EMA: tl.constexpr = len(DTYPES) - 1
+    offsets = offsets_of(PARTS, BLOCK)
+    rest = numel - first
+    codes = ()
+    found = ()
+    for s in tl.static_range(EMA + 1):
+        if DTYPES[s] is not None:
+            codes = codes + (load(streams[s], first, offsets, rest, WHOLE, PARTS),)
+            extra = load_extra(extras[s], first, offsets, rest, WHOLE, STORAGES[s], PARTS, BLOCK)
+            found = found + (extra,)
         else:
-            param = without_remainder(stored, DTYPES[0])
-        # An average of what is not finite would keep that: the first one copies.
-        ema = tl.where(ema_weight == 1, param, lerp(values[EMA], param, ema_weight))
-        tl.store(streams[EMA] + index, encode(ema, DTYPES[EMA], INTERPRETED), mask=mask)
+            codes = codes + (codes[0],)
+            found = found + (found[0],)
+    values = decode_block(
+        codes, found, not WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED
+    )
+    if WHOLE and is_any_decoded_specially(STORAGES, DTYPES):
+        odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
+        for s in tl.static_range(EMA):
+            if is_decoded_specially(STORAGES[s], DTYPES[s]):
+                odd = odd | is_odd(values[s], found[s], STORAGES[s], PARTS, BLOCK)
+        if tl.max(odd.to(tl.int32), axis=0) != 0:
+            values = decode_block(
+                codes, found, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED
+            )
+    stepped = ()
+    for p in tl.static_range(PARTS):
+        index = first + offsets[p]
+        mask = mask_of(offsets[p], rest, WHOLE)
+        grad = values[1][p]
+        states = ()
+        for s in tl.static_range(2, EMA):
+            states = states + (values[s][p],)
+        if GRAD_WRITE == UNSCALED:
+            grad = divide(grad, grad_scale)
+            tl.store(streams[1] + index, encode(grad, DTYPES[1], INTERPRETED), mask=mask)
+        if clip is not None:
+            if GRAD_WRITE == CLIPPED:
+                code = encode(clip * grad, DTYPES[1], INTERPRETED)
+                tl.store(streams[1] + index, code, mask=mask)
+            grad = grad_sign * clip * grad
+        else:
+            grad = grad_sign * grad
+        if GRAD_WRITE == ZEROED:
+            zero(streams[1] + index, mask, BLOCK // PARTS)
+        param, states = RULE(values[0][p], grad, states, hypers, variant, OPTIONS)
+        stepped = stepped + ((param, grad) + states,)
+    values_to_store = ()
+    sizes = ()
+    random = ()
+    odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
+    for s in tl.static_range(EMA):
+        parts = ()
+        for p in tl.static_range(PARTS):
+            parts = parts + (stepped[p][s],)
+        if DTYPES[s] is not None:
+            parts = to_encode(parts, STORAGES[s], PARTS)
+        values_to_store = values_to_store + (parts,)
+        if is_encoded_specially(STORAGES[s], DTYPES[s]):
+            size = largest_of(parts, STORAGES[s], PARTS, BLOCK)
+            odd = odd | ((size < SAFE) == 0)
+        else:
+            size = rest
+        sizes = sizes + (size,)
+        if draws_random(STORAGES[s]):
+            drawn = random_bits(first_random, offsets, keys[s], WHOLE, PARTS)
+        else:
+            drawn = offsets
+        random = random + (drawn,)
+    if WHOLE and is_any_encoded_specially(STORAGES, DTYPES):
+        if tl.max(odd.to(tl.int32), axis=0) != 0:
+            store_block(
+                streams, extras, values_to_store, sizes, first, offsets, rest, random,
+                values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+            )  # fmt: skip
+        else:
+            store_block(
+                streams, extras, values_to_store, sizes, first, offsets, rest, random,
+                values[EMA], ema_weight, WHOLE, False, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+            )  # fmt: skip
+    else:
+        store_block(
+            streams, extras, values_to_store, sizes, first, offsets, rest, random,
+            values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -123,6 +231,7 @@ def multi_tensor(
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     GRAD_WRITE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -200,14 +309,15 @@ def multi_tensor(
         # A mask would split the accesses, so a whole block goes without one.
         if first + BLOCK <= numel:
             update_block(
-                aligned, aligned_extras, keys, first, whole + first, None, numel, rule_hypers, variant,
-                grad_sign, scale, factor, ema_weight,
-                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, BLOCK, INTERPRETED,
+                aligned, aligned_extras, keys, first, whole + first, numel, rule_hypers, variant,
+                grad_sign, scale, factor, ema_weight, True,
+                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
         elif first < tl.abs(numel):
-            mask = first + tl.arange(0, BLOCK) < tl.abs(numel)
-            update_block(
-                streams, extras, keys, first, whole + first, mask, tl.abs(numel), rule_hypers, variant,
-                grad_sign, scale, factor, ema_weight,
-                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, BLOCK, INTERPRETED,
-            )  # fmt: skip
+            # In smaller blocks: a mask and 64-bit numbers for each element take registers.
+            for part in range(0, BLOCK, BLOCK // PARTS):
+                update_block(
+                    streams, extras, keys, first + part, whole + first + part, tl.abs(numel),
+                    rule_hypers, variant, grad_sign, scale, factor, ema_weight, False,
+                    RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, 1, BLOCK // PARTS, INTERPRETED,
+                )  # fmt: skip

@@ -73,8 +73,16 @@ class Specialization:
         return 16384 if self.interpreted else 2048
 
     @property
+    def is_packed(self) -> bool:
+        return any(storage != "plain" for storage in self.storages)
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.is_packed else 1
+
+    @property
     def num_warps(self) -> int:
-        return 4
+        return 1 if self.is_packed else 4
 
     @property
     def block(self) -> int:
@@ -87,7 +95,7 @@ class Specialization:
         """
         if self.interpreted:
             return 8192
-        per_thread = 2 if self.compute is tl.float64 else 4
+        per_thread = 4 * self.parts if self.is_packed else 2 if self.compute is tl.float64 else 4
         return per_thread * self.warp_size * self.num_warps
 
     def constants(self) -> dict[str, Any]:
@@ -102,7 +110,6 @@ class Specialization:
             codes.append(tl.uint16 if code is None and storage != "plain" else dtype)
             extras.append(extra)
         n_streams = len(dtypes)
-        is_packed = any(storage != "plain" for storage in self.storages)
         return {
             "RULE": rule.update,
             "OPTIONS": self.options,
@@ -111,10 +118,11 @@ class Specialization:
             "CODES": tuple(codes),
             "STORAGES": tuple(map(STORAGES.index, self.storages)),
             "EXTRAS": tuple(extras),
-            "COLUMNS": STREAMS.value + n_streams + (2 * n_streams + 1 if is_packed else 0),
+            "COLUMNS": STREAMS.value + n_streams + (2 * n_streams + 1 if self.is_packed else 0),
             "COMPUTE": self.compute,
             "CHUNK": self.chunk,
             "BLOCK": self.block,
+            "PARTS": self.parts,
             "GRAD_WRITE": self.grad_write,
             "INTERPRETED": self.interpreted,
         }

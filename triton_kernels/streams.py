@@ -1,7 +1,12 @@
 """One stream between memory and the compute type, whatever its format: a dtype alone, or a storage.
 
 The storages are csrc/kernel.h's (Triton 3.6 takes no strings out of a tuple, so they are numbers).
-`extra` is where a stream's scales lie, or a param's remainder; `first` is a block's first element.
+
+A block of elements that follow each other in memory comes as a tuple of PARTS 1-D tensors: part p has of
+every 16 * PARTS elements those from 16 * p on, and RUN of them that follow each other are one thread's. So
+a thread has both elements that share random bits, and many of those that share a scale: what they have in
+common is computed once. Tensors of one number per run and part, [BLOCK // PARTS // RUN], hold that.
+`extra` is where a stream's scales lie, or a param's remainder.
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ import triton
 import triton.language as tl
 
 from . import formats
-from .formats import GROUP
+from .formats import GROUP, SAFE
+from .rules import square_root
 
 STORAGES = ("plain", "stochastic", "signed8", "root8", "split8", "split16")
 PLAIN = tl.constexpr(0)
@@ -19,6 +25,95 @@ SIGNED8 = tl.constexpr(2)
 ROOT8 = tl.constexpr(3)
 SPLIT8 = tl.constexpr(4)
 SPLIT16 = tl.constexpr(5)
+RUN = tl.constexpr(4)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def offsets_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """int32, of each part's elements within the block."""
+    lane = tl.arange(0, BLOCK // PARTS)
+    if PARTS > 1:
+        lane = lane // 16 * (16 * PARTS) + lane % 16
+    offsets = ()
+    for p in tl.static_range(PARTS):
+        offsets = offsets + (lane + 16 * p,)
+    return offsets
+
+
+@triton.jit
+def group_offsets(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """int32, of each run's group within the block."""
+    return tl.arange(0, BLOCK // PARTS // RUN) // (GROUP // RUN // PARTS)
+
+
+@triton.jit
+def mask_of(offsets, rest, WHOLE: tl.constexpr):
+    """rest: elements of the tensor from the block's first one on; WHOLE: no less than the block has."""
+    if WHOLE:
+        mask = None
+    else:
+        mask = offsets < rest
+    return mask
+
+
+@triton.jit
+def load(address, first, offsets, rest, WHOLE: tl.constexpr, PARTS: tl.constexpr):
+    """The codes of all parts."""
+    codes = ()
+    for p in tl.static_range(PARTS):
+        mask = mask_of(offsets[p], rest, WHOLE)
+        codes = codes + (tl.load(address + first + offsets[p], mask=mask),)
+    return codes
+
+
+@triton.jit
+def load_extra(
+    extra, first, offsets, rest, WHOLE: tl.constexpr,
+    STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The scales, one of each run; or the remainders of all parts; else nothing of use."""
+    if has_scales(STORAGE):
+        group = group_offsets(PARTS, BLOCK)
+        mask = mask_of(group * GROUP, rest, WHOLE)
+        found = (tl.load(extra + first // GROUP + group, mask=mask),)
+    elif has_remainder(STORAGE):
+        found = load(extra, first, offsets, rest, WHOLE, PARTS)
+    else:
+        found = (rest,)
+    return found
+
+
+@triton.jit
+def spread(run, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The number of each run for its elements in a part."""
+    RUNS: tl.constexpr = BLOCK // PARTS // RUN
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(run, 1), (RUNS, RUN)), (BLOCK // PARTS,))
+
+
+@triton.jit
+def larger(x, y):
+    """NaN if one of them is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_of_runs(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of each run, over all parts; NaN if there is one."""
+    largest = tl.abs(values[0])
+    for p in tl.static_range(1, PARTS):
+        largest = larger(largest, tl.abs(values[p]))
+    return tl.reduce(tl.reshape(largest, (BLOCK // PARTS // RUN, RUN)), 1, larger)
+
+
+@triton.jit
+def largest_of_groups(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of each run's group; NaN if there is one."""
+    runs = largest_of_runs(values, PARTS, BLOCK)
+    WIDTH: tl.constexpr = GROUP // RUN // PARTS
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    largest = tl.reduce(tl.reshape(runs, (GROUPS, WIDTH)), 1, larger, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(largest, (GROUPS, WIDTH)), (GROUPS * WIDTH,))
 
 
 @triton.jit
@@ -38,28 +133,6 @@ def encode(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def load(
-    address, extra, first, mask, STORAGE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    index = first + tl.arange(0, BLOCK)
-    code = tl.load(address + index, mask=mask)
-    if STORAGE == PLAIN:
-        value = decode(code, COMPUTE, INTERPRETED)
-    elif STORAGE == SIGNED8:
-        value = formats.decode_s8(code, tl.load(extra + index // GROUP, mask=mask))
-    elif STORAGE == ROOT8:
-        value = formats.decode_u8(code, tl.load(extra + index // GROUP, mask=mask))
-    elif STORAGE == STOCHASTIC:
-        value = without_remainder(code, DTYPE)
-    elif DTYPE == tl.bfloat16:
-        value = formats.decode_bf16_split(code, tl.load(extra + index, mask=mask))
-    else:
-        value = formats.decode_f16_split(code, tl.load(extra + index, mask=mask))
-    return value
-
-
-@triton.jit
 def without_remainder(code, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         value = formats.decode_bf16(code)
@@ -68,50 +141,181 @@ def without_remainder(code, DTYPE: tl.constexpr):
     return value
 
 
+@triton.constexpr_function
+def has_scales(STORAGE):
+    return STORAGE in (SIGNED8, ROOT8)
+
+
+@triton.constexpr_function
+def has_remainder(STORAGE):
+    return STORAGE in (SPLIT8, SPLIT16)
+
+
+@triton.constexpr_function
+def draws_random(STORAGE):
+    return STORAGE in (ROOT8, STOCHASTIC, SPLIT8)
+
+
+@triton.constexpr_function
+def is_decoded_specially(STORAGE, DTYPE):
+    """Whether some codes stand for what no arithmetic gives."""
+    return STORAGE in (SIGNED8, ROOT8) or (STORAGE in (SPLIT8, SPLIT16) and DTYPE == tl.bfloat16)
+
+
+@triton.constexpr_function
+def is_encoded_specially(STORAGE, DTYPE):
+    return STORAGE in (SIGNED8, ROOT8) or (STORAGE != PLAIN and DTYPE == tl.bfloat16)
+
+
+@triton.constexpr_function
+def is_any_decoded_specially(STORAGES, DTYPES):
+    return any(is_decoded_specially(s, d) for s, d in zip(STORAGES, DTYPES))
+
+
+@triton.constexpr_function
+def is_any_encoded_specially(STORAGES, DTYPES):
+    return any(is_encoded_specially(s, d) for s, d in zip(STORAGES, DTYPES))
+
+
+@triton.jit
+def decoded(
+    codes, extra, SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The values of all parts. extra: as load_extra has it."""
+    if has_scales(STORAGE):
+        scale = spread(tl.abs(formats.decode_bf16(extra[0])), PARTS, BLOCK)
+    values = ()
+    for p in tl.static_range(PARTS):
+        if STORAGE == PLAIN:
+            value = decode(codes[p], COMPUTE, INTERPRETED)
+        elif STORAGE == SIGNED8:
+            value = formats.decode_s8(codes[p], scale, SPECIAL)
+        elif STORAGE == ROOT8:
+            value = formats.decode_u8(codes[p], scale, SPECIAL)
+        elif STORAGE == STOCHASTIC:
+            value = without_remainder(codes[p], DTYPE)
+        elif DTYPE == tl.bfloat16:
+            value = formats.decode_bf16_split(codes[p], extra[p], SPECIAL)
+        else:
+            value = formats.decode_f16_split(codes[p], extra[p])
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def is_odd(
+    values, extra, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of each run, whether it has to be decoded with SPECIAL; values: decoded without."""
+    if has_scales(STORAGE):
+        odd = extra[0] >= 0x8000  # the sign says so
+    else:
+        odd = (largest_of_runs(values, PARTS, BLOCK) < SAFE) == 0
+    return odd
+
+
+@triton.jit
+def to_encode(values, STORAGE: tl.constexpr, PARTS: tl.constexpr):
+    """What is encoded: the values, or their roots, which are the rule's own."""
+    if STORAGE == ROOT8:
+        roots = ()
+        for p in tl.static_range(PARTS):
+            roots = roots + (square_root(values[p]),)
+        values = roots
+    return values
+
+
+@triton.jit
+def largest_of(values, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """What decides on scales, and whether values have to be encoded with SPECIAL, for each run."""
+    if has_scales(STORAGE):
+        largest = largest_of_groups(values, PARTS, BLOCK)
+    else:
+        largest = largest_of_runs(values, PARTS, BLOCK)
+    return largest
+
+
+@triton.jit
+def random_bits(first, offsets, key, PAIRED: tl.constexpr, PARTS: tl.constexpr):
+    """16 random bits for each element of all parts.
+
+    Args:
+        first: number of the block's first element in the whole param.
+        PAIRED: that is a multiple of 32, and the numbers of the block's pairs agree in their upper 32 bits.
+    """
+    random = ()
+    for p in tl.static_range(0, PARTS, 2 if PAIRED else 1):
+        if PAIRED:
+            number = offsets[p] // 32 * 16 + offsets[p] % 16
+            start = formats.pair_start(first.to(tl.uint64) // 2, key[0])
+            x = formats.mixed(start + number.to(tl.uint32), key[1])
+            random = random + (formats.first_half(x), formats.second_half(x))
+        else:
+            random = random + (formats.random16(first + offsets[p], key[0], key[1]),)
+    return random
+
+
 @triton.jit
 def store(
-    address, extra, value, first, mask, numel, key, first_random,
-    STORAGE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    address, extra, values, largest, first, offsets, rest, random, WHOLE: tl.constexpr,
+    SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Returns what was stored in the stream itself.
 
     Args:
-        numel: of the tensor; key: of the random bits, drawn as for the elements from first_random on.
+        values, largest: as to_encode and largest_of have them.
     """
-    index = first + tl.arange(0, BLOCK)
-    if STORAGE == ROOT8 or STORAGE == STOCHASTIC or STORAGE == SPLIT8:  # noqa: SIM109 (not in Triton)
-        random = formats.random16(first_random, key[0], key[1], BLOCK)
-    if STORAGE == PLAIN:
-        code = encode(value, DTYPE, INTERPRETED)
-    elif STORAGE == SIGNED8 or STORAGE == ROOT8:  # noqa: SIM109
-        group = first // GROUP + tl.arange(0, BLOCK // GROUP)
-        if mask is not None:
-            value = tl.where(mask, value, 0.0)
-            group_mask = group * GROUP < numel
+    if has_scales(STORAGE):
+        INVERSE: tl.constexpr = formats.S8_INVERSE if STORAGE == SIGNED8 else formats.U8_INVERSE
+        SMALLEST: tl.constexpr = (
+            formats.S8_SMALLEST_SCALE if STORAGE == SIGNED8 else formats.U8_SMALLEST_SCALE
+        )
+        if SPECIAL:
+            finite = ()
+            for p in tl.static_range(PARTS):
+                finite = finite + (tl.where(formats.is_special(values[p]), 0.0, values[p]),)
+            sign = tl.where(largest <= LARGEST, 0, 0x8000).to(tl.uint32)
+            largest = largest_of_groups(finite, PARTS, BLOCK)
+        scale, inverse = formats.scale_of(largest, INVERSE, SMALLEST)
+        scale_bits = formats.bits_of(scale) >> 16
+        if SPECIAL:
+            scale_bits = scale_bits | sign
+        inverse = spread(inverse, PARTS, BLOCK)
+        run = tl.arange(0, BLOCK // PARTS // RUN)
+        group = group_offsets(PARTS, BLOCK)
+        is_first = run % (GROUP // RUN // PARTS) == 0
+        if not WHOLE:
+            is_first = is_first & (group * GROUP < rest)
+        tl.store(extra + first // GROUP + group, scale_bits.to(tl.uint16), mask=is_first)
+    stored = ()
+    for p in tl.static_range(PARTS):
+        mask = mask_of(offsets[p], rest, WHOLE)
+        if STORAGE == PLAIN:
+            code = encode(values[p], DTYPE, INTERPRETED)
+        elif STORAGE == SIGNED8:
+            code = formats.encode_s8(values[p], inverse, SPECIAL)
+        elif STORAGE == ROOT8:
+            code = formats.encode_u8(values[p], inverse, random[p], SPECIAL)
+        elif STORAGE == STOCHASTIC:
+            if DTYPE == tl.bfloat16:
+                code = formats.encode_bf16_stochastic(values[p], random[p], SPECIAL)
+            else:
+                code = formats.encode_f16_stochastic(values[p], random[p])
         else:
-            group_mask = None
-        if STORAGE == SIGNED8:
-            code, scales = formats.encode_s8(value, BLOCK)
-        else:
-            code, scales = formats.encode_u8(value, random, BLOCK)
-        tl.store(extra + group, scales, mask=group_mask)
-    elif STORAGE == STOCHASTIC:
-        if DTYPE == tl.bfloat16:
-            code = formats.encode_bf16_stochastic(value, random)
-        else:
-            code = formats.encode_f16_stochastic(value, random)
-    else:
-        # The last bit of 16 more is never drawn: any number will do.
-        if STORAGE == SPLIT16:
-            random = key[0]
-        REMAINDER: tl.constexpr = extra.dtype.element_ty
-        if DTYPE == tl.bfloat16:
-            code, rest = formats.encode_bf16_split(value, random, REMAINDER)
-        else:
-            code, rest = formats.encode_f16_split(value, random, REMAINDER)
-        tl.store(extra + index, rest, mask=mask)
-    tl.store(address + index, code, mask=mask)
-    return code
+            if DTYPE == tl.bfloat16:
+                code, remainder = formats.encode_bf16_split(
+                    values[p], random[p], extra.dtype.element_ty, SPECIAL
+                )
+            else:
+                code, remainder = formats.encode_f16_split(
+                    values[p], random[p], extra.dtype.element_ty
+                )
+            tl.store(extra + first + offsets[p], remainder, mask=mask)
+        tl.store(address + first + offsets[p], code, mask=mask)
+        stored = stored + (code,)
+    return stored
 
 
 @triton.jit
