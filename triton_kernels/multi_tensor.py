@@ -82,7 +82,7 @@ def decode_block(
 
 @triton.jit
 def store_block(
-    streams, extras, values, sizes, first, offsets, rest, random, ema, ema_weight,
+    streams, extras, values, sizes, first, indices, numel, random, ema, ema_weight,
     WHOLE: tl.constexpr, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr, COMPUTE: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -91,12 +91,12 @@ def store_block(
     for s in tl.static_range(EMA):
         if s != 1 and DTYPES[s] is not None:
             stored = store(
-                streams[s], extras[s], values[s], sizes[s], first, offsets, rest, random[s], WHOLE,
+                streams[s], extras[s], values[s], sizes[s], first, indices, numel, random[s], WHOLE,
                 SPECIAL, STORAGES[s], DTYPES[s], PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
             if s == 0 and DTYPES[EMA] is not None:
                 for p in tl.static_range(PARTS):
-                    mask = mask_of(offsets[p], rest, WHOLE)
+                    mask = mask_of(indices[p], numel, WHOLE)
                     if STORAGES[0] == PLAIN:
                         param = decode(stored[p], COMPUTE, INTERPRETED)
                     else:
@@ -104,7 +104,7 @@ def store_block(
                     # An average of what is not finite would keep that: the first one copies.
                     average = tl.where(ema_weight == 1, param, lerp(ema[p], param, ema_weight))
                     code = encode(average, DTYPES[EMA], INTERPRETED)
-                    tl.store(streams[EMA] + first + offsets[p], code, mask=mask)
+                    tl.store(streams[EMA] + indices[p], code, mask=mask)
 
 
 @triton.jit
@@ -118,13 +118,15 @@ def update_block(
     """WHOLE: no element is behind the end; the pairs of random_bits are within parts."""
     EMA: tl.constexpr = len(DTYPES) - 1
     offsets = offsets_of(PARTS, BLOCK)
-    rest = numel - first
+    indices = ()
+    for p in tl.static_range(PARTS):
+        indices = indices + (first + offsets[p],)
     codes = ()
     found = ()
     for s in tl.static_range(EMA + 1):
         if DTYPES[s] is not None:
-            codes = codes + (load(streams[s], first, offsets, rest, WHOLE, PARTS),)
-            extra = load_extra(extras[s], first, offsets, rest, WHOLE, STORAGES[s], PARTS, BLOCK)
+            codes = codes + (load(streams[s], indices, numel, WHOLE, PARTS),)
+            extra = load_extra(extras[s], first, indices, numel, WHOLE, STORAGES[s], PARTS, BLOCK)
             found = found + (extra,)
         else:
             codes = codes + (codes[0],)
@@ -143,8 +145,8 @@ def update_block(
             )
     stepped = ()
     for p in tl.static_range(PARTS):
-        index = first + offsets[p]
-        mask = mask_of(offsets[p], rest, WHOLE)
+        index = indices[p]
+        mask = mask_of(indices[p], numel, WHOLE)
         grad = values[1][p]
         states = ()
         for s in tl.static_range(2, EMA):
@@ -178,7 +180,7 @@ def update_block(
             size = largest_of(parts, STORAGES[s], PARTS, BLOCK)
             odd = odd | ((size < SAFE) == 0)
         else:
-            size = rest
+            size = numel
         sizes = sizes + (size,)
         if draws_random(STORAGES[s]):
             drawn = random_bits(first_random, offsets, keys[s], WHOLE, PARTS)
@@ -188,17 +190,17 @@ def update_block(
     if WHOLE and is_any_encoded_specially(STORAGES, DTYPES):
         if tl.max(odd.to(tl.int32), axis=0) != 0:
             store_block(
-                streams, extras, values_to_store, sizes, first, offsets, rest, random,
+                streams, extras, values_to_store, sizes, first, indices, numel, random,
                 values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
         else:
             store_block(
-                streams, extras, values_to_store, sizes, first, offsets, rest, random,
+                streams, extras, values_to_store, sizes, first, indices, numel, random,
                 values[EMA], ema_weight, WHOLE, False, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
     else:
         store_block(
-            streams, extras, values_to_store, sizes, first, offsets, rest, random,
+            streams, extras, values_to_store, sizes, first, indices, numel, random,
             values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
         )  # fmt: skip
 

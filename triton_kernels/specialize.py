@@ -19,6 +19,7 @@ DTYPES = {
     "bfloat16": tl.bfloat16,
     "float16": tl.float16,
 }
+NBITS = {"float32": 32, "float64": 64, "bfloat16": 16, "float16": 16, "int8": 8, "uint8": 8}
 # Of what is packed: the dtype of its elements in memory (None: of those with the bits of its own), and of its
 # scales or remainder.
 PACKED = {
@@ -68,35 +69,52 @@ class Specialization:
         return tl.float64 if "float64" in self.dtypes else tl.float32
 
     @property
-    def chunk(self) -> int:
-        """Elements that one program takes."""
-        return 16384 if self.interpreted else 2048
-
-    @property
     def is_packed(self) -> bool:
         return any(storage != "plain" for storage in self.storages)
 
     @property
     def parts(self) -> int:
+        """Tensors that a block comes in, see streams.py: with 2, a thread has both elements of a pair.
+
+        With 4, Adam's states of 8 bits take more than 128 registers on sm_90.
+        """
         return 2 if self.is_packed else 1
 
     @property
     def num_warps(self) -> int:
+        """One where something special may send a whole block another way: no warp has to wait for others."""
         return 1 if self.is_packed else 4
 
     @property
     def block(self) -> int:
-        """Elements in flight.
+        """Elements in flight: 128 bits of a thread's in each stream or part, where that is possible.
 
-        4 per thread whatever the dtypes, so that no layout is converted: 128 bits of float32, for which
-        sm_90 takes 32 to 56 registers; 16 per thread take 124 to 168, and 32 spill. In float64, which
-        is not mixed with others, 2 are 128 bits; 4 spill in centered RMSprop on sm_80. The interpreter
-        pays per block, not per element.
+        So a thread has 4 elements, whatever the dtypes, so that no layout is converted. For float32, sm_90
+        takes 32 to 56 registers then; for 16 elements 124 to 168, and for 32 it spills. Where all streams
+        have 16 bits, 8 are 128 bits; in float64, which is not mixed with others, 2 are, and 4 spill in
+        centered RMSprop on sm_80. The interpreter pays per block, not per element.
         """
         if self.interpreted:
             return 8192
-        per_thread = 4 * self.parts if self.is_packed else 2 if self.compute is tl.float64 else 4
-        return per_thread * self.warp_size * self.num_warps
+        nbits = {NBITS[dtype] for dtype in self.dtypes if dtype is not None}
+        per_thread = 4
+        if self.compute is tl.float64:
+            per_thread = 2
+        elif nbits == {16} and not self.is_packed:
+            per_thread = 8
+        return self.parts * per_thread * self.warp_size * self.num_warps
+
+    @property
+    def chunk(self) -> int:
+        """Elements that one program takes: 64 of each thread, and of each part.
+
+        Each program first reads the tables, three loads that wait for each other, and on sm_90 takes about
+        100 instructions for that; a thread's 64 elements take 2,800 with float32 and Adam. With larger
+        chunks, the last ones of a small model would leave more of the multiprocessors idle.
+        """
+        if self.interpreted:
+            return 2 * self.block
+        return 64 * self.parts * self.warp_size * self.num_warps
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of `multi_tensor`, in the order of its signature."""

@@ -42,45 +42,45 @@ def offsets_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def group_offsets(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def groups_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """int32, of each run's group within the block."""
     return tl.arange(0, BLOCK // PARTS // RUN) // (GROUP // RUN // PARTS)
 
 
 @triton.jit
-def mask_of(offsets, rest, WHOLE: tl.constexpr):
-    """rest: elements of the tensor from the block's first one on; WHOLE: no less than the block has."""
+def mask_of(index, numel, WHOLE: tl.constexpr):
+    """WHOLE: the tensor has all elements of the block."""
     if WHOLE:
         mask = None
     else:
-        mask = offsets < rest
+        mask = index < numel
     return mask
 
 
 @triton.jit
-def load(address, first, offsets, rest, WHOLE: tl.constexpr, PARTS: tl.constexpr):
+def load(address, indices, numel, WHOLE: tl.constexpr, PARTS: tl.constexpr):
     """The codes of all parts."""
     codes = ()
     for p in tl.static_range(PARTS):
-        mask = mask_of(offsets[p], rest, WHOLE)
-        codes = codes + (tl.load(address + first + offsets[p], mask=mask),)
+        mask = mask_of(indices[p], numel, WHOLE)
+        codes = codes + (tl.load(address + indices[p], mask=mask),)
     return codes
 
 
 @triton.jit
 def load_extra(
-    extra, first, offsets, rest, WHOLE: tl.constexpr,
+    extra, first, indices, numel, WHOLE: tl.constexpr,
     STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The scales, one of each run; or the remainders of all parts; else nothing of use."""
     if has_scales(STORAGE):
-        group = group_offsets(PARTS, BLOCK)
-        mask = mask_of(group * GROUP, rest, WHOLE)
+        group = groups_of(PARTS, BLOCK)
+        mask = mask_of(group * GROUP, numel - first, WHOLE)
         found = (tl.load(extra + first // GROUP + group, mask=mask),)
     elif has_remainder(STORAGE):
-        found = load(extra, first, offsets, rest, WHOLE, PARTS)
+        found = load(extra, indices, numel, WHOLE, PARTS)
     else:
-        found = (rest,)
+        found = (numel,)
     return found
 
 
@@ -258,7 +258,7 @@ def random_bits(first, offsets, key, PAIRED: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def store(
-    address, extra, values, largest, first, offsets, rest, random, WHOLE: tl.constexpr,
+    address, extra, values, largest, first, indices, numel, random, WHOLE: tl.constexpr,
     SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -284,14 +284,14 @@ def store(
             scale_bits = scale_bits | sign
         inverse = spread(inverse, PARTS, BLOCK)
         run = tl.arange(0, BLOCK // PARTS // RUN)
-        group = group_offsets(PARTS, BLOCK)
+        group = groups_of(PARTS, BLOCK)
         is_first = run % (GROUP // RUN // PARTS) == 0
         if not WHOLE:
-            is_first = is_first & (group * GROUP < rest)
+            is_first = is_first & (group * GROUP < numel - first)
         tl.store(extra + first // GROUP + group, scale_bits.to(tl.uint16), mask=is_first)
     stored = ()
     for p in tl.static_range(PARTS):
-        mask = mask_of(offsets[p], rest, WHOLE)
+        mask = mask_of(indices[p], numel, WHOLE)
         if STORAGE == PLAIN:
             code = encode(values[p], DTYPE, INTERPRETED)
         elif STORAGE == SIGNED8:
@@ -312,8 +312,8 @@ def store(
                 code, remainder = formats.encode_f16_split(
                     values[p], random[p], extra.dtype.element_ty
                 )
-            tl.store(extra + first + offsets[p], remainder, mask=mask)
-        tl.store(address + first + offsets[p], code, mask=mask)
+            tl.store(extra + indices[p], remainder, mask=mask)
+        tl.store(address + indices[p], code, mask=mask)
         stored = stored + (code,)
     return stored
 
