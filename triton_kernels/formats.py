@@ -4,8 +4,8 @@ csrc/packed.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16)
 bfloat16. `random` are 16 random bits for each element (uint32). What is not finite is rare and takes many
 instructions: with SPECIAL false the functions do without it, and the caller has made sure that there is none.
 
-Nothing here may depend on how a float is cast to an int that cannot hold it, or on subnormals: such values
-are computed and not chosen.
+Nothing here may depend on how a float is cast to an int that cannot hold it: such values are computed and
+not chosen.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ INF = tl.constexpr(0x7F800000)
 QUIET = tl.constexpr(0x400000)
 F16_INF = tl.constexpr(0x7C00)
 F16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
-F16_OVERFLOW = tl.constexpr(0x47800000)  # 65536 as a float32
 F16_REBIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
-# Below it, a bfloat16 and its remainder are neither special nor rounded to what is.
+# Below them, a bfloat16 or float16 and what is beside it are neither special nor rounded to what is.
 SAFE = tl.constexpr(2.0**127)
+SAFE_F16 = tl.constexpr(65504.0)
 # As a float32, 128; whose last bit is worth 2**-16.
 UNIT_128 = tl.constexpr(0x43000000)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
@@ -151,14 +151,15 @@ def f16_nan(bits):
 
 
 @triton.jit
-def encode_f16_stochastic(value, random):
+def encode_f16_stochastic(value, random, SPECIAL: tl.constexpr):
     bits = bits_of(value)
     m = bits & MAGNITUDE
-    rounded = m + (random >> 3)
-    half = tl.where(rounded >= F16_OVERFLOW, F16_INF, (rounded - F16_REBIAS) >> 13)
+    half = (m + (random >> 3) - F16_REBIAS) >> 13
     subnormal = randomly(float_of(m) * 2.0**24, random).to(tl.uint32)
     half = tl.where(m < F16_SMALLEST_NORMAL, subnormal, half)
-    half = tl.where(m > INF, f16_nan(bits), half)
+    if SPECIAL:
+        half = tl.minimum(half, F16_INF)
+        half = tl.where(m > INF, f16_nan(bits), half)
     return (half | ((bits >> 16) & 0x8000)).to(tl.uint16)
 
 
@@ -256,54 +257,56 @@ def decode_bf16_split(upper, remainder, SPECIAL: tl.constexpr):
 
 
 @triton.jit
-def encode_f16_split(value, random, REMAINDER: tl.constexpr):
+def encode_f16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
     """The nearest float16, and what remains (int16); int8: rounded stochastically to 8 more bits before.
 
     Below 2**-14 the remainder counts steps of 2**-40 (int8: 2**-32).
     """
     bits = bits_of(value)
     m = bits & MAGNITUDE
-    IS_SHORT: tl.constexpr = REMAINDER == tl.int8
-    UNIT_LOG2: tl.constexpr = 8 if IS_SHORT else 16
-    DROPPED: tl.constexpr = 5 if IS_SHORT else 0
-    rounded = m
-    if IS_SHORT:
-        rounded = (m + (random >> 11)) & 0xFFFFFFE0
-        steps = randomly(float_of(m) * 2.0**32, random)
+    subnormal = m < F16_SMALLEST_NORMAL
+    if REMAINDER == tl.int8:
+        # The bits of a float16, and 8 more, count such steps below 2**-14 too.
+        normal = (m + (random >> 11) - F16_REBIAS) >> 5
+        steps = randomly(float_of(m) * 2.0**32, random).to(tl.uint32)
+        remainder = tl.where(subnormal, steps, normal)
+        upper = (remainder + 0x80) >> 8
     else:
         t = float_of(m) * 2.0**40
         steps = t.to(tl.int32)
         steps += tl.where(t - steps.to(tl.float32) >= 0.5, 1, 0)
-    nearest = (rounded + 0x1000) & 0xFFFFE000
-    is_inf = nearest >= F16_OVERFLOW
-    upper = tl.where(is_inf, F16_INF, (nearest - F16_REBIAS) >> 13)
-    remainder = (rounded - nearest).to(tl.int32, bitcast=True) >> DROPPED
-    subnormal = m < F16_SMALLEST_NORMAL
-    upper_steps = (steps + (1 << (UNIT_LOG2 - 1))) >> UNIT_LOG2
-    upper = tl.where(subnormal, upper_steps.to(tl.uint32), upper)
-    remainder = tl.where(subnormal, steps - (upper_steps << UNIT_LOG2), remainder)
-    upper = tl.where(m > INF, f16_nan(bits), upper)
-    remainder = tl.where(is_inf, 0, remainder)
+        steps = steps.to(tl.uint32)
+        nearest = (m + 0x1000) & 0xFFFFE000
+        upper = tl.where(subnormal, (steps + 0x8000) >> 16, (nearest - F16_REBIAS) >> 13)
+        remainder = tl.where(subnormal, steps, m - nearest)
+    if SPECIAL:
+        remainder = tl.where(upper >= F16_INF, 0, remainder)
+        upper = tl.where(upper >= F16_INF, F16_INF, upper)
+        upper = tl.where(m > INF, f16_nan(bits), upper)
+    # Below the nearest upper part, the remainder counts down from it: two's complement.
     return (upper | ((bits >> 16) & 0x8000)).to(tl.uint16), remainder.to(REMAINDER)
 
 
 @triton.jit
-def decode_f16_split(upper, remainder):
+def decode_f16_split(upper, remainder, SPECIAL: tl.constexpr):
+    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE_F16, or NaN."""
     h = upper.to(tl.int32) & 0x7FFF
     rest = remainder.to(tl.int32)
-    IS_SHORT: tl.constexpr = remainder.dtype == tl.int8
-    UNIT: tl.constexpr = 256 if IS_SHORT else 65536
-    STEP: tl.constexpr = 2.0**-32 if IS_SHORT else 2.0**-40
     # A remainder outside of these bounds is that of a param that someone else has overwritten.
-    if IS_SHORT:
-        of_normal = rest * 32
-        of_subnormal = rest
+    if remainder.dtype == tl.int8:
+        # Of a float16 with 8 more bits, the bits are those of a float32 with another bias.
+        m = (h << 13) + rest * 32
+        if SPECIAL:
+            m = tl.maximum(m, 0)
+        m = bits_of(float_of(m) * 2.0**112)
     else:
         of_normal = tl.minimum(tl.maximum(rest, -0x1000), 0xFFF)
         of_subnormal = tl.minimum(rest, 0x7FFF - (h >> 8))
-    normal = float_of((h << 13) + F16_REBIAS + of_normal)
-    subnormal = tl.maximum(h * UNIT + of_subnormal, 0).to(tl.float32) * STEP
-    is_normal = (h > 0x400) | ((h == 0x400) & (rest >= 0))
-    m = bits_of(tl.where(is_normal, normal, subnormal))
+        normal = (h << 13) + F16_REBIAS + of_normal
+        subnormal = tl.maximum(h * 65536 + of_subnormal, 0).to(tl.float32) * 2.0**-40
+        is_normal = (h > 0x400) | ((h == 0x400) & (rest >= 0))
+        m = bits_of(tl.where(is_normal, float_of(normal), subnormal))
     value = float_of(m | ((upper.to(tl.uint32) & 0x8000) << 16))
-    return tl.where(h < F16_INF, value, decode_f16(upper))
+    if SPECIAL:
+        value = tl.where(h < F16_INF, value, decode_f16(upper))
+    return value

@@ -17,26 +17,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formats import SAFE, random_key
+from .formats import random_key
 from .rules import divide, lerp
 from .streams import (
     PLAIN,
     RUN,
     decode,
     decoded,
-    draws_random,
     encode,
-    is_any_decoded_specially,
-    is_any_encoded_specially,
-    is_decoded_specially,
-    is_encoded_specially,
+    has_special_codes,
     is_odd,
     largest_of,
     load,
     load_extra,
     mask_of,
+    not_below,
     offsets_of,
-    random_bits,
+    safe,
     store,
     to_encode,
     without_remainder,
@@ -61,6 +58,11 @@ CLIPPED = tl.constexpr(2)
 ZEROED = tl.constexpr(3)
 
 
+@triton.constexpr_function
+def is_packed(STORAGES):
+    return any(storage != PLAIN for storage in STORAGES)
+
+
 @triton.jit
 def decode_block(
     codes, extras, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
@@ -82,7 +84,7 @@ def decode_block(
 
 @triton.jit
 def store_block(
-    streams, extras, values, sizes, first, indices, numel, random, ema, ema_weight,
+    streams, extras, values, sizes, first, indices, numel, keys, first_random, ema, ema_weight,
     WHOLE: tl.constexpr, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr, COMPUTE: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -91,8 +93,8 @@ def store_block(
     for s in tl.static_range(EMA):
         if s != 1 and DTYPES[s] is not None:
             stored = store(
-                streams[s], extras[s], values[s], sizes[s], first, indices, numel, random[s], WHOLE,
-                SPECIAL, STORAGES[s], DTYPES[s], PARTS, BLOCK, INTERPRETED,
+                streams[s], extras[s], values[s], sizes[s], first, indices, numel, keys[s],
+                first_random, WHOLE, SPECIAL, STORAGES[s], DTYPES[s], PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
             if s == 0 and DTYPES[EMA] is not None:
                 for p in tl.static_range(PARTS):
@@ -134,11 +136,12 @@ def update_block(
     values = decode_block(
         codes, found, not WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED
     )
-    if WHOLE and is_any_decoded_specially(STORAGES, DTYPES):
+    IS_PACKED: tl.constexpr = is_packed(STORAGES)
+    if WHOLE and IS_PACKED:
         odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
         for s in tl.static_range(EMA):
-            if is_decoded_specially(STORAGES[s], DTYPES[s]):
-                odd = odd | is_odd(values[s], found[s], STORAGES[s], PARTS, BLOCK)
+            if has_special_codes(STORAGES[s]):
+                odd = odd | is_odd(values[s], found[s], STORAGES[s], DTYPES[s], PARTS, BLOCK)
         if tl.max(odd.to(tl.int32), axis=0) != 0:
             values = decode_block(
                 codes, found, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED
@@ -167,7 +170,6 @@ def update_block(
         stepped = stepped + ((param, grad) + states,)
     values_to_store = ()
     sizes = ()
-    random = ()
     odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
     for s in tl.static_range(EMA):
         parts = ()
@@ -176,32 +178,27 @@ def update_block(
         if DTYPES[s] is not None:
             parts = to_encode(parts, STORAGES[s], PARTS)
         values_to_store = values_to_store + (parts,)
-        if is_encoded_specially(STORAGES[s], DTYPES[s]):
+        if STORAGES[s] != PLAIN:
             size = largest_of(parts, STORAGES[s], PARTS, BLOCK)
-            odd = odd | ((size < SAFE) == 0)
+            odd = odd | not_below(size, safe(DTYPES[s]))
         else:
             size = numel
         sizes = sizes + (size,)
-        if draws_random(STORAGES[s]):
-            drawn = random_bits(first_random, offsets, keys[s], WHOLE, PARTS)
-        else:
-            drawn = offsets
-        random = random + (drawn,)
-    if WHOLE and is_any_encoded_specially(STORAGES, DTYPES):
+    if WHOLE and IS_PACKED:
         if tl.max(odd.to(tl.int32), axis=0) != 0:
             store_block(
-                streams, extras, values_to_store, sizes, first, indices, numel, random,
-                values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+                streams, extras, values_to_store, sizes, first, indices, numel, keys,
+                first_random, values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
         else:
             store_block(
-                streams, extras, values_to_store, sizes, first, indices, numel, random,
-                values[EMA], ema_weight, WHOLE, False, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+                streams, extras, values_to_store, sizes, first, indices, numel, keys,
+                first_random, values[EMA], ema_weight, WHOLE, False, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
     else:
         store_block(
-            streams, extras, values_to_store, sizes, first, indices, numel, random,
-            values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+            streams, extras, values_to_store, sizes, first, indices, numel, keys,
+            first_random, values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import formats
-from .formats import GROUP, SAFE
+from .formats import GROUP, SAFE, SAFE_F16
 from .rules import square_root
 
 STORAGES = ("plain", "stochastic", "signed8", "root8", "split8", "split16")
@@ -157,24 +157,15 @@ def draws_random(STORAGE):
 
 
 @triton.constexpr_function
-def is_decoded_specially(STORAGE, DTYPE):
-    """Whether some codes stand for what no arithmetic gives."""
-    return STORAGE in (SIGNED8, ROOT8) or (STORAGE in (SPLIT8, SPLIT16) and DTYPE == tl.bfloat16)
+def has_special_codes(STORAGE):
+    """Whether what some codes stand for is not what the arithmetic of the others gives."""
+    return STORAGE not in (PLAIN, STOCHASTIC)
 
 
 @triton.constexpr_function
-def is_encoded_specially(STORAGE, DTYPE):
-    return STORAGE in (SIGNED8, ROOT8) or (STORAGE != PLAIN and DTYPE == tl.bfloat16)
-
-
-@triton.constexpr_function
-def is_any_decoded_specially(STORAGES, DTYPES):
-    return any(is_decoded_specially(s, d) for s, d in zip(STORAGES, DTYPES))
-
-
-@triton.constexpr_function
-def is_any_encoded_specially(STORAGES, DTYPES):
-    return any(is_encoded_specially(s, d) for s, d in zip(STORAGES, DTYPES))
+def safe(DTYPE):
+    """What is smaller needs no SPECIAL."""
+    return SAFE_F16 if DTYPE == tl.float16 else SAFE
 
 
 @triton.jit
@@ -198,20 +189,27 @@ def decoded(
         elif DTYPE == tl.bfloat16:
             value = formats.decode_bf16_split(codes[p], extra[p], SPECIAL)
         else:
-            value = formats.decode_f16_split(codes[p], extra[p])
+            value = formats.decode_f16_split(codes[p], extra[p], SPECIAL)
         values = values + (value,)
     return values
 
 
 @triton.jit
+def not_below(x, limit):
+    """True for NaN."""
+    return (x < limit) == 0
+
+
+@triton.jit
 def is_odd(
-    values, extra, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    values, extra, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each run, whether it has to be decoded with SPECIAL; values: decoded without."""
     if has_scales(STORAGE):
         odd = extra[0] >= 0x8000  # the sign says so
     else:
-        odd = (largest_of_runs(values, PARTS, BLOCK) < SAFE) == 0
+        odd = not_below(largest_of_runs(values, PARTS, BLOCK), safe(DTYPE))
     return odd
 
 
@@ -237,13 +235,16 @@ def largest_of(values, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def random_bits(first, offsets, key, PAIRED: tl.constexpr, PARTS: tl.constexpr):
+def random_bits(
+    first, key, PAIRED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """16 random bits for each element of all parts.
 
     Args:
         first: number of the block's first element in the whole param.
         PAIRED: that is a multiple of 32, and the numbers of the block's pairs agree in their upper 32 bits.
     """
+    offsets = offsets_of(PARTS, BLOCK)
     random = ()
     for p in tl.static_range(0, PARTS, 2 if PAIRED else 1):
         if PAIRED:
@@ -258,14 +259,15 @@ def random_bits(first, offsets, key, PAIRED: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def store(
-    address, extra, values, largest, first, indices, numel, random, WHOLE: tl.constexpr,
-    SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    address, extra, values, largest, first, indices, numel, key, first_random,
+    WHOLE: tl.constexpr, SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Returns what was stored in the stream itself.
 
     Args:
         values, largest: as to_encode and largest_of have them.
+        key: of the random bits, drawn as for the elements from first_random on.
     """
     if has_scales(STORAGE):
         INVERSE: tl.constexpr = formats.S8_INVERSE if STORAGE == SIGNED8 else formats.U8_INVERSE
@@ -289,6 +291,10 @@ def store(
         if not WHOLE:
             is_first = is_first & (group * GROUP < numel - first)
         tl.store(extra + first // GROUP + group, scale_bits.to(tl.uint16), mask=is_first)
+    if draws_random(STORAGE):
+        random = random_bits(first_random, key, WHOLE, PARTS, BLOCK)
+    else:
+        random = values
     stored = ()
     for p in tl.static_range(PARTS):
         mask = mask_of(indices[p], numel, WHOLE)
@@ -302,7 +308,7 @@ def store(
             if DTYPE == tl.bfloat16:
                 code = formats.encode_bf16_stochastic(values[p], random[p], SPECIAL)
             else:
-                code = formats.encode_f16_stochastic(values[p], random[p])
+                code = formats.encode_f16_stochastic(values[p], random[p], SPECIAL)
         else:
             if DTYPE == tl.bfloat16:
                 code, remainder = formats.encode_bf16_split(
@@ -310,7 +316,7 @@ def store(
                 )
             else:
                 code, remainder = formats.encode_f16_split(
-                    values[p], random[p], extra.dtype.element_ty
+                    values[p], random[p], extra.dtype.element_ty, SPECIAL
                 )
             tl.store(extra + indices[p], remainder, mask=mask)
         tl.store(address + indices[p], code, mask=mask)
