@@ -170,12 +170,12 @@ def decode_f16(codes):
 
 @triton.jit
 def scale_of(largest, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale as a float32, rounded up to a bfloat16, and its inverse; of a finite magnitude."""
+    """The scale as a float32, rounded up to a bfloat16, and the inverse to encode with; of a finite magnitude."""
     up = float_of((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
     up = tl.where(up > SMALLEST, up, SMALLEST)
-    there = largest > 0
     one = tl.full(up.shape, 1.0, tl.float32)
-    return tl.where(there, up, 0.0), tl.where(there, divide(one, up), 0.0)
+    # Zeros have code 0 whatever the inverse.
+    return tl.where(largest > 0, up, 0.0), divide(one, up)
 
 
 @triton.jit
