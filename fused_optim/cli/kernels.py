@@ -46,10 +46,7 @@ PACKED = {
     "float16 split8, states int8": ("float16", "split8", "int8"),
     "float16 split16, states bfloat16": ("float16", "split16", "bfloat16"),
 }
-NBITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "uint8": 8}
 REMAINDER_NBITS = {"split8": 8, "split16": 16}
-# Elements of one thread: 128 bits of what it computes in, see Specialization.block.
-ELEMENTS_PER_THREAD = {"float32": 4, "float64": 2}
 # Of the 65,536 of a multiprocessor. With 64 per thread, 1,024 threads are resident, and the kernel with
 # the fewest streams, SGD's param and grad, has 1,024 * 2 * 16 bytes = 32 KiB of loads in flight; an H100
 # needs 3.35 TB/s * 1 us / 132 multiprocessors = 25 KB. In float64, 80 leave 768
@@ -137,29 +134,41 @@ class Kernel:
         specialization = self.specialization(target)
         dtypes = specialization.dtypes
         compute = "float64" if "float64" in dtypes else "float32"
+        n_threads = specialization.warp_size * specialization.num_warps
+        elements = specialization.block // n_threads
+        in_part = elements // specialization.parts
+
+        def add(accesses: Counter[int], nbits: int) -> None:
+            """Of all elements of a thread, in which each part is an access of its own."""
+            access = min(nbits * in_part, WIDEST)
+            accesses[access] += nbits * elements // access
+
         for stream, dtype in enumerate(dtypes):
             if dtype is not None:
-                nbits = NBITS[dtype] * ELEMENTS_PER_THREAD[compute]
-                access = min(nbits, WIDEST)
-                loads[access] += nbits // access
+                add(loads, specialize.NBITS[dtype])
                 # The grad is only written where it is unscaled.
                 if stream != 1 or self.scaled:
-                    stores[access] += nbits // access
-        # With an EMA there are as many streams as in float64, so the same number will do.
-        bound = MAX_REGISTERS["float64" if self.one_pass else compute]
+                    add(stores, specialize.NBITS[dtype])
+        # With an EMA there are as many streams as in float64, so the same number will do; what has 16 bits
+        # has twice as many elements in flight.
+        bound = MAX_REGISTERS["float64" if self.one_pass or in_part == 8 else compute]
         shared_nbytes = 0
         if self.dtypes in PACKED:
             remainder = REMAINDER_NBITS.get(specialization.storages[0])
             if remainder is not None:
-                nbits = remainder * ELEMENTS_PER_THREAD[compute]
-                loads[nbits] += 1
-                stores[nbits] += 1
+                add(loads, remainder)
+                add(stores, remainder)
             # Accesses of 32 bits or less are not told apart from those to the tables.
             loads, stores = ({n: a[n] for n in a if n > 32} for a in (loads, stores))
             has_scales = any(dtype in ("int8", "uint8") for dtype in dtypes)
             bound = MAX_REGISTERS_PACKED[8 if has_scales else 16]
-            shared_nbytes = SCALES_SHARED_NBYTES if has_scales else 0
-        return Needs(dict(loads), dict(stores), bound if bounded else None, shared_nbytes)
+        return Needs(
+            dict(loads), dict(stores), bound if bounded else None, shared_nbytes, elements,
+            self.max_instructions(specialization) if bounded else None,
+        )  # fmt: skip
+
+    def max_instructions(self, specialization: specialize.Specialization) -> float:
+        return 1000.0
 
 
 def select(

@@ -4,7 +4,7 @@ Knows no Triton and starts no process: text in, numbers and complaints out.
 """
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,12 +21,38 @@ class Needs:
         stores: likewise.
         max_registers: per thread; None: any number.
         max_shared_nbytes: per program.
+        elements: that a thread takes per whole block.
+        max_instructions: per element, see Round; None: any number.
     """
 
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     max_registers: int | None = None
     max_shared_nbytes: int = 0
+    elements: int = 0
+    max_instructions: float | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """The way around a kernel's loop over blocks that takes the fewest instructions: that of a whole block.
+
+    Routines for what is rare (NaN, subnormal quotients) are on other ways.
+
+    Attributes:
+        instructions: of a thread.
+        bits: of its widest accesses: stores, or loads where nothing is stored.
+        accesses: how many of these there are on it.
+    """
+
+    instructions: int
+    bits: int
+    accesses: int
+
+    def per_element(self, needs: Needs) -> float:
+        """Instructions; a compiler may have unrolled the loop."""
+        per_block = (needs.stores or needs.loads)[self.bits]
+        return self.instructions / (needs.elements * self.accesses / per_block)
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,7 @@ class Measured:
         divides, takes_roots: whether the kernel asks for quotients and square roots.
         rounded_divisions, rounded_roots: correctly rounded ones in the code.
         operations: of Triton's own code, which the compilers start from: their time grows with these.
+        round: None where the machine code was not read, or has no loop over blocks.
     """
 
     registers: int
@@ -62,6 +89,7 @@ class Measured:
     rounded_divisions: int
     rounded_roots: int
     operations: int
+    round: Round | None = None
 
 
 def complaints(needs: Needs, measured: Measured) -> list[str]:
@@ -76,6 +104,12 @@ def complaints(needs: Needs, measured: Measured) -> list[str]:
                 found.append(f"{there.get(bits, 0)} {what} of {bits} bits, not {n}")
     if needs.max_registers is not None and measured.registers > needs.max_registers:
         found.append(f"{measured.registers} registers, more than {needs.max_registers}")
+    if needs.max_instructions is not None and measured.round is not None:
+        per_element = measured.round.per_element(needs)
+        if per_element > needs.max_instructions:
+            found.append(
+                f"{per_element:.1f} instructions per element, more than {needs.max_instructions:.1f}"
+            )
     for number, what in (
         (measured.stack_nbytes, "bytes of stack"),
         (measured.local_nbytes, "bytes of local memory"),
@@ -156,7 +190,60 @@ def measure_nvidia(
         rounded_divisions=_total(of_ptx, r"div\.rn\.f(32|64)"),
         rounded_roots=_total(of_ptx, r"sqrt\.rn\.f(32|64)"),
         operations=_operations(ttir),
+        round=None if sass is None else shortest_round(sass),
     )
+
+
+def shortest_round(sass: str) -> Round | None:
+    """Of the disassembly of one kernel."""
+    instructions, labels = [], dict[str, int]()
+    for line in sass.splitlines():
+        if match := re.match(r"(\.L\w+):", line):
+            labels[match[1]] = len(instructions)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)(.*);", line):
+            target = re.search(r"\((\.L\w+)\)", match[3])
+            instructions.append((match[2], match[1] is not None, target and target[1]))
+
+    def following(i: int) -> list[int]:
+        name, is_conditional, target = instructions[i]
+        name = name.split(".")[0]
+        if name == "CALL" or (name in ("EXIT", "RET") and not is_conditional):
+            return []
+        if name != "BRA" or target is None:
+            return [i + 1]
+        return [labels[target], i + 1] if is_conditional else [labels[target]]
+
+    for name in ("STG", "LDG"):
+        for bits in (128, 64):
+            wide = {
+                i
+                for i, (op, is_conditional, _) in enumerate(instructions)
+                if re.match(rf"{name}\b.*\.{bits}\b", op) and not is_conditional
+            }
+            ways = [way for i in sorted(wide) if (way := _way_around(i, following))]
+            if ways:
+                shortest = min(ways, key=len)
+                return Round(len(shortest), bits, len(wide.intersection(shortest)))
+    return None
+
+
+def _way_around(start: int, following: Callable[[int], list[int]]) -> list[int]:
+    """The fewest instructions from this one to itself; none if it is in no loop."""
+    before = dict[int, int]()
+    reached = deque([start])
+    while reached:
+        i = reached.popleft()
+        for j in following(i):
+            if j == start:
+                way = [i]
+                while i != start:
+                    i = before[i]
+                    way.append(i)
+                return way
+            if j not in before:
+                before[j] = i
+                reached.append(j)
+    return []
 
 
 # Fused operations by which LLVM's AMDGPU backend rounds one quotient or square root correctly or turns
