@@ -107,7 +107,10 @@ def outcome(
 
 
 def expect(optimizer: Any, backend: str, n_tensors: int) -> None:
-    assert optimizer.last_step.tensors == {backend: n_tensors}, optimizer.last_step
+    """Whether the backend has stepped them all."""
+    step = optimizer.last_step
+    reasons = {fallback.reason for fallback in step.fallbacks}
+    assert step.tensors == {backend: n_tensors}, f"{step.tensors}: {'; '.join(reasons)}"
 
 
 @contextlib.contextmanager
