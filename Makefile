@@ -69,7 +69,7 @@ triton-oldest: $(VENV)/installed
 	test -d $(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0"'
 	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -q \
-	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py \
+	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py tests/test_sweep.py \
 	  -k "not sm_80 and not sm_100 and not gfx942"
 	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -n auto -q -W ignore::RuntimeWarning:triton \
 	  tests/test_triton_bits.py tests/test_triton_prepare.py -k "not float16 and not float64"

@@ -1,43 +1,67 @@
-"""Few small steps of every optimizer on the GPU, for compute-sanitizer; checks no numbers."""
+"""Few small steps of every kernel on a GPU, for compute-sanitizer; checks no numbers.
+
+python benchmarks/memcheck.py [DEVICE]
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from smoke import FORMATS, ONE_PASS, OPTIMIZERS, expect
 
 import fused_optim
 
-CASES = [
-    (fused_optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    (fused_optim.Adam, {"amsgrad": True}),
-    (fused_optim.AdamW, {}),
-    (fused_optim.RMSprop, {"centered": True, "momentum": 0.9}),
-    (fused_optim.Adagrad, {}),
-    (fused_optim.Lion, {"weight_decay": 0.1}),
-]
+PLAIN = (torch.float32, torch.bfloat16)
+# Below, at and above what one program steps at once, and a prime.
+NUMELS = (1, 511, 512, 4096, 10_007)
 
 
-def misaligned(numel: int, dtype: torch.dtype) -> torch.Tensor:
+def aligned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.rand(numel, device=device).to(dtype)
+
+
+def misaligned(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor that begins behind the first element of its memory and ends with the last."""
-    return torch.rand(numel + 1, device="cuda").to(dtype)[1:]
+    return aligned(numel + 1, dtype, device)[1:]
 
 
-def main() -> None:
-    for optimizer_class, options in CASES:
-        params = []
-        for dtype in (torch.float32, torch.bfloat16):
-            # Below, at and above what one program steps at once, and a prime.
-            for numel in (1, 511, 512, 4096, 10_007):
-                for make in (misaligned, lambda n, d: torch.rand(n, device="cuda").to(d)):
-                    param = torch.nn.Parameter(make(numel, dtype))
-                    param.grad = make(numel, dtype)
-                    params.append(param)
-            transposed = torch.nn.Parameter(torch.rand(33, 65, device="cuda").to(dtype))
-            transposed.grad = torch.rand(65, 33, device="cuda").to(dtype).t()
-            params.append(transposed)
-        optimizer = optimizer_class(params, **options)
+def params_of(dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
+    """With grads; the last is transposed."""
+    params = []
+    for numel in NUMELS:
+        for make in (aligned, misaligned):
+            params.append(torch.nn.Parameter(make(numel, dtype, device)))
+            params[-1].grad = make(numel, dtype, device)
+    params.append(torch.nn.Parameter(aligned(33 * 65, dtype, device).view(33, 65)))
+    params[-1].grad = aligned(33 * 65, dtype, device).view(65, 33).t()
+    return params
+
+
+def cases() -> Iterator[tuple[str, tuple[torch.dtype, ...], dict[str, Any]]]:
+    """Optimizer, dtypes of its params, options."""
+    for name, options in OPTIMIZERS.items():
+        yield name, PLAIN, options
+    yield "AdamW", PLAIN, ONE_PASS
+    for dtype, options in FORMATS:
+        yield "AdamW", (dtype,), options
+    yield "AdamW", (torch.bfloat16,), {**FORMATS[-1][1], **ONE_PASS}
+
+
+def main(device: torch.device) -> None:
+    n_cases = 0
+    for name, dtypes, options in cases():
+        params = [param for dtype in dtypes for param in params_of(dtype, device)]
+        optimizer = getattr(fused_optim, name)(params, **options)
         for _ in range(2):
             optimizer.step()
-        torch.cuda.synchronize()
-        print(optimizer_class.__name__, optimizer.last_step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        expect(optimizer, "triton", len(params))
+        n_cases += 1
+        print(name, options, optimizer.last_step, flush=True)
+    print(f"{n_cases} cases checked")
 
 
 if __name__ == "__main__":
-    main()
+    main(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda"))

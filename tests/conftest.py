@@ -1,10 +1,15 @@
-"""Skips are printed, and one whose reason is not in ALLOWED_SKIPS fails the run."""
+"""Skips are printed, and one whose reason is not in ALLOWED_SKIPS fails the run.
+
+A test that breaks the CUDA context ends its process.
+"""
 
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+from cases import DEVICE
 
 from fused_optim import backends
 
@@ -54,6 +59,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"skipped: {nodeid}: {reason}")
     for nodeid, reason in _unplanned():
         terminalreporter.line(f"skipped for a reason not in ALLOWED_SKIPS: {nodeid}: {reason}")
+
+
+# What an error says after which every call to the GPU fails, until the process ends.
+BREAKS_THE_CONTEXT = ("CUDA error", "illegal memory access", "device-side assert")
+
+
+def _is_broken() -> bool:
+    try:
+        torch.cuda.synchronize()
+    # The second from torch without CUDA, in test_conftest.py.
+    except (RuntimeError, AssertionError):
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that breaks the CUDA context fails alone, not with all that come after it."""
+    report = yield
+    if DEVICE.type != "cuda" or call.excinfo is None:
+        return report
+    said = str(call.excinfo.value)
+    if any(text in said for text in BREAKS_THE_CONTEXT) and _is_broken():
+        if hasattr(item.config, "workerinput"):
+            item.ihook.pytest_runtest_logreport(report=report)  # sent when this returns
+            os._exit(1)  # xdist starts another worker for the rest
+        item.session.shouldstop = f"{item.nodeid} broke the CUDA context: no test can run after it"
+    return report
 
 
 @pytest.fixture(autouse=True)
