@@ -26,6 +26,13 @@ class KernelOptions(OnePassOptions, FormatOptions, total=False):
     """Keyword arguments of every optimizer of this package, beside torch.optim's."""
 
 
+def _first_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """As torch.optim makes it for the param, of one that it made on the meta device without fused."""
+    if group.get("fused") and param.device.type != "cpu":
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    return torch.zeros_like(step, device=param.device) if step.is_meta else step
+
+
 class PackedOptimizer(OnePassOptimizer):
     """The options of :class:`FormatOptions` and what they offer; FusedOptimizer's step heeds them."""
 
@@ -80,15 +87,24 @@ class PackedOptimizer(OnePassOptimizer):
 
     def _create_packed(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The first states of one param, in the formats of its group."""
-        states = self._create_state(param, group)
         if not formats.applies(param, group):
-            return states
-        states = {**self.state.get(param, {}), **states}
-        states = self._convert_state(param, group, states)
+            return self._create_state(param, group)
+        # Those of another format are never made, and a step on a device is not waited for.
+        created = self._create_state(formats.on_meta(param), {**group, "fused": False})
+        if "step" in created:
+            created["step"] = _first_step(created["step"], param, group)
+        states = {**self.state.get(param, {}), **created}
+        states = self._convert_first(param, group, states)
         return {key: value for key, value in states.items() if value is not None}
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _convert_first(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The first states in the formats of the group; of what torch.optim made, only the layout counts."""
+        return formats.encode_states(param, group, states, self._description(), None)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
