@@ -253,6 +253,8 @@ def test_grad_scaler_in_either_order(
             if run.is_ours:
                 amp.step(run.opt)
                 run.n_steps += 1
+                if phase.max_grad_norm is not None:
+                    assert run.opt.grad_norm.isfinite() == (i != 3)
             else:
                 run.step_as_is()  # which skips by itself
             if i != 3:  # unscaled, and clipped or zeroed where that is asked for
@@ -262,6 +264,22 @@ def test_grad_scaler_in_either_order(
 
     ours, stock = run_phases(case, phase, program)
     assert ours.opt.skipped_steps.item() == stock.n_skipped == 1
+
+
+@pytest.mark.parametrize("falls_back", [False, True])
+@pytest.mark.usefixtures("either_way")
+def test_a_step_that_found_inf_skips_measures(falls_back: bool) -> None:
+    params = [torch.nn.Parameter(torch.zeros(2, device=DEVICE)) for _ in range(2)]
+    opt = fused_optim.SGD(params, lr=1.0, momentum=0.5, max_grad_norm=1.0, zero_grads=True)
+    params[0].grad = torch.tensor([4.0, 8.0], device=DEVICE)
+    params[1].grad = torch.tensor([0.0, 8.0], device=DEVICE)
+    if falls_back:
+        params[1].grad = torch._neg_view(params[1].grad)
+    opt.grad_scale = torch.tensor(2.0, device=DEVICE)
+    opt.found_inf = torch.tensor(1.0, device=DEVICE)
+    opt.step()
+    assert opt.grad_norm.item() == 6.0 and opt.skipped_steps.item() == 1
+    assert not any(param.any() or param.grad.any() for param in params)
 
 
 @each_optimizer
