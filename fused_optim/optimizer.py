@@ -214,14 +214,15 @@ class FusedOptimizer(PackedOptimizer):
             found_inf = None
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
         measured = self._begin_one_pass(found_inf)
+        if measured is None and found_inf is not None and not skip_on_device and found_inf.item():
+            self._skip()
+            return None
         one_pass = self._one_pass
         kernels = backends.cpu_kernels()
-        uses_stock = kernels is None or n_dispatch_modes()
-        if measured is None and found_inf is not None and (uses_stock or not skip_on_device):
-            if found_inf.item():
+        if kernels is None or n_dispatch_modes():
+            if measured is None and found_inf is not None and found_inf.item():
                 self._skip()
                 return None
-        if uses_stock:
             reason = "no kernels in use" if kernels is None else WATCHED
             launcher = keeper.__dict__.get("_plan", (None, None))[1]
             return self._step_all_with_stock(groups, step_with_stock, measured, reason, launcher)
@@ -242,7 +243,7 @@ class FusedOptimizer(PackedOptimizer):
             outcome = plan.step(
                 groups,
                 self.state,
-                self._create_packed,
+                self._create_unsure if skip_on_device else self._create_packed,
                 self._convert_state,
                 sharding.place_of,
                 lambda fallbacks: step_with_stock(fallbacks, launcher),
