@@ -87,15 +87,22 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             fused=fused,
         )
 
+    def _convert_first(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        initial = group["initial_accumulator_value"]
+        states = {key: value for key, value in states.items() if key != "sum_scale"}
+        if initial == 0:
+            return super()._convert_first(param, group, states)
+        # torch.optim's constructor has rounded the initial value to the param's dtype.
+        states["sum"] = torch.full_like(param, initial, dtype=torch.float32, requires_grad=False)
+        return super()._convert_state(param, group, states)
+
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
     ) -> dict[str, Any]:
-        # torch.optim's constructor has rounded the initial value to the param's dtype.
         if states.get("step") == 0 and isinstance(states.get("sum"), Tensor):
-            initial = group["initial_accumulator_value"]
-            total = torch.full_like(param, initial, dtype=torch.float32, requires_grad=False)
-            states = {key: value for key, value in states.items() if key != "sum_scale"}
-            states["sum"] = total
+            return self._convert_first(param, group, states)
         return super()._convert_state(param, group, states)
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:

@@ -137,6 +137,21 @@ def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
     return torch.empty_like(param, dtype=dtype, device=device, requires_grad=False)
 
 
+def on_meta(param: Tensor) -> Tensor:
+    """What this process holds of a param and its grad, without values; without a grad, one like the param."""
+
+    def twin(tensor: Tensor) -> Tensor:
+        part = sharding.part_of(tensor)
+        return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+
+    like, grad = twin(param), param.grad
+    like_grad = twin(param if grad is None or grad.layout != torch.strided else grad)
+    if like_grad.dtype != like.dtype:
+        like.grad_dtype = None
+    like.grad = like_grad
+    return like
+
+
 def _transcode(
     packs: bool,
     format: Format,
@@ -211,6 +226,19 @@ def encode(
     return stream.to(like.device), None if extra is None else extra.to(like.device)
 
 
+def _zeros(format: Format, values: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `encode` makes them; in the layout of `values` if those would be kept."""
+    is_kept = format.storage == "plain" and (values.dtype, values.shape) == (
+        format.dtype,
+        like.shape,
+    )
+    stream = _like(values if is_kept else like, format.dtype, like.device).zero_()
+    if format.storage not in ("signed8", "root8"):
+        return stream, None
+    n_groups = (stream.numel() + GROUP - 1) // GROUP
+    return stream, torch.zeros(n_groups, dtype=torch.bfloat16, device=like.device)
+
+
 def decode_codes(states: States, names: list[str]) -> States:
     """Float32 in place of 8 bits; without scales."""
     coded = [name for name in names if states.get(f"{name}_scale") is not None]
@@ -283,7 +311,7 @@ def encode_states(
     group: dict[str, Any],
     states: States,
     rule: dict[str, Any],
-    key: tuple[int, int, int],
+    key: tuple[int, int, int] | None,
 ) -> States:
     """The states in the formats that the group asks for; None in place of what there is no longer.
 
@@ -291,22 +319,26 @@ def encode_states(
 
     Args:
         rule: of csrc/rules.h, as its description says it (backends.codec().rules()).
-        key: (seed, number of the param, step) of the random bits.
+        key: (seed, number of the param, step) of the random bits. None: the states become zeros; what this
+            process holds of those that are given may be on the meta device.
     """
     names = rule["states"]
     converted: States = dict(states)
-    seed, number, step = key
     for s, name in enumerate(names):
         tensor, scale_key = states.get(name), f"{name}_scale"
         if not isinstance(tensor, Tensor):
             continue
         wanted = of_state(param, group, bool(rule["squares"] >> s & 1))
         scale = states.get(scale_key)
-        if not _fits(tensor, scale, wanted, param):
+        if key is None:
+            stream, scale = _zeros(wanted, sharding.part_of(tensor), sharding.part_of(param))
+            converted[name] = sharding.rebuilt(stream, param)
+        elif not _fits(tensor, scale, wanted, param):
             values = decode_states({name: tensor, scale_key: scale}, [name])[name]
             if values.layout != torch.strided:
                 values = values.to_dense()
             values = sharding.part_of(sharding.sharded_like(values, param))
+            seed, number, step = key
             of_stream = seed, number, _FIRST_STATE + s, step
             part, first = sharding.part_of(param), sharding.place_of(param)[1]
             stream, scale = encode(wanted, part, values, of_stream, first)

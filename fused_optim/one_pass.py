@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fused_optim import ema, sharding
+from fused_optim import backends, ema, sharding
 from fused_optim.grads import sum_of_squares
 from fused_optim.wrappers import unwrapped
 
@@ -222,7 +222,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
         A float64 tensor without dimensions, on the device that all grads lie on, else on the CPU; None
         before the first such step. Steps measure with max_grad_norm, or with skip_nonfinite unless
-        GradScaler has looked for Inf itself.
+        GradScaler has looked for Inf itself; steps that are then skipped measure too.
 
         Nothing waits for a device that all grads lie on. If they lie on several, or torch.optim's own
         code steps some of them and the step may be skipped, step() waits.
@@ -391,15 +391,16 @@ class OnePassOptimizer(torch.optim.Optimizer):
         one_pass = self._one_pass
         assert one_pass is not None
         grads = [self.param_groups[g]["params"][i].grad for g, i, _ in fallbacks or ()] + [*sharded]
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            found_inf = None
         if launcher is not None:
-            on_device = launcher.measure(grads, waits)
+            # The kernels leave it to the host to skip by what the host knows.
+            known = found_inf is not None and backends.host_knows(found_inf) and found_inf.item()
+            on_device = launcher.measure(grads, waits or bool(known))
             if on_device is not None:
                 one_pass.grad_norm, one_pass.clip = on_device
                 return 1.0
-            found_inf = getattr(self, "found_inf", None)
-            if isinstance(found_inf, Tensor) and found_inf.item():
-                self._skip()
-                return None
             on_devices, bad = launcher.read()
             squares, nonfinite = squares + on_devices, nonfinite or bad
         more, bad = sum_of_squares(grads)
@@ -408,7 +409,8 @@ class OnePassOptimizer(torch.optim.Optimizer):
         if grad_scale is not None:
             norm /= grad_scale.item()
         one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64)
-        if (nonfinite or bad) and one_pass.skips:
+        is_bad = (nonfinite or bad) and one_pass.skips
+        if is_bad or (found_inf is not None and found_inf.item()):
             if one_pass.report is not None:
                 one_pass.report.fill_(1.0)
             self._skip()

@@ -213,14 +213,14 @@ class FusedOptimizer(PackedOptimizer):
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no grads: the number 0
             found_inf = None
         skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
-        if found_inf is not None and not skip_on_device and found_inf.item():
+        measured = self._begin_one_pass(found_inf)
+        if measured is None and found_inf is not None and not skip_on_device and found_inf.item():
             self._skip()
             return None
-        measured = self._begin_one_pass(found_inf)
         one_pass = self._one_pass
         kernels = backends.cpu_kernels()
         if kernels is None or n_dispatch_modes():
-            if found_inf is not None and found_inf.item():
+            if measured is None and found_inf is not None and found_inf.item():
                 self._skip()
                 return None
             reason = "no kernels in use" if kernels is None else WATCHED
@@ -243,7 +243,7 @@ class FusedOptimizer(PackedOptimizer):
             outcome = plan.step(
                 groups,
                 self.state,
-                self._create_packed,
+                self._create_unsure if skip_on_device else self._create_packed,
                 self._convert_state,
                 sharding.place_of,
                 lambda fallbacks: step_with_stock(fallbacks, launcher),
@@ -253,7 +253,7 @@ class FusedOptimizer(PackedOptimizer):
                 0.0 if grad_scale is None or scale_on_device else grad_scale.item(),
                 scale_on_device,
                 skip_on_device,
-                self._resolve_scaling,
+                lambda: self._resolve_scaling(measured is not None),
                 measured,
                 one_pass is not None and one_pass.write_clipped_grads,
                 one_pass is not None and one_pass.zero_grads,
@@ -298,10 +298,14 @@ class FusedOptimizer(PackedOptimizer):
                         "which Triton serves only with TRITON_INTERPRET=1"
                     )
 
-    def _resolve_scaling(self) -> float | None:
-        """The grad scale (0: none), or None if the step is skipped. Waits for the device."""
+    def _resolve_scaling(self, measures: bool) -> float | None:
+        """The grad scale (0: none), or None if the step is skipped. Waits for the device.
+
+        Args:
+            measures: whether it is skipped when the grads are measured.
+        """
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if isinstance(found_inf, Tensor) and found_inf.item():
+        if not measures and isinstance(found_inf, Tensor) and found_inf.item():
             self._skip()
             return None
         return 0.0 if grad_scale is None else float(grad_scale.item())

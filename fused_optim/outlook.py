@@ -131,12 +131,9 @@ class Outlook:
 
     def _create(self, tensor: Tensor, group: dict[str, Any]) -> States:
         """The first states of a param, as FusedOptimizer._create_packed makes them."""
-        seen, grad, like = self._by_id[id(tensor)], tensor.grad, _on_meta(tensor)
-        like_grad = like if grad is None or grad.layout != torch.strided else _on_meta(grad)
-        if like_grad.dtype != like.dtype:
-            like.grad_dtype = None
-        like.grad = like_grad.detach()
+        seen = self._by_id[id(tensor)]
         # Where fused=True puts a step makes no difference here.
+        like = formats.on_meta(tensor)
         created = self._optimizer._create_state(like, {**group, "fused": False})
         created = {key: _as_real(key, value, tensor) for key, value in created.items()}
         if formats.applies(tensor, group):
@@ -176,11 +173,6 @@ class Outlook:
         average = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
         self._by_id[id(tensor)].average = average
         return [average, 0]
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    part = sharding.part_of(tensor)
-    return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
 
 
 def _as_real(key: str, value: Tensor, param: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,11 +27,26 @@ class KernelOptions(OnePassOptions, FormatOptions, total=False):
     """Keyword arguments of every optimizer of this package, beside torch.optim's."""
 
 
+def _first_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """As torch.optim makes it for the param, of one that it made on the meta device without fused."""
+    if group.get("fused") and param.device.type != "cpu":
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    return torch.zeros_like(step, device=param.device) if step.is_meta else step
+
+
+def _has_begun(states: dict[str, Any]) -> bool:
+    numbers = [states["step"]] if "step" in states else states.values()
+    return any(bool(n.any() if isinstance(n, Tensor) else n) for n in numbers)
+
+
 class PackedOptimizer(OnePassOptimizer):
     """The options of :class:`FormatOptions` and what they offer; FusedOptimizer's step heeds them."""
 
     _rule: ClassVar[str]  # key of _C.rules()
     _format_options: dict[str, Any] | None = None  # what a new param group gets
+    # Ids of params whose first step a device may have skipped; there once needed. One that is taken by
+    # another param does no harm, and torch.utils.swap_tensors() refuses tensors with weak references.
+    _unsure: set[int]
 
     state_dtype = GroupOption()
     master = GroupOption()
@@ -71,7 +87,25 @@ class PackedOptimizer(OnePassOptimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_format_options": self._format_options}
+        kept = self._without_unstepped(super().__getstate__)
+        return {**kept, "_format_options": self._format_options}
+
+    def _without_unstepped(self, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Without states that only skipped steps have made, of params that are in no group any more.
+
+        torch.optim has none there, and state_dict() raises KeyError if there are some. Waits for the device.
+        """
+        unsure = self.__dict__.get("_unsure")
+        if not unsure:
+            return get()
+        there = {id(param) for group in self.param_groups for param in group["params"]}
+        gone, whole = unsure - there, self.state
+        kept = {p: s for p, s in whole.items() if id(p) not in gone or _has_begun(s)}
+        self.state = defaultdict(dict, kept)
+        try:
+            return get()
+        finally:
+            self.state = whole
 
     def _description(self) -> dict[str, Any]:
         codec = backends.codec()
@@ -80,15 +114,30 @@ class PackedOptimizer(OnePassOptimizer):
 
     def _create_packed(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The first states of one param, in the formats of its group."""
-        states = self._create_state(param, group)
         if not formats.applies(param, group):
-            return states
-        states = {**self.state.get(param, {}), **states}
-        states = self._convert_state(param, group, states)
+            return self._create_state(param, group)
+        # Those of another format are never made, and a step on a device is not waited for.
+        created = self._create_state(formats.on_meta(param), {**group, "fused": False})
+        if "step" in created:
+            created["step"] = _first_step(created["step"], param, group)
+        states = {**self.state.get(param, {}), **created}
+        states = self._convert_first(param, group, states)
         return {key: value for key, value in states.items() if value is not None}
+
+    def _create_unsure(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The first states of one param in a step that a device may skip without the host knowing."""
+        if not self.state.get(param):
+            self.__dict__.setdefault("_unsure", set()).add(id(param))
+        return self._create_packed(param, group)
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _convert_first(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The first states in the formats of the group; of what torch.optim made, only the layout counts."""
+        return formats.encode_states(param, group, states, self._description(), None)
 
     def _convert_state(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
@@ -177,7 +226,7 @@ class PackedOptimizer(OnePassOptimizer):
         return super().state_dict()
 
     def _saved(self) -> dict[str, Any]:
-        saved = super()._saved()
+        saved = self._without_unstepped(super()._saved)
         if not any(key in group for group in self.param_groups for key in formats.OPTIONS):
             return saved
         # Groups of 64 elements lie elsewhere in other processes' parts.

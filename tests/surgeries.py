@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from cases import BACKEND, DEVICE
 from torch import Tensor, nn
-from twins import SHAPES, Run
+from twins import SHAPES, Run, begun
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ def surgery(served: str | None = BACKEND) -> Callable:
         return operate
 
     return register
+
+
+def has_states(run: Run, param: Tensor) -> bool:
+    """As in torch.optim: those that a skipped first step leaves on a device do not count."""
+    states = run.opt.state.get(param)
+    return states is not None and begun(states) is states
 
 
 def tensors_of(
@@ -178,7 +184,7 @@ def inner_dicts_replaced(run: Run) -> None:
 @surgery()
 def inner_dicts_reordered(run: Run) -> None:
     for param in run.params:
-        if param in run.opt.state:
+        if has_states(run, param):
             run.opt.state[param] = dict(reversed(run.opt.state[param].items()))
 
 
@@ -198,7 +204,7 @@ def state_of_strangers(run: Run) -> None:
 @surgery()
 def user_keys_in_state(run: Run) -> None:
     for param in run.params:
-        if param in run.opt.state:
+        if has_states(run, param):
             run.opt.state[param]["my_mask"] = torch.ones(3, device=DEVICE)
 
 

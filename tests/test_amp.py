@@ -125,13 +125,7 @@ def _without_grads(run: Run) -> list:
 
 def _seen(run: Run, parts: list[int]) -> list:
     """Of a snapshot (param, grad, state of each), these parts."""
-    found = snapshot(run.opt)
-    for i in range(2, len(found), 3):
-        # Where the device decides, the host makes the states of a first step that is then skipped: as
-        # they are before a first step, `step` 0 included.
-        if BACKEND == "triton" and not any(any(raw) for _, _, raw in found[i].values()):
-            found[i] = {}
-    return [part for i, part in enumerate(found) if i % 3 in parts]
+    return [part for i, part in enumerate(snapshot(run.opt)) if i % 3 in parts]
 
 
 @few_cases

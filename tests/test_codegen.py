@@ -192,8 +192,8 @@ def test_needs_follow_from_the_streams():
     assert needs("adam", None, False) == Needs()
     one_pass = Kernel("adam", 0, "float32", True, one_pass=True)
     assert one_pass.needs("sm_90") == Needs({128: 5}, {128: 5}, 80)
-    assert needs("norm", "bfloat16", False) == Needs({128: 4}, {}, 64, 8192)
-    assert needs("norm", "float64", False, "gfx942") == Needs({128: 8}, {}, None, 8192)
+    assert needs("norm", "bfloat16", False) == Needs({128: 8}, {}, 64, 8192)
+    assert needs("norm", "float64", False, "gfx942") == Needs({128: 16}, {}, None, 8192)
 
 
 USAGE = " REG:40 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0"

@@ -28,6 +28,7 @@ LANES = tl.constexpr(512)  # of all parts
 LEVELS = tl.constexpr(9)  # of the tree over them
 # Elements of a lane, and partial sums of one, that are on their way at the same time.
 AHEAD = tl.constexpr(4)
+WIDEST = tl.constexpr(8)  # elements of an access of 16 bytes, at most
 LARGEST = tl.constexpr(1.7976931348623157e308)
 
 # The columns of `grads`.
@@ -55,6 +56,24 @@ def add_halves(lanes):
     return tl.sum(lanes, axis=0)
 
 
+@triton.jit
+def add_squares(sums, bad, grad, index, numel, INTERPRETED: tl.constexpr):
+    """Adds AHEAD elements of each lane, the first one at `index`; numel: how many there are; None: all."""
+    loaded = ()
+    for i in tl.static_range(AHEAD):
+        there = index + i * NORM_LANES
+        if numel is None:
+            loaded = loaded + (tl.load(grad + there),)
+        else:
+            loaded = loaded + (tl.load(grad + there, mask=there < numel, other=0.0),)
+    for i in tl.static_range(AHEAD):
+        value = decode(loaded[i], tl.float64, INTERPRETED)
+        sums += value * value
+        if grad.dtype.element_ty == tl.float64:
+            bad = bad | ~(tl.abs(value) <= LARGEST)
+    return sums, bad
+
+
 @triton.jit(do_not_specialize=["n_partials"])
 def norm(
     grads,
@@ -80,25 +99,24 @@ def norm(
     # A mask would split the accesses, so a whole chunk goes without one.
     if numel >= (chunk + 1) * NORM_CHUNK:
         for start in range(0, NORM_PART, AHEAD * NORM_LANES):
-            values = ()
-            for i in tl.static_range(AHEAD):
-                index = lane + start + i * NORM_LANES
-                value = tl.load(aligned + index)
-                values = values + (decode(value, tl.float64, INTERPRETED),)
-            for i in tl.static_range(AHEAD):
-                sums += values[i] * values[i]
-                if DTYPE == tl.float64:
-                    bad = bad | ~(tl.abs(values[i]) <= LARGEST)
+            sums, bad = add_squares(sums, bad, aligned, lane + start, None, INTERPRETED)
     else:
-        for start in range(0, NORM_PART, NORM_LANES):
-            if start < rest:
-                index = lane + start
-                mask = index < rest
-                value = decode(tl.load(grad + index, mask=mask), tl.float64, INTERPRETED)
-                value = tl.where(mask, value, 0.0)
-                sums += value * value
-                if DTYPE == tl.float64:
-                    bad = bad | ~(tl.abs(value) <= LARGEST)
+        # Neither does a mask split them that is the same for all elements of one.
+        whole = tl.multiple_of(tl.where(numel < 0, 0, rest // WIDEST * WIDEST), WIDEST)
+        for start in range(0, NORM_PART, AHEAD * NORM_LANES):
+            if start < whole:
+                sums, bad = add_squares(sums, bad, aligned, lane + start, whole, INTERPRETED)
+        # The few elements that are left, one for a lane; if it is not aligned, all.
+        first = whole % NORM_PART // NORM_LANES * NORM_LANES
+        end = tl.minimum(first + rest - whole, NORM_PART)
+        while first < end:
+            index = lane + first
+            mask = (index >= whole) & (index < rest)
+            value = decode(tl.load(grad + index, mask=mask, other=0.0), tl.float64, INTERPRETED)
+            sums += value * value
+            if DTYPE == tl.float64:
+                bad = bad | ~(tl.abs(value) <= LARGEST)
+            first += NORM_LANES
     total = add_halves(sums)
     if DTYPE == tl.float64:
         # Squares of large numbers overflow without an infinite one among them.

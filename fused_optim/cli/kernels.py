@@ -129,7 +129,8 @@ class Kernel:
         if self.rule == "norm":
             at_once = AHEAD.value * (2 if self.dtypes == "float64" else 1)
             bound = MAX_REGISTERS["float32"] if bounded else None
-            return Needs({WIDEST: at_once}, {}, bound, tree)
+            # In whole chunks, and in those that are not.
+            return Needs({WIDEST: 2 * at_once}, {}, bound, tree)
         loads, stores = Counter[int](), Counter[int]()
         specialization = self.specialization(target)
         dtypes = specialization.dtypes
