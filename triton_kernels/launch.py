@@ -177,7 +177,7 @@ class Launcher:
         """Address of the number that says whether this momentum has started, 0 if it surely has."""
         started = self._started.get(buffer)
         if started is None and create:
-            started = torch.zeros((), device=buffer.device)
+            started = torch.zeros((), dtype=torch.float32, device=buffer.device)
             self._started[buffer] = started
         return 0 if started is None else started.data_ptr()
 
@@ -193,7 +193,9 @@ class Launcher:
             numbers = torch.stack([started for _, started in asked])
             event = None
             if device.type != "cpu":
-                on_host = torch.empty(len(asked), pin_memory=True)
+                on_host = torch.empty(
+                    len(asked), dtype=torch.float32, device="cpu", pin_memory=True
+                )
                 numbers = on_host.copy_(numbers, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(device))

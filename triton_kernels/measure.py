@@ -188,7 +188,7 @@ class Totals(OnDevice):
     def decide(self, clip: float) -> None:
         """The host has found the coefficient, and that the step is not skipped."""
         scale = 1.0 if self._grad_scale is None else self._grad_scale.item()
-        result = torch.zeros(RESULT.value, dtype=torch.float64)
+        result = torch.zeros(RESULT.value, dtype=torch.float64, device="cpu")
         result[CLIP.value], result[FACTOR.value] = clip, clip * (1 / scale)
         self._result.copy_(result)
         self.is_finished = True
