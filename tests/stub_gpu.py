@@ -73,7 +73,7 @@ def stub_gpu() -> Iterator[StubGpu]:
         function.device_caches.clear()
 
     def new_launcher(rule: str) -> launch.Launcher:
-        return launch.Launcher(rule, interpreted=False)
+        return launch.Launcher(rule, interpreted=False, debug=backends.debugging())
 
     bring = tables.DeviceCopy.bring
 

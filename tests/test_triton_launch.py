@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from stub_gpu import StubGpu, stub_gpu
 
+from fused_optim import backends
 from fused_optim.triton_kernels import launch, multi_tensor, tables
 
 each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
@@ -213,6 +214,60 @@ def test_failing_triton_leaves_the_step_to_stock(
     assert gpu.launches == []
 
 
+def test_what_failed_is_tried_again(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.id == "Adam")
+    run, tries, errors = Run(case, case.fused), [], iter([])
+    warmup = launch.multi_tensor.warmup
+
+    def attempt(*args: object, **kwargs: object) -> object:
+        tries.append(run.n_steps)
+        for error in errors:
+            raise error
+        return warmup(*args, **kwargs)
+
+    monkeypatch.setattr(launch.multi_tensor, "warmup", attempt)
+    errors = iter([MemoryError("pinned"), *[OSError("no C compiler")] * 3])
+    with pytest.warns(RuntimeWarning) as caught:
+        run.step(112)
+    assert tries == [0, 1, 11, 111], "0, 1, 11 and 111 steps after the first failure"
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == [
+        "MemoryError: pinned",
+        "OSError: no C compiler",
+    ]
+    assert run.opt.last_step.tensors == {"stock": 5}
+    run.n_steps = 0
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,)))]})
+    errors = iter([KeyboardInterrupt()])
+    run.step(999)
+    assert gpu.launches == []
+    with pytest.raises(KeyboardInterrupt):
+        run.step()
+    steps_with(run)
+    errors = iter([OSError("no C compiler")])
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,), torch.bfloat16))]})
+    run.step()
+    assert run.opt.last_step.tensors == {"stock": 7}
+    steps_with(run)
+
+
+def test_a_traceback_is_printed_once_if_asked_for(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(launch.multi_tensor, "warmup", fail)
+    case = next(case for case in CASES if case.id == "Adam")
+    printed = []
+    for is_asked_for in (True, False):
+        monkeypatch.setattr(backends, "debugging", lambda is_on=is_asked_for: is_on)
+        with pytest.warns(RuntimeWarning, match="no C compiler"):
+            Run(case, case.fused).step(3)
+        printed.append(capsys.readouterr().err)
+    assert printed[0].count("Traceback") == 1 and "in fail" in printed[0]
+    assert printed[1] == ""
+
+
 @each_optimizer
 def test_refused_step_launches_nothing(gpu: StubGpu, case: Case) -> None:
     run = Run(case, case.fused)
@@ -296,8 +351,6 @@ def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.Monk
 
 
 def test_gpu_tensors_without_triton_warn_once() -> None:
-    from fused_optim import backends
-
     device = torch.device("cuda:0")
     backends.warn_unless_served.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -6,6 +6,7 @@ the optimizer's life.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -127,10 +128,12 @@ class Launcher:
     Args:
         rule: key of RULES.
         interpreted: whether CPU tensors are served, in Triton's interpreter.
+        debug: whether the traceback of each failure is printed that is warned of.
     """
 
-    def __init__(self, rule: str, interpreted: bool) -> None:
+    def __init__(self, rule: str, interpreted: bool, debug: bool = False) -> None:
         self._rule = rule
+        self._debug = debug
         self._interpreted = interpreted
         self._launches: dict[Any, _Launch] = {}
         self._ready: list[_Launch] = []
@@ -141,7 +144,10 @@ class Launcher:
         self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._reading: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
         self._captured: list = []
-        self._failure: str | None = None
+        self._failure: str | None = None  # why the kernels are not tried in this step
+        self._n_failures = 0  # in a row
+        self._steps_to_wait = 0
+        self._warned_of: set[str] = set()
         self._one_pass: OnePass | None = None
         self._grad_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
@@ -249,13 +255,17 @@ class Launcher:
     ) -> str | None:
         """Compile and upload; why that cannot be, or None. Nothing has been written then.
 
+        What failed is tried again at the next step, then 10, 100, 1000 ... steps later: it may have been a
+        full disk or memory, but looking for a compiler that is not there takes its time.
+
         Args:
             grads: what is measured, if anything is.
             grad_write: what is left in the grads, see multi_tensor.py.
         """
-        failure = self._failure
-        if failure is not None:
-            return failure
+        if self._steps_to_wait > 0:
+            self._steps_to_wait -= 1
+            return self._failure
+        failure = None
         try:
             for device in dict.fromkeys(device_of(*batch.key[:2]) for batch in batches):
                 failure = failure or self._ready_totals(device, grads)
@@ -268,8 +278,16 @@ class Launcher:
             failure = f"Triton failed: {type(error).__name__}: {error}"
             if not capturing():  # where little is allowed; later steps may do better
                 self._failure = failure
-        if failure is not None:
-            self._totals.clear()
+                self._steps_to_wait = 10**self._n_failures - 1
+                self._n_failures += 1
+            if self._debug and failure not in self._warned_of:
+                traceback.print_exc()
+        if failure is None:
+            self._n_failures = 0
+            return None
+        self._totals.clear()
+        if failure not in self._warned_of:
+            self._warned_of.add(failure)
             warnings.warn(
                 f"fused_optim runs torch.optim's own code for these tensors. {failure}",
                 RuntimeWarning,
