@@ -252,8 +252,9 @@ class Plan {
   std::vector<double> hypers_;
   std::vector<StepWrite> steps_;  // of each task
   std::vector<DeviceTask> device_tasks_;
-  std::vector<std::shared_ptr<Batch>> batches_;  // of all steps so far
-  std::vector<std::shared_ptr<GradBatch>> grad_batches_;
+  // Of all steps so far, each with the Python object that stands for it; owned.
+  std::vector<std::pair<std::shared_ptr<Batch>, PyObject*>> batches_;
+  std::vector<std::pair<std::shared_ptr<GradBatch>, PyObject*>> grad_batches_;
   std::vector<Pending> pending_;
   std::vector<int64_t> pending_task_;
   std::vector<MovedStep> moved_steps_;

@@ -31,6 +31,8 @@ Plan::Plan(const std::string& rule)
 Plan::~Plan() {
   release();
   Py_XDECREF(fallbacks_);
+  for (const auto& [batch, object] : batches_) Py_DECREF(object);
+  for (const auto& [batch, object] : grad_batches_) Py_DECREF(object);
   for (PyObject* key : option_keys_) Py_DECREF(key);
   for (PyObject* key : state_keys_) Py_DECREF(key);
   for (PyObject* key : scale_keys_) Py_DECREF(key);

@@ -68,6 +68,11 @@ class Specialization:
         return tl.float64 if "float64" in self.dtypes else tl.float32
 
     @property
+    def word(self) -> tl.dtype:
+        """Of the bits of a hyper."""
+        return tl.int64 if self.compute is tl.float64 else tl.int32
+
+    @property
     def chunk(self) -> int:
         """Elements that one program takes."""
         return 16384 if self.interpreted else 2048

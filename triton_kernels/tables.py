@@ -18,7 +18,7 @@ N_SPARES = 3
 
 
 class Table(Protocol):
-    """An array of 8-byte numbers on the host; another version says other contents."""
+    """An array on the host; another version says other contents."""
 
     @property
     def version(self) -> int: ...
@@ -34,18 +34,25 @@ class Batch(Protocol):
     Attributes:
         key: DLPack device type and index, dtypes and storages of the streams by name, deciding
             options, and whether the hypers have to be prepared on the device.
+        version: another one says that some table has to be uploaded.
+        words: the hypers, if there is one row and the host knows it; `hypers` need not be uploaded then.
     """
 
+    key: tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]
+
     @property
-    def key(self) -> tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]: ...
+    def version(self) -> int: ...
     @property
     def n_tensors(self) -> int: ...
+    @property
+    def words(self) -> tuple[int, ...] | None: ...
 
     numels: Table
     tensors: Table
     steps: Table
     addresses: Table
-    numbers: Table
+    options: Table
+    hypers: Table
 
 
 class DeviceCopy:
@@ -91,8 +98,9 @@ class DeviceCopy:
         return torch.empty(numel, dtype=self.dtype, device="cpu", pin_memory=True)
 
     def bring_table(self, table: Table, capturing: bool) -> bool:
+        numel = table.nbytes // self.dtype.itemsize
         return self.bring(
-            table.version, table.nbytes // 8, lambda host: table.copy_to(host.data_ptr()), capturing
+            table.version, numel, lambda host: table.copy_to(host.data_ptr()), capturing
         )
 
 
