@@ -54,11 +54,11 @@ void Batch::add_hypers(const Row& row) {
 
 void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waiting,
                 int64_t n_averaged) {
-  if (n_rows_ == 0 || !(row == last_)) {
+  if (last_ == nullptr || (&row != last_ && !(row == *last_))) {
     key.prepared_on_device ? add_options(row) : add_hypers(row);
-    last_ = row;
     n_rows_++;
   }
+  last_ = &row;
   bool aligned = true;  // wide accesses need 16 bytes
   for (int s : streams)
     aligned = aligned && (reinterpret_cast<uintptr_t>(slice.streams[s]) & 15) == 0;
@@ -87,6 +87,7 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
 }
 
 void Batch::end() {
+  last_ = nullptr;
   numels.end();
   tensors.end();
   steps.end();

@@ -76,7 +76,7 @@ class Batch {
   }
 
   void begin();
-  // One more tensor. step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
+  // One more tensor; `row` stays where it is until end(). step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
   void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting, int64_t n_averaged);
   void end();
   int64_t n_tensors() const { return n_tensors_; }
@@ -95,7 +95,7 @@ class Batch {
   void add_hypers(const Row& row);
 
   int64_t n_tensors_ = 0, n_rows_ = 0, version_ = 0;
-  Row last_;
+  const Row* last_ = nullptr;  // between begin and end
 };
 
 // The grads of one device and dtype, for its norm kernel (triton_kernels/norm.py).

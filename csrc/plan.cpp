@@ -74,6 +74,9 @@ void Plan::release() {
   hypers_.clear();
   steps_.clear();
   device_tasks_.clear();
+  keys_.clear();
+  rows_.clear();
+  to_stage_.clear();
   pending_task_.clear();
   moved_steps_.clear();
   states_.end();
