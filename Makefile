@@ -10,7 +10,7 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 # `make test INTERPRETED_TESTS=tests` takes hours.
 # In test_amp.py, False has GradScaler unscale by itself: nothing new.
 INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
-  triton_momentum.py triton_formats.py triton_packed.py amp.py) -k "not False"
+  triton_momentum.py triton_formats.py triton_packed.py amp.py default_device.py) -k "not False"
 
 .PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest clean
 

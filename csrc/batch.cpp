@@ -1,6 +1,7 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace fused_optim {
 
@@ -17,24 +18,47 @@ void Batch::begin() {
   tensors.begin();
   steps.begin();
   addresses.begin();
-  numbers.begin();
+  options.begin();
+  hypers.begin();
+}
+
+void Batch::add_options(const Row& row) {
+  for (double value : row.values) options.add(value);
+  options.add(row.variant);
+  options.add(row.grad_sign);
+  options.add(row.ema);
+  options.add(row.step);
+  options.add(row.ema_warmup);
+  for (int64_t address : row.addresses) addresses.add(address);
+}
+
+void Batch::add_hypers(const Row& row) {
+  const auto add_whole = [&](int64_t value) {
+    hypers.add(static_cast<int32_t>(value));
+    if (key.wide()) hypers.add(static_cast<int32_t>(value >> 32));
+  };
+  const auto add = [&](double value) {
+    const auto narrow = static_cast<float>(value);
+    int32_t words[2];
+    std::memcpy(words, key.wide() ? static_cast<const void*>(&value) : &narrow, key.wide() ? 8 : 4);
+    for (int w = 0; w < (key.wide() ? 2 : 1); w++) hypers.add(words[w]);
+  };
+  for (double value : row.values) add(value);
+  add_whole(row.variant);
+  add(row.grad_sign);
+  add(row.ema);
+  const auto step = static_cast<int64_t>(row.step);  // random bits need all of it
+  add_whole(step & 0xffffffff);
+  add_whole(step >> 32);
 }
 
 void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waiting,
                 int64_t n_averaged) {
-  if (n_rows_ == 0 || !(row == last_)) {
-    for (double value : row.values) numbers.add(value);
-    numbers.add(row.variant);
-    numbers.add(row.grad_sign);
-    numbers.add(row.ema);
-    numbers.add(row.step);
-    if (key.prepared_on_device) {
-      numbers.add(row.ema_warmup);
-      for (int64_t address : row.addresses) addresses.add(address);
-    }
-    last_ = row;
+  if (last_ == nullptr || (&row != last_ && !(row == *last_))) {
+    key.prepared_on_device ? add_options(row) : add_hypers(row);
     n_rows_++;
   }
+  last_ = &row;
   // What whole blocks need: wide accesses 16 bytes; random bits, each of which serves two elements of 32, both
   // of these in one block, and in a block numbers with the same upper bits. No block is larger than 2^16.
   bool aligned = true;
@@ -69,11 +93,15 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
 }
 
 void Batch::end() {
+  last_ = nullptr;
   numels.end();
   tensors.end();
   steps.end();
   addresses.end();
-  numbers.end();
+  options.end();
+  hypers.end();
+  version_ = std::max({numels.version(), tensors.version(), steps.version(), addresses.version(),
+                       options.version(), by_value() ? 0 : hypers.version()});
 }
 
 void GradBatch::begin() {

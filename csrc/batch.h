@@ -23,6 +23,9 @@ struct BatchKey {
     return device == other.device && dtypes == other.dtypes && storages == other.storages &&
            options == other.options && prepared_on_device == other.prepared_on_device;
   }
+  bool wide() const {  // what is computed in float64
+    return std::find(dtypes.begin(), dtypes.end(), F64) != dtypes.end();
+  }
   bool packed() const {
     return std::any_of(storages.begin(), storages.end(), [](Storage storage) { return storage != PLAIN; });
   }
@@ -33,6 +36,8 @@ inline int64_t tagged(const void* address, Dtype dtype) {
   return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)) | (dtype == F64 ? 1 : 0);
 }
 
+inline int64_t table_versions = 0;  // so far, in the process; under the GIL
+
 template <class T>
 class Table {
  public:
@@ -41,16 +46,15 @@ class Table {
   void end() {
     if (next_ == current_) return;
     current_.swap(next_);
-    version_ = ++versions;
+    version_ = ++table_versions;
   }
   const std::vector<T>& current() const { return current_; }
-  // Another number for other contents, in all tables of the process: copies outlive their table.
+  // A larger number for other contents, in all tables of the process: copies outlive their table.
   int64_t version() const { return version_; }
 
  private:
   std::vector<T> current_, next_;
   int64_t version_ = 0;
-  inline static int64_t versions = 0;  // under the GIL
 };
 
 // One row of a batch's numbers: hypers, or the options that a device makes them of.
@@ -72,19 +76,26 @@ class Batch {
   }
 
   void begin();
-  // One more tensor. step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
+  // One more tensor; `row` stays where it is until end(). step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
   void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting, int64_t n_averaged);
   void end();
   int64_t n_tensors() const { return n_tensors_; }
+  // Of all that is uploaded: one row of hypers is handed to the kernel by value.
+  int64_t version() const { return version_; }
+  bool by_value() const { return n_rows_ == 1 && !key.prepared_on_device; }
 
   const BatchKey key;
   std::vector<int> streams;  // that have a column in `tensors`
   Table<int64_t> numels, tensors, steps, addresses;
-  Table<double> numbers;
+  Table<double> options;   // rows of what a device makes hypers of,
+  Table<int32_t> hypers;   // or the hypers' bits in the compute type, two words each for a float64
 
  private:
-  int64_t n_tensors_ = 0, n_rows_ = 0;
-  Row last_;
+  void add_options(const Row& row);
+  void add_hypers(const Row& row);
+
+  int64_t n_tensors_ = 0, n_rows_ = 0, version_ = 0;
+  const Row* last_ = nullptr;  // between begin and end
 };
 
 // The grads of one device and dtype, for its norm kernel (triton_kernels/norm.py).
@@ -96,6 +107,7 @@ class GradBatch {
   // first_chunk: the number of its first chunk among those of all grads of the device.
   void add(const void* grad, int64_t numel, int64_t first_chunk);
   void end();
+  int64_t version() const { return std::max(numels.version(), grads.version()); }
 
   const Device device;
   const Dtype dtype;

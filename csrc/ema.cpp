@@ -90,13 +90,6 @@ void Plan::count_on_device(EmaTask& ema, const StepContext& context) {
   ema.on_device = tagged(n.data, n.dtype);
 }
 
-void Plan::average_on_device(DeviceTask& task, const EmaTask& ema) {
-  const bool prepared = task.key.prepared_on_device;
-  task.row.ema = prepared ? ema.decay : ema.weight;
-  task.row.ema_warmup = prepared && ema.warmup ? 1 : 0;
-  task.n_averaged = prepared ? ema.on_device : 0;
-}
-
 // A new reference: a list of (param, entry, weight), or None. (decay, warmup) stands for the weight where the
 // device counts.
 PyObject* Plan::not_averaged() {

@@ -62,6 +62,15 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
   }
 }
 
+// A param's state, borrowed or null: among so few keys, an interned one is found sooner by looking at each.
+static PyObject* item(PyObject* states, PyObject* wanted) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(states, &position, &key, &value))
+    if (key == wanted) return value;
+  return PyDict_GetItemWithError(states, wanted);
+}
+
 void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param, PyObject* state,
                         const StepContext& context, Hint& hint) {
   const auto stock = [&](const char* reason) { fall_back(group.index, index, reason); };
@@ -129,14 +138,16 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     pending_.pop_back();
     pending_task_.pop_back();
   };
-  Packing packing = {};
+  Packing packing;  // the rest of it is for those that pack
+  std::fill(std::begin(packing.storage), std::end(packing.storage), PLAIN);
+  if (packs) packing = {};
   void* remainder = nullptr;
   if (used != 0 || has_step || (packs && group.master != PLAIN)) {
     states = states_.find(state, param, hint.position);
     if (states != nullptr && !PyDict_Check(states)) return stock("the state is not a dict");
     fresh = states == nullptr || PyDict_GET_SIZE(states) == 0;
     if (!fresh && used != 0 && rule_.first_step_variant != 0) {
-      PyObject* first = PyDict_GetItemWithError(states, state_keys_[0]);
+      PyObject* first = item(states, state_keys_[0]);
       fresh = first == nullptr || first == Py_None;
     }
     if (packs && !fresh && used != 0 &&
@@ -182,7 +193,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   PyObject* state_tensors[MAX_STATES] = {};
   for (size_t s = 0; s < state_keys_.size(); s++) {
     if (!(used >> s & 1)) continue;
-    PyObject* tensor = PyDict_GetItemWithError(states, state_keys_[s]);
+    PyObject* tensor = item(states, state_keys_[s]);
     if (tensor == nullptr) return reject("a state is missing");
     if (!PyObject_TypeCheck(tensor, torch.tensor))  // stock would write step and param, then raise this
       raise(PyExc_AttributeError, where() + "state '" + rule_.state_names[s] + "' is a " +
@@ -220,7 +231,7 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
                                     name_of(grad_dtype));
   StepWrite write = {};
   if (has_step) {
-    PyObject* step = PyDict_GetItemWithError(states, names.step);
+    PyObject* step = item(states, names.step);
     const char* reason;
     if (!read_step(step, p, reason, now, write)) {
       double hypers[MAX_HYPERS] = {};
@@ -340,27 +351,23 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   }
   if (!prepared_on_device && !group.hypers_fit) return reject(ODD_OPTIONS);
   if (device) {
-    DeviceTask on = {};
-    on.key.device = p.device;
-    on.key.options = variant & rule_.deciding;
-    on.key.prepared_on_device = prepared_on_device;
+    BatchKey key;
+    key.device = p.device;
+    key.options = variant & rule_.deciding;
+    key.prepared_on_device = prepared_on_device;
     for (int s = 0; s < MAX_STREAMS; s++) {
-      on.key.dtypes[s] = task.streams >> s & 1 ? views[s].dtype : N_DTYPES;
-      on.key.storages[s] = packing.storage[s];
+      key.dtypes[s] = task.streams >> s & 1 ? views[s].dtype : N_DTYPES;
+      key.storages[s] = packing.storage[s];
     }
-    const double* values = prepared_on_device ? group.options : hypers_.data() + group.hypers;
-    std::copy(values, values + MAX_HYPERS, on.row.values);
-    if (by_address)
-      std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, on.row.addresses);
-    on.row.variant = variant;
-    on.row.grad_sign = group.grad_sign;
-    if (averages) average_on_device(on, *ema);
-    on.row.step = (prepared_on_device || task.packing >= 0) && !write.on_device ? write.value : 0;
-    on.step = write.on_device ? tagged(write.data, write.dtype) : 0;
-    on.waiting = waiting;
-    std::copy(parts, parts + MAX_STREAMS, on.tensors);
+    RowOrigin row = {group.index, prepared_on_device ? -1 : group.hypers, variant, by_address, 0, 0, 0};
+    if ((prepared_on_device || task.packing >= 0) && !write.on_device) row.step = write.value;
+    if (averages) row.ema = prepared_on_device ? ema->decay : ema->weight;
+    row.ema_warmup = averages && prepared_on_device && ema->warmup;
     task.device = static_cast<int>(device_tasks_.size());
-    device_tasks_.push_back(on);
+    device_tasks_.push_back({enter_key(key), enter_row(row, group),
+                             write.on_device ? tagged(write.data, write.dtype) : 0, waiting,
+                             averages && prepared_on_device ? ema->on_device : 0});
+    if (task.layout >= 0) std::copy(parts, parts + MAX_STREAMS, to_stage_[task.device].begin());
   } else {
     const bool all_bf16 = all_same && p.dtype == BF16;
     const Format format = task.packing >= 0  ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED

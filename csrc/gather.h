@@ -4,6 +4,7 @@
 
 #include <Python.h>
 
+#include <array>
 #include <cfloat>
 #include <cmath>
 #include <memory>
@@ -154,11 +155,21 @@ class Plan {
       return group == other.group && index == other.index;
     }
   };
+  // What a row is made of, for as long as a gather lasts: neighbours mostly have it in common.
+  struct RowOrigin {
+    int64_t group, hypers;  // hypers: -1 where a device prepares them
+    unsigned variant;
+    bool by_address;
+    double step, ema, ema_warmup;
+    bool operator==(const RowOrigin& other) const {
+      return group == other.group && hypers == other.hypers && variant == other.variant &&
+             by_address == other.by_address && step == other.step && ema == other.ema &&
+             ema_warmup == other.ema_warmup;
+    }
+  };
   struct DeviceTask {
-    BatchKey key;
-    Row row;
+    size_t key, row;                    // in keys_ and rows_
     int64_t step, waiting, n_averaged;  // addresses, see Batch::add
-    PyObject* tensors[MAX_STREAMS];  // held
   };
   struct Group {
     PyObject* dict;
@@ -207,12 +218,13 @@ class Plan {
                     const StepContext& context, Hint& hint);
   EmaTask* gather_ema(Group& group, PyObject* param, const StepContext& context, Hint& hint);
   void count_on_device(EmaTask& ema, const StepContext& context);
-  void average_on_device(DeviceTask& task, const EmaTask& ema);
   bool read_step(PyObject* step, const View& param, const char*& reason, Hint& hint,
                  StepWrite& write);
   void move_overlapping_to_stock(bool anew);
   void move_to_stock(const std::vector<bool>& which, const char* reason);
   void fall_back(int64_t group, int64_t index, const char* reason);
+  size_t enter_key(const BatchKey& key);
+  size_t enter_row(const RowOrigin& origin, const Group& group);
   void stage(const StepContext& context);
   PyObject* batch_tasks();
   PyObject* batch_grads(const StepContext& context);
@@ -252,8 +264,14 @@ class Plan {
   std::vector<double> hypers_;
   std::vector<StepWrite> steps_;  // of each task
   std::vector<DeviceTask> device_tasks_;
-  std::vector<std::shared_ptr<Batch>> batches_;  // of all steps so far
-  std::vector<std::shared_ptr<GradBatch>> grad_batches_;
+  std::vector<BatchKey> keys_;
+  std::vector<Row> rows_;
+  RowOrigin row_origin_;  // of the last one
+  // Of tasks that are to be staged, by their number then: all streams; held.
+  std::unordered_map<int, std::array<PyObject*, MAX_STREAMS>> to_stage_;
+  // Of all steps so far, each with the Python object that stands for it; owned.
+  std::vector<std::pair<std::shared_ptr<Batch>, PyObject*>> batches_;
+  std::vector<std::pair<std::shared_ptr<GradBatch>, PyObject*>> grad_batches_;
   std::vector<Pending> pending_;
   std::vector<int64_t> pending_task_;
   std::vector<MovedStep> moved_steps_;

@@ -131,9 +131,24 @@ void transcode(bool packs, const std::string& storage, const std::string& dtype,
 }  // namespace
 
 namespace fused_optim {
-PyObject* to_python(const std::shared_ptr<Batch>& batch) { return py::cast(batch).release().ptr(); }
+PyObject* to_python(const std::shared_ptr<Batch>& batch) {
+  const BatchKey& key = batch->key;
+  py::tuple dtypes(batch->streams.size()), storages(batch->streams.size());
+  for (size_t i = 0; i < batch->streams.size(); i++) {
+    const Dtype dtype = key.dtypes[batch->streams[i]];
+    dtypes[i] = dtype == N_DTYPES ? py::object(py::none()) : py::str(name_of(dtype));
+    storages[i] = STORAGES[key.storages[batch->streams[i]]];
+  }
+  py::object object = py::cast(batch);
+  object.attr("key") = py::make_tuple(key.device.type, key.device.index, dtypes, storages, key.options,
+                                      key.prepared_on_device);
+  return object.release().ptr();
+}
+
 PyObject* to_python(const std::shared_ptr<GradBatch>& batch) {
-  return py::cast(batch).release().ptr();
+  py::object object = py::cast(batch);
+  object.attr("key") = py::make_tuple(batch->device.type, batch->device.index, name_of(batch->dtype));
+  return object.release().ptr();
 }
 }  // namespace fused_optim
 
@@ -187,32 +202,31 @@ PYBIND11_MODULE(_C, m) {
            });
   bind_table<int64_t>(m, "IntTable");
   bind_table<double>(m, "FloatTable");
-  py::class_<Batch, std::shared_ptr<Batch>>(m, "Batch")
-      .def_property_readonly("key",
-                             [](const Batch& batch) {
-                               const BatchKey& key = batch.key;
-                               py::tuple dtypes(batch.streams.size()), storages(batch.streams.size());
-                               for (size_t i = 0; i < batch.streams.size(); i++) {
-                                 const Dtype dtype = key.dtypes[batch.streams[i]];
-                                 dtypes[i] = dtype == N_DTYPES ? py::object(py::none())
-                                                               : py::str(name_of(dtype));
-                                 storages[i] = STORAGES[key.storages[batch.streams[i]]];
-                               }
-                               return py::make_tuple(key.device.type, key.device.index, dtypes, storages,
-                                                     key.options, key.prepared_on_device);
-                             })
+  bind_table<int32_t>(m, "WordTable");
+  py::class_<Batch, std::shared_ptr<Batch>>(m, "Batch", py::dynamic_attr())  // for `key`, made once
       .def_property_readonly("n_tensors", &Batch::n_tensors)
+      .def_property_readonly("version", &Batch::version)
+      .def_property_readonly("words",
+                             [](const Batch& batch) -> py::object {
+                               if (!batch.by_value()) return py::none();
+                               const std::vector<int32_t>& row = batch.hypers.current();
+                               const size_t n = batch.key.wide() ? 2 : 1;
+                               py::tuple words(row.size() / n);
+                               for (size_t i = 0; i < words.size(); i++) {
+                                 int64_t word = row[i];
+                                 if (n == 2) std::memcpy(&word, &row[2 * i], sizeof word);
+                                 words[i] = word;
+                               }
+                               return words;
+                             })
       .def_readonly("numels", &Batch::numels)
       .def_readonly("tensors", &Batch::tensors)
       .def_readonly("steps", &Batch::steps)
       .def_readonly("addresses", &Batch::addresses)
-      .def_readonly("numbers", &Batch::numbers);
-  py::class_<GradBatch, std::shared_ptr<GradBatch>>(m, "GradBatch")
-      .def_property_readonly("key",
-                             [](const GradBatch& batch) {
-                               return py::make_tuple(batch.device.type, batch.device.index,
-                                                     name_of(batch.dtype));
-                             })
+      .def_readonly("options", &Batch::options)
+      .def_readonly("hypers", &Batch::hypers);
+  py::class_<GradBatch, std::shared_ptr<GradBatch>>(m, "GradBatch", py::dynamic_attr())
+      .def_property_readonly("version", &GradBatch::version)
       .def_readonly("numels", &GradBatch::numels)
       .def_readonly("grads", &GradBatch::grads);
   m.attr("ODD_OPTIONS") = ODD_OPTIONS;

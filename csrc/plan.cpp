@@ -31,6 +31,8 @@ Plan::Plan(const std::string& rule)
 Plan::~Plan() {
   release();
   Py_XDECREF(fallbacks_);
+  for (const auto& [batch, object] : batches_) Py_DECREF(object);
+  for (const auto& [batch, object] : grad_batches_) Py_DECREF(object);
   for (PyObject* key : option_keys_) Py_DECREF(key);
   for (PyObject* key : state_keys_) Py_DECREF(key);
   for (PyObject* key : scale_keys_) Py_DECREF(key);
@@ -72,6 +74,9 @@ void Plan::release() {
   hypers_.clear();
   steps_.clear();
   device_tasks_.clear();
+  keys_.clear();
+  rows_.clear();
+  to_stage_.clear();
   pending_task_.clear();
   moved_steps_.clear();
   states_.end();

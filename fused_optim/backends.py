@@ -38,6 +38,19 @@ def forced() -> str | None:
 
 
 @functools.cache
+def debugging() -> bool:
+    """Whether ``FUSED_OPTIM_DEBUG`` asks for tracebacks of what torch.optim's code stands in for.
+
+    Raises:
+        ValueError: it has an unknown value.
+    """
+    value = os.environ.get("FUSED_OPTIM_DEBUG")
+    if value and value != "1":
+        raise ValueError(f"FUSED_OPTIM_DEBUG={value} is unknown; accepted: 1")
+    return bool(value)
+
+
+@functools.cache
 def _load_kernels() -> ModuleType | str:
     """The extension, or why there is none. Raises ValueError for a bad FUSED_OPTIM_ISA."""
     try:
@@ -85,7 +98,7 @@ def launcher(rule: str) -> Any:
     """The device side of a new optimizer; only where device_types() is not 0."""
     module = _load_triton()
     assert isinstance(module, ModuleType)
-    return module.Launcher(rule, interpreted())
+    return module.Launcher(rule, interpreted(), debugging())
 
 
 def host_knows(number: Tensor) -> bool:
@@ -112,6 +125,7 @@ def warn_unless_served(device: torch.device) -> None:
 @functools.cache
 def cpu_kernels() -> ModuleType | None:
     """The extension module with the CPU kernels; None, after one warning, if it is missing."""
+    debugging()  # an unknown value is an error, whatever runs
     if forced() == "stock":
         return None
     kernels = _load_kernels()
@@ -144,6 +158,7 @@ def config() -> dict[str, Any]:
     from fused_optim import __version__
 
     forced()
+    debugging()
     kernels = _load_kernels()
     loaded = kernels if isinstance(kernels, ModuleType) else None
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -238,7 +238,9 @@ def _bandwidth(device: torch.device, n_threads: int) -> float:
     kernels = backends.codec()
     seconds = []
     if device.type == "cpu" and kernels is not None:
-        streams = [torch.zeros(CPU_PROBE_NBYTES // 4) for _ in range(4)]
+        streams = [
+            torch.zeros(CPU_PROBE_NBYTES // 4, dtype=torch.float32, device="cpu") for _ in range(4)
+        ]
         for _ in range(N_PROBES):
             began = time.perf_counter()
             kernels.probe(streams, n_threads)

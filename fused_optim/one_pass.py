@@ -237,7 +237,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         """
         one_pass = unwrapped(self)._one_pass or _OFF
         if one_pass.n_skipped_on_device is None:
-            return torch.tensor(one_pass.n_skipped)
+            return torch.tensor(one_pass.n_skipped, device="cpu")
         return one_pass.n_skipped_on_device + one_pass.n_skipped
 
     def ema_params(self) -> list[Tensor]:
@@ -408,7 +408,7 @@ class OnePassOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             norm /= grad_scale.item()
-        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64)
+        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
         is_bad = (nonfinite or bad) and one_pass.skips
         if is_bad or (found_inf is not None and found_inf.item()):
             if one_pass.report is not None:

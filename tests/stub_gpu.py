@@ -52,10 +52,12 @@ class StubGpu:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def run(grid_x: int, grid_y: int, grid_z: int, stream: int, name: str, *rest: Any) -> None:
             assert grid_y == grid_z == 1
-            # Before the arguments: packed metadata, launch metadata, and two hooks.
-            args = rest[4:]
+            _, launch_metadata, enter_hook, exit_hook, *args = rest
             assert len(args) == len(source.fn.arg_names)
-            self.launches.append((name, grid_x, args))
+            for hook in (enter_hook, exit_hook):
+                if hook is not None:
+                    hook(launch_metadata)
+            self.launches.append((name, grid_x, tuple(args)))
 
         return run
 
@@ -73,7 +75,7 @@ def stub_gpu() -> Iterator[StubGpu]:
         function.device_caches.clear()
 
     def new_launcher(rule: str) -> launch.Launcher:
-        return launch.Launcher(rule, interpreted=False)
+        return launch.Launcher(rule, interpreted=False, debug=backends.debugging())
 
     bring = tables.DeviceCopy.bring
 

@@ -1,4 +1,4 @@
-"""FUSED_OPTIM_ISA and FUSED_OPTIM_BACKEND, each in a process of its own: they are read once."""
+"""The switches in the environment, each in a process of its own: they are read once."""
 
 import importlib.util
 
@@ -26,6 +26,7 @@ USES = {
     [
         pytest.param("FUSED_OPTIM_ISA", ["baseline"], marks=needs_cpu_kernels),
         ("FUSED_OPTIM_BACKEND", ["cpu", "triton", "stock"]),
+        ("FUSED_OPTIM_DEBUG", ["1"]),
     ],
 )
 def test_unknown_value_is_an_error_that_names_the_accepted_ones(
@@ -39,9 +40,8 @@ def test_unknown_value_is_an_error_that_names_the_accepted_ones(
 
 
 def test_importing_reads_no_environment() -> None:
-    done = fresh_python(
-        "import fused_optim", FUSED_OPTIM_ISA="quantum", FUSED_OPTIM_BACKEND="quantum"
-    )
+    names = ("FUSED_OPTIM_ISA", "FUSED_OPTIM_BACKEND", "FUSED_OPTIM_DEBUG")
+    done = fresh_python("import fused_optim", **dict.fromkeys(names, "quantum"))
     assert done.returncode == 0, done.stderr
 
 

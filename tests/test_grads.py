@@ -132,6 +132,19 @@ def test_grad_that_is_a_view(case: Case, kind: str) -> None:
 
 
 @few_cases
+def test_grad_that_turns_into_a_negated_view_of_itself(case: Case) -> None:
+    """The same object, and the same memory."""
+
+    def program(run: Run) -> None:
+        run.step(2)
+        for param in run.params:
+            param.grad.data = torch._neg_view(param.grad.data)
+        run.step_as_is()
+
+    run_both(case, program)
+
+
+@few_cases
 @pytest.mark.parametrize("kind", LAZY_GRADS)
 def test_first_grad_that_is_a_view(case: Case, kind: str) -> None:
     def program(run: Run) -> None:

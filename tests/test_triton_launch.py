@@ -13,7 +13,9 @@ if BACKEND != "cpu":
 pytest.importorskip("triton", reason="needs triton")
 
 from stub_gpu import StubGpu, stub_gpu
+from triton import knobs
 
+from fused_optim import backends
 from fused_optim.triton_kernels import launch, multi_tensor, tables
 
 each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
@@ -154,21 +156,33 @@ def test_only_what_changed_is_uploaded(gpu: StubGpu, case: Case) -> None:
         run.opt.step()
         return {dtype for dtype, _ in gpu.uploaded}
 
-    assert uploads() == {torch.int64, torch.float64, torch.int32}
-    uploads()  # SGD's variant is another one now
-    numbers = (
-        set() if case.optimizer in ("SGD", "Lion", "RMSprop") else {torch.float64}
-    )  # of the step
-    assert uploads() == numbers
+    assert uploads() == {torch.int64, torch.int32}
+    assert uploads() == set()
     run.opt.param_groups[0]["lr"] = 0.123
-    assert uploads() == {torch.float64}
+    assert uploads() == set(), "one row of hypers is an argument"
     for param, grad in zip(run.params, others):
         param.grad = grad
-    assert uploads() == {torch.int64} | numbers, "grads in other places"
+    assert uploads() == {torch.int64}, "grads in other places"
     run.params[0].data = torch.zeros(7)
-    assert uploads() == {torch.int64} | numbers
+    assert uploads() == {torch.int64}
     run.params[1].grad = None
-    assert uploads() == {torch.int64, torch.int32} | numbers, "a tensor less"
+    assert uploads() == {torch.int64, torch.int32}, "a tensor less"
+
+
+@each_optimizer
+def test_rows_of_hypers_are_one_upload_where_they_change(gpu: StubGpu, case: Case) -> None:
+    run = Run(case, case.fused)
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,)))], "lr": 0.5})
+    run.set_grads()
+    for _ in range(2):  # SGD's variant is another one then
+        run.opt.step()
+    rows = (torch.int32, 2 * multi_tensor.ROW.value)
+    depends_on_step = case.optimizer not in ("SGD", "Lion", "RMSprop")
+    for changed in (depends_on_step, True):
+        gpu.uploaded.clear()
+        run.opt.step()
+        assert gpu.uploaded == [rows] * changed
+        run.opt.param_groups[1]["lr"] = 0.25
 
 
 @each_optimizer
@@ -179,17 +193,38 @@ def test_tables_hold_what_the_kernel_reads(gpu: StubGpu, case: Case) -> None:
     run.opt.add_param_group({"params": run.params[-1:], "maximize": sign == 1})
     steps_with(run)
     _, n_programs, (tensors, chunks, hypers, *scaling) = gpu.launches[0]
-    assert scaling[:3] == [None] * 3
+    assert scaling[:4] == [*[None] * 3, 1], "in the table"
     assert n_programs == 1 + 3 + 1
     assert chunks.view(-1, 2).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0]]
     tensors, hypers = tensors.view(3, -1), hypers.view(-1, multi_tensor.ROW.value)
     assert tensors[:, 0].tolist() == [7, 4100, -9], "the last is not aligned to 16 bytes"
     assert tensors[:, 1].tolist() == [0, 0, 1]
-    assert hypers[:, multi_tensor.GRAD_SIGN.value].tolist() == [sign, -sign]
+    signs = hypers.view(torch.float32)[:, multi_tensor.GRAD_SIGN.value]
+    assert signs.tolist() == [sign, -sign]
     for row, param in zip(tensors.tolist(), run.params):
         assert row[2:4] == [param.data_ptr(), param.grad.data_ptr()]
         there = {state.data_ptr() for key, state in run.opt.state[param].items() if key != "step"}
         assert there <= set(row[4:]) and set(row[4:]) <= there | {0}
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_row_is_the_arguments_that_would_be_in_the_table(
+    gpu: StubGpu, case: Case, dtype: torch.dtype
+) -> None:
+    run = Run(case, case.fused, dtype=dtype, shapes=((7,), (3,)))
+    steps_with(run)
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,), dtype))]})
+    run.opt.param_groups[1]["weight_decay"] = 0.75
+    lone = Run(case, case.fused, dtype=dtype, shapes=((3,),))
+    steps_with(lone)
+    steps_with(run)
+    steps_with(lone)
+    in_table, *words = gpu.launches[-1][2][6 : 7 + multi_tensor.ROW.value]
+    assert in_table == 0
+    _, _, (_, _, hypers, *_) = gpu.launches[-2]
+    assert hypers.dtype == (torch.int64 if dtype == torch.float64 else torch.int32)
+    assert words == hypers.view(-1, multi_tensor.ROW.value)[0].tolist()
 
 
 @each_optimizer
@@ -211,6 +246,81 @@ def test_failing_triton_leaves_the_step_to_stock(
         "Triton failed: OSError: no C compiler"
     }
     assert gpu.launches == []
+
+
+def test_what_failed_is_tried_again(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.id == "Adam")
+    run, tries, errors = Run(case, case.fused), [], iter([])
+    warmup = launch.multi_tensor.warmup
+
+    def attempt(*args: object, **kwargs: object) -> object:
+        tries.append(run.n_steps)
+        for error in errors:
+            raise error
+        return warmup(*args, **kwargs)
+
+    monkeypatch.setattr(launch.multi_tensor, "warmup", attempt)
+    errors = iter([MemoryError("pinned"), *[OSError("no C compiler")] * 3])
+    with pytest.warns(RuntimeWarning) as caught:
+        run.step(112)
+    assert tries == [0, 1, 11, 111], "0, 1, 11 and 111 steps after the first failure"
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == [
+        "MemoryError: pinned",
+        "OSError: no C compiler",
+    ]
+    assert run.opt.last_step.tensors == {"stock": 5}
+    run.n_steps = 0
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,)))]})
+    errors = iter([KeyboardInterrupt()])
+    run.step(999)
+    assert gpu.launches == []
+    with pytest.raises(KeyboardInterrupt):
+        run.step()
+    steps_with(run)
+    errors = iter([OSError("no C compiler")])
+    run.opt.add_param_group({"params": [torch.nn.Parameter(run.randn((7,), torch.bfloat16))]})
+    run.step()
+    assert run.opt.last_step.tensors == {"stock": 7}
+    steps_with(run)
+
+
+def test_a_traceback_is_printed_once_if_asked_for(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(launch.multi_tensor, "warmup", fail)
+    case = next(case for case in CASES if case.id == "Adam")
+    printed = []
+    for is_asked_for in (True, False):
+        monkeypatch.setattr(backends, "debugging", lambda is_on=is_asked_for: is_on)
+        with pytest.warns(RuntimeWarning, match="no C compiler"):
+            Run(case, case.fused).step(3)
+        printed.append(capsys.readouterr().err)
+    assert printed[0].count("Traceback") == 1 and "in fail" in printed[0]
+    assert printed[1] == ""
+
+
+def test_hooks_of_profilers_see_each_launch(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    case = next(case for case in CASES if case.id == "Adam")
+    run = Run(case, case.fused, extra={"max_grad_norm": 1.0})
+    run.step()
+    hooks = [knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook]
+    for hook in hooks:
+        hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+    try:
+        run.step()
+    finally:
+        for hook in hooks:
+            hook.calls.clear()
+    assert seen == [name for name in ("norm", "finish", "multi_tensor") for _ in hooks]
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda metadata: seen.append("exit"))
+    run.step()
+    monkeypatch.undo()
+    run.step()
+    assert seen[6:] == ["exit"] * 3
 
 
 @each_optimizer
@@ -296,8 +406,6 @@ def test_tables_of_a_captured_graph_come_from_a_reserve(monkeypatch: pytest.Monk
 
 
 def test_gpu_tensors_without_triton_warn_once() -> None:
-    from fused_optim import backends
-
     device = torch.device("cuda:0")
     backends.warn_unless_served.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

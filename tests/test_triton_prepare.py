@@ -23,6 +23,7 @@ from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK
 RULES = _C.rules()
 # As float32 counts them (up to 2^24, where it stops) and as float64 does.
 STEPS = [*range(1, 60), 999, 1000, 12345, 2**20 + 1, 2**24 - 1, 2**24, 2**31 + 7, 2**40 + 3]
+WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
@@ -57,8 +58,9 @@ def run(
     n_averaged: list[int] | None = None,
     decay: float = 0.0,
     warmup: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Rows of hypers, on the CPU."""
+    """Rows of hypers' bits in this dtype, on the CPU."""
     n_options = len(RULES[rule]["options"])
     table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
     table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
@@ -66,7 +68,7 @@ def run(
     table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
     tagged = torch.zeros(len(options), 8, dtype=torch.int64)
     tagged[:, :n_options] = torch.tensor(addresses)
-    hypers = torch.full((len(rows), ROW.value), 7.0, dtype=torch.float64, device=DEVICE)
+    hypers = torch.full((len(rows), ROW.value), 7, dtype=WORDS[dtype], device=DEVICE)
     counts = n_averaged or [0] * len(rows)
     table_of_steps = torch.tensor([steps, waiting, counts, rows]).t().contiguous()
     prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
@@ -79,13 +81,22 @@ def run(
 
 def assert_bits(hypers: torch.Tensor, rule: str, options: list[float], step: float) -> None:
     expected = torch.tensor(_C.prepare(rule, options, step), dtype=torch.float64)
+    if hypers.dtype == torch.int32:
+        expected = expected.float()
     found = hypers[: len(expected)]
-    assert torch.equal(found.view(torch.int64), expected.view(torch.int64)), (rule, options, step)
+    assert torch.equal(found, expected.view(hypers.dtype)), (rule, options, step)
+
+
+def values(hypers: torch.Tensor, column: int) -> torch.Tensor:
+    return hypers.view(torch.float32 if hypers.dtype == torch.int32 else torch.float64)[:, column]
 
 
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_same_bits_and_steps_advanced(rule: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of_hypers", [torch.float32, torch.float64], ids=str)
+def test_same_bits_and_steps_advanced(
+    rule: str, dtype: torch.dtype, of_hypers: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
     options = [random_options(rule, generator) for _ in range(7)]
     before = torch.tensor(STEPS, dtype=torch.float64).sub(1).to(dtype).repeat(3)
@@ -93,11 +104,15 @@ def test_same_bits_and_steps_advanced(rule: str, dtype: torch.dtype) -> None:
     step = before.to(DEVICE)
     n = len(step)
     rows = [i % 7 for i in range(n)]
-    hypers = run(rule, options, [[0] * len(options[0])] * 7, numbers(step), [0] * n, rows)
+    nothing = [[0] * len(options[0])] * 7
+    hypers = run(rule, options, nothing, numbers(step), [0] * n, rows, dtype=of_hypers)
     assert torch.equal(step.cpu(), after)
     for i in range(n):
         assert_bits(hypers[i], rule, options[rows[i]], after[i].item())
-        assert hypers[i, VARIANT.value] == 1 and hypers[i, GRAD_SIGN.value] == -1
+    low, high = hypers[:, STEP.value].long(), hypers[:, STEP.value + 1].long()
+    assert torch.equal((high << 32) + (low & 0xFFFFFFFF), after.long())
+    assert (hypers[:, VARIANT.value] == 1).all()
+    assert (values(hypers, GRAD_SIGN.value) == -1).all()
 
 
 @every_rule
@@ -126,8 +141,7 @@ def test_skipped_step_advances_nothing(rule: str) -> None:
             rule, [options], nothing, numbers(step), numbers(started), [0] * 5, found_inf=flag
         )
         assert torch.equal(step.cpu(), before + advanced)
-        expected = 1 + FIRST_STEP.value * waiting
-        assert torch.equal(hypers[:, VARIANT.value], expected.double())
+        assert torch.equal(hypers[:, VARIANT.value], 1 + FIRST_STEP.value * waiting)
     assert started.cpu().tolist() == [1.0] * 5
 
 
@@ -145,5 +159,5 @@ def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
         )  # fmt: skip
         group = {"ema_decay": decay, "ema_warmup": warmup}
         expected = [ema.weight(group, int(averaged)) for averaged in before]
-        assert hypers[:, EMA_WEIGHT.value].tolist() == expected
+        assert values(hypers, EMA_WEIGHT.value).tolist() == expected
         assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

@@ -6,22 +6,26 @@ the optimizer's life.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .measure import GradBatch, OnePass, Totals, squares_of
 from .multi_tensor import ROW, UNSCALED, multi_tensor
-from .on_device import NO_PINNED_MEMORY, OnDevice, capturing, device_of, on, warp_size
+from .on_device import NO_PINNED_MEMORY, OnDevice, capturing, device_of, dtype_of, on, warp_size
 from .prepare import prepare
 from .specialize import PREPARE_BLOCK, Specialization, prepare_constants
 from .tables import Batch, DeviceCopy, chunks_of
+
+# A row's place in the arguments of `multi_tensor`, where the table has it.
+_IN_TABLE = (1, *(0,) * ROW.value)
 
 
 class _Launch(OnDevice):
@@ -39,16 +43,29 @@ class _Launch(OnDevice):
             interpreted=interpreted,
         )
         self._prepare_constants = prepare_constants(rule, averages=dtypes[-1] is not None)
+        is_wide = self._specialization.word is tl.int64
+        self._word = torch.int64 if is_wide else torch.int32
+        # The types of what is handed over by value are those of the first time.
+        self._widest = (0, *(1 << 40 if is_wide else 0,) * ROW.value)
         self._tensors = DeviceCopy(torch.int64, self.device)
         self._steps = DeviceCopy(torch.int64, self.device)
         self._addresses = DeviceCopy(torch.int64, self.device)
-        self._numbers = DeviceCopy(torch.float64, self.device)
+        self._options = DeviceCopy(torch.float64, self.device)
+        self._rows = DeviceCopy(self._word, self.device)
         self._chunks = DeviceCopy(torch.int32, self.device)
-        self._hypers: Tensor | None = None  # written by prepare
-        self._n_tensors = 0
+        self._hypers: Tensor | None = None  # written by prepare, or not read
+        self._brought: tuple[int, int] | None = None  # version and stream
+        self._n_tensors = self._n_chunks = 0
 
     def copies(self) -> tuple[DeviceCopy, ...]:
-        return self._tensors, self._steps, self._addresses, self._numbers, self._chunks
+        return (
+            self._tensors,
+            self._steps,
+            self._addresses,
+            self._options,
+            self._rows,
+            self._chunks,
+        )
 
     def forget(self) -> None:
         self._hypers = None
@@ -62,62 +79,80 @@ class _Launch(OnDevice):
         clip: Tensor | None,
     ) -> str | None:
         """Everything that may fail; why it does, or None. Call it under the guard."""
-        is_capturing = capturing()
-        self.notice_stream(is_capturing)
-        self._n_tensors = batch.n_tensors
-        there = self._tensors.bring_table(batch.tensors, is_capturing)
-        there = there and self._numbers.bring_table(batch.numbers, is_capturing)
+        self.look_around()
+        words = batch.words
+        self._row = _IN_TABLE if words is None else (0, *words)
+        now = batch.version, self.stream
+        if now != self._brought or self.is_capturing:
+            self._brought = None
+            if not self._bring(batch):
+                return NO_PINNED_MEMORY
+            if not self.is_capturing:  # which only takes note of copies
+                self._brought = now
+        self._scaling = grad_scale, found_inf, clip
+        key = grad_write, dtype_of(grad_scale), dtype_of(found_inf), dtype_of(clip)
+        update = self._kernels.get(key)
+        if update is None:
+            specialization = replace(self._specialization, grad_write=grad_write)
+            update = self._kernels[key] = self.kernel(
+                multi_tensor,
+                (*self._tables, *self._scaling, *self._widest),
+                specialization.constants(),
+                specialization.num_warps,
+            )
+        self._update = update
         if self.prepares:
-            there = there and self._steps.bring_table(batch.steps, is_capturing)
-            there = there and self._addresses.bring_table(batch.addresses, is_capturing)
-            if self._hypers is None or len(self._hypers) < self._n_tensors:
-                self._hypers = torch.empty(
-                    self._n_tensors, ROW.value, dtype=torch.float64, device=self.device
+            key = (dtype_of(found_inf),)
+            if key not in self._kernels:
+                self._kernels[key] = self.kernel(
+                    prepare, self._prepare_args(), self._prepare_constants, PREPARE_BLOCK // 32
                 )
+            self._prepare = self._kernels[key]
+        return None
+
+    def _bring(self, batch: Batch) -> bool:
+        """Have the device's copies of all tables. False: no pinned memory."""
+        capturing = self.is_capturing
+        self._n_tensors = batch.n_tensors
+        there = self._tensors.bring_table(batch.tensors, capturing)
+        n_rows = 1
+        if self.prepares:
+            there = there and self._steps.bring_table(batch.steps, capturing)
+            there = there and self._addresses.bring_table(batch.addresses, capturing)
+            there = there and self._options.bring_table(batch.options, capturing)
+            n_rows = self._n_tensors
+        elif batch.words is None:
+            there = there and self._rows.bring_table(batch.hypers, capturing)
+        if self._hypers is None or len(self._hypers) < n_rows:
+            self._hypers = torch.empty(n_rows, ROW.value, dtype=self._word, device=self.device)
         if self._chunks.version != batch.numels.version:
             chunks = chunks_of(batch.numels.tolist(), self._specialization.chunk)
             there = there and self._chunks.bring(
-                batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), is_capturing
+                batch.numels.version, chunks.numel(), lambda host: host.copy_(chunks), capturing
             )
         if not there:
-            return NO_PINNED_MEMORY
-        self._scaling = grad_scale, found_inf, clip
-        specialization = replace(self._specialization, grad_write=grad_write)
-        self._update = self.kernel(
-            multi_tensor,
-            self._update_args(),
-            specialization.constants(),
-            specialization.num_warps,
-            grad_write,
-        )
-        if self.prepares:
-            self._prepare = self.kernel(
-                prepare,
-                self._prepare_args(),
-                self._prepare_constants,
-                specialization.num_warps,
-                None,
-            )
-        return None
+            return False
+        assert self._chunks.tensor is not None
+        self._n_chunks = self._chunks.tensor.numel() // 2
+        in_table = not self.prepares and batch.words is None
+        hypers = self._rows.tensor if in_table else self._hypers
+        self._tables = self._tensors.tensor, self._chunks.tensor, hypers
+        return True
 
     def launch(self) -> None:
         if self.prepares:
-            self._prepare(triton.cdiv(self._n_tensors, PREPARE_BLOCK), self._prepare_args())
-        assert self._chunks.tensor is not None
-        n_chunks = self._chunks.tensor.numel() // 2
-        if n_chunks > 0:
-            self._update(n_chunks, self._update_args())
+            n_programs = -(-self._n_tensors // PREPARE_BLOCK)
+            self._prepare(n_programs, self._prepare_args(), self.stream)
+        if self._n_chunks > 0:
+            args = (*self._tables, *self._scaling, *self._row)
+            self._update(self._n_chunks, args, self.stream)
 
     def held(self) -> list:
         """What a captured graph needs as long as it is replayed."""
         return [self._hypers, self._scaling, *(copy.tensor for copy in self.copies())]
 
-    def _update_args(self) -> tuple:
-        hypers = self._hypers if self.prepares else self._numbers.tensor
-        return self._tensors.tensor, self._chunks.tensor, hypers, *self._scaling
-
     def _prepare_args(self) -> tuple:
-        tables = (self._steps.tensor, self._numbers.tensor, self._addresses.tensor, self._hypers)
+        tables = (self._steps.tensor, self._options.tensor, self._addresses.tensor, self._hypers)
         return *tables, self._scaling[1], self._n_tensors
 
 
@@ -127,10 +162,12 @@ class Launcher:
     Args:
         rule: key of RULES.
         interpreted: whether CPU tensors are served, in Triton's interpreter.
+        debug: whether the traceback of each failure is printed that is warned of.
     """
 
-    def __init__(self, rule: str, interpreted: bool) -> None:
+    def __init__(self, rule: str, interpreted: bool, debug: bool = False) -> None:
         self._rule = rule
+        self._debug = debug
         self._interpreted = interpreted
         self._launches: dict[Any, _Launch] = {}
         self._ready: list[_Launch] = []
@@ -141,7 +178,10 @@ class Launcher:
         self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._reading: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
         self._captured: list = []
-        self._failure: str | None = None
+        self._failure: str | None = None  # why the kernels are not tried in this step
+        self._n_failures = 0  # in a row
+        self._steps_to_wait = 0
+        self._warned_of: set[str] = set()
         self._one_pass: OnePass | None = None
         self._grad_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
@@ -177,7 +217,7 @@ class Launcher:
         """Address of the number that says whether this momentum has started, 0 if it surely has."""
         started = self._started.get(buffer)
         if started is None and create:
-            started = torch.zeros((), device=buffer.device)
+            started = torch.zeros((), dtype=torch.float32, device=buffer.device)
             self._started[buffer] = started
         return 0 if started is None else started.data_ptr()
 
@@ -193,7 +233,9 @@ class Launcher:
             numbers = torch.stack([started for _, started in asked])
             event = None
             if device.type != "cpu":
-                on_host = torch.empty(len(asked), pin_memory=True)
+                on_host = torch.empty(
+                    len(asked), dtype=torch.float32, device="cpu", pin_memory=True
+                )
                 numbers = on_host.copy_(numbers, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(device))
@@ -247,18 +289,26 @@ class Launcher:
     ) -> str | None:
         """Compile and upload; why that cannot be, or None. Nothing has been written then.
 
+        What failed is tried again at the next step, then 10, 100, 1000 ... steps later: it may have been a
+        full disk or memory, but looking for a compiler that is not there takes its time.
+
         Args:
             grads: what is measured, if anything is.
             grad_write: what is left in the grads, see multi_tensor.py.
         """
-        failure = self._failure
-        if failure is not None:
-            return failure
+        if self._steps_to_wait > 0:
+            self._steps_to_wait -= 1
+            return self._failure
+        failure = None
         try:
-            for device in dict.fromkeys(device_of(*batch.key[:2]) for batch in batches):
-                failure = failure or self._ready_totals(device, grads)
-            for batch in batches:
-                failure = failure or self._ready_batch(batch, grad_write)
+            launches = [self._launch_of(batch) for batch in batches]
+            if self._one_pass is not None and (
+                grads or self._grad_scale is not None or self._found_inf is not None
+            ):
+                for device in dict.fromkeys(launch.device for launch in launches):
+                    failure = failure or self._ready_totals(device, grads, self._one_pass)
+            for launch, batch in zip(launches, batches):
+                failure = failure or self._ready_launch(launch, batch, grad_write)
         except torch.OutOfMemoryError:
             raise
         # Triton may fail in any way: no C compiler, an old device, a full disk.
@@ -266,8 +316,16 @@ class Launcher:
             failure = f"Triton failed: {type(error).__name__}: {error}"
             if not capturing():  # where little is allowed; later steps may do better
                 self._failure = failure
-        if failure is not None:
-            self._totals.clear()
+                self._steps_to_wait = 10**self._n_failures - 1
+                self._n_failures += 1
+            if self._debug and failure not in self._warned_of:
+                traceback.print_exc()
+        if failure is None:
+            self._n_failures = 0
+            return None
+        self._totals.clear()
+        if failure not in self._warned_of:
+            self._warned_of.add(failure)
             warnings.warn(
                 f"fused_optim runs torch.optim's own code for these tensors. {failure}",
                 RuntimeWarning,
@@ -275,24 +333,25 @@ class Launcher:
             )
         return failure
 
-    def _ready_totals(self, device: torch.device, grads: Sequence[GradBatch]) -> str | None:
-        if self._one_pass is None or not (
-            grads or self._grad_scale is not None or self._found_inf is not None
-        ):
-            return None
+    def _launch_of(self, batch: Batch) -> _Launch:
+        launch = self._launches.get(batch.key)
+        if launch is None:
+            launch = self._launches[batch.key] = _Launch(self._rule, batch, self._interpreted)
+        return launch
+
+    def _ready_totals(
+        self, device: torch.device, grads: Sequence[GradBatch], one_pass: OnePass
+    ) -> str | None:
         totals = self._all_totals.get(device)
         if totals is None:
             totals = self._all_totals[device] = Totals(device, self._interpreted)
         there = [batch for batch in grads if device_of(*batch.key[:2]) == device]
         self._totals[device] = totals
         with totals.guard():
-            return totals.ready(there, self._one_pass, self._grad_scale, self._found_inf)
+            return totals.ready(there, one_pass, self._grad_scale, self._found_inf)
 
-    def _ready_batch(self, batch: Batch, grad_write: int) -> str | None:
-        launch = self._launches.get(batch.key)
-        if launch is None:
-            launch = self._launches[batch.key] = _Launch(self._rule, batch, self._interpreted)
-        totals = self._totals.get(launch.device)
+    def _ready_launch(self, launch: _Launch, batch: Batch, grad_write: int) -> str | None:
+        totals = self._totals.get(launch.device) if self._totals else None
         divides = grad_write == UNSCALED.value
         with launch.guard():
             grad_scale = on(launch.device, self._grad_scale) if divides else None
@@ -354,13 +413,13 @@ class Launcher:
             if not totals.is_finished:  # nothing was measured
                 with totals.guard():
                     totals.finish()
-            if capturing():
+            if totals.is_capturing:
                 self._captured.append(totals.held())
         for launch in self._ready:
             try:
                 with launch.guard():
                     launch.launch()
-                    if capturing():
+                    if launch.is_capturing:
                         self._captured.append((launch.held(), list(self._started.values())))
             except BaseException as error:
                 failure = error

@@ -6,7 +6,7 @@ All of it stays on the device: the kernels of the step read it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .norm import AHEAD, CLIP, FACTOR, FOUND_INF, NORM, NORM_CHUNK, RESULT, finish, norm
-from .on_device import NO_PINNED_MEMORY, OnDevice, capturing, on, warp_size
+from .on_device import NO_PINNED_MEMORY, Launch, OnDevice, dtype_of, on, warp_size
 from .specialize import FINISH_WARPS, norm_constants, norm_warps
 from .tables import DeviceCopy, Table, chunks_of
 
@@ -22,8 +22,10 @@ from .tables import DeviceCopy, Table, chunks_of
 class GradBatch(Protocol):
     """Grads of one device and dtype (csrc/batch.h); key: DLPack device type and index, dtype name."""
 
+    key: tuple[int, int, str]
+
     @property
-    def key(self) -> tuple[int, int, str]: ...
+    def version(self) -> int: ...
 
     numels: Table
     grads: Table
@@ -58,7 +60,8 @@ class Totals(OnDevice):
         self._limit = DeviceCopy(torch.float64, device)
         self._partials: Tensor | None = None
         self._no_extra = torch.zeros(2, dtype=torch.float64, device=device)
-        self._sums: list[tuple[Callable[..., object], int, tuple]] = []
+        self._sums: list[tuple[Launch, int, tuple]] = []
+        self._brought: tuple | None = None  # what the tables are, and the stream
         self.is_finished = False
 
     def copies(self) -> Iterator[DeviceCopy]:
@@ -75,33 +78,21 @@ class Totals(OnDevice):
         found_inf: Tensor | None,
     ) -> str | None:
         """Everything that may fail; why it does, or None. Call it under the guard."""
-        is_capturing = capturing()
-        self.notice_stream(is_capturing)
+        self.look_around()
         self.is_finished = False
-        there = True
-        for batch in batches:
-            grads, chunks = self._table(batch.key[2])
-            there = there and grads.bring_table(batch.grads, is_capturing)
-            if chunks.version != batch.numels.version:
-                cut = chunks_of(batch.numels.tolist(), NORM_CHUNK.value)
-                there = there and chunks.bring(
-                    batch.numels.version,
-                    cut.numel(),
-                    lambda host, cut=cut: host.copy_(cut),
-                    is_capturing,
-                )
         limit = one_pass.max_grad_norm
         if limit is not None and math.isinf(limit):
             limit = None  # it measures and never clips
-        if limit is not None:
-            there = there and self._limit.bring(
-                limit, 1, lambda host: host.fill_(limit), is_capturing
-            )
-        if not there:
-            return NO_PINNED_MEMORY
+        now = limit, self.stream, *((batch.key, batch.version) for batch in batches)
+        if now != self._brought or self.is_capturing:
+            self._brought = None
+            if not self._bring(batches, limit):
+                return NO_PINNED_MEMORY
+            self._plan_sums(batches)
+            if not self.is_capturing:  # which only takes note of copies
+                self._brought = now
         self._one_pass = one_pass
         self._grad_scale, scaler_found_inf = on(self.device, grad_scale), on(self.device, found_inf)
-        self._plan_sums(batches)
         # A new one each time: the user keeps the norm.
         self._result = torch.empty(RESULT.value, dtype=torch.float64, device=self.device)
         parts = self._result.unbind()
@@ -128,10 +119,32 @@ class Totals(OnDevice):
             n_skipped,
             self._result,
         )
-        constants = {"SKIPS_NONFINITE": one_pass.skips}
-        args = self._args(self._no_extra)
-        self._finish = self.kernel(finish, args, constants, FINISH_WARPS, one_pass.skips)
+        key = one_pass.skips, *map(dtype_of, self._finish_args)
+        if key not in self._kernels:
+            constants = {"SKIPS_NONFINITE": one_pass.skips}
+            args = self._args(self._no_extra)
+            self._kernels[key] = self.kernel(finish, args, constants, FINISH_WARPS)
+        self._finish = self._kernels[key]
         return None
+
+    def _bring(self, batches: Sequence[GradBatch], limit: float | None) -> bool:
+        """Have the device's copies of all tables. False: no pinned memory."""
+        capturing = self.is_capturing
+        there = True
+        for batch in batches:
+            grads, chunks = self._table(batch.key[2])
+            there = there and grads.bring_table(batch.grads, capturing)
+            if chunks.version != batch.numels.version:
+                cut = chunks_of(batch.numels.tolist(), NORM_CHUNK.value)
+                there = there and chunks.bring(
+                    batch.numels.version,
+                    cut.numel(),
+                    lambda host, cut=cut: host.copy_(cut),
+                    capturing,
+                )
+        if limit is not None:
+            there = there and self._limit.bring(limit, 1, lambda host: host.fill_(limit), capturing)
+        return there
 
     def _plan_sums(self, batches: Sequence[GradBatch]) -> None:
         tables = [(batch.key[2], *self._table(batch.key[2])) for batch in batches]
@@ -146,11 +159,12 @@ class Totals(OnDevice):
         self._sums = []
         for (dtype, grads, chunks), n in zip(tables, n_chunks):
             args = (grads.tensor, chunks.tensor, self._partials, self._n_partials)
-            constants = norm_constants(dtype, self.interpreted)
-            num_warps = norm_warps(dtype, warp_size(self.interpreted))
-            kernel = self.kernel(norm, args, constants, num_warps, dtype)
+            if (dtype,) not in self._kernels:
+                constants = norm_constants(dtype, self.interpreted)
+                num_warps = norm_warps(dtype, warp_size(self.interpreted))
+                self._kernels[(dtype,)] = self.kernel(norm, args, constants, num_warps)
             if n > 0:
-                self._sums.append((kernel, n, args))
+                self._sums.append((self._kernels[(dtype,)], n, args))
 
     def _table(self, dtype: str) -> tuple[DeviceCopy, DeviceCopy]:
         if dtype not in self._tables:
@@ -166,7 +180,7 @@ class Totals(OnDevice):
     def sum_up(self) -> None:
         """Read the grads."""
         for kernel, n_programs, args in self._sums:
-            kernel(n_programs, args)
+            kernel(n_programs, args, self.stream)
 
     def finish(self, extra: Tensor | None = None) -> None:
         """What follows from the sums.
@@ -174,7 +188,8 @@ class Totals(OnDevice):
         Args:
             extra: float64 [2]: the sum of the squares of other grads, and whether one is not finite.
         """
-        self._finish(1, self._args(self._no_extra if extra is None else extra))
+        args = self._args(self._no_extra if extra is None else extra)
+        self._finish(1, args, self.stream)
         if self._report_elsewhere is not None:
             self._report_elsewhere.copy_(self._result[FOUND_INF.value], non_blocking=True)
         self.is_finished = True
@@ -188,7 +203,7 @@ class Totals(OnDevice):
     def decide(self, clip: float) -> None:
         """The host has found the coefficient, and that the step is not skipped."""
         scale = 1.0 if self._grad_scale is None else self._grad_scale.item()
-        result = torch.zeros(RESULT.value, dtype=torch.float64)
+        result = torch.zeros(RESULT.value, dtype=torch.float64, device="cpu")
         result[CLIP.value], result[FACTOR.value] = clip, clip * (1 / scale)
         self._result.copy_(result)
         self.is_finished = True

@@ -8,8 +8,12 @@ tensors  int64 [n_tensors, columns]: numel, negative if some stream is not align
          whole param the tensor's first one is; for each stream the address of its scales, or of the
          param's remainder; for each stream the seed of its keys
 chunks   int32 [n_chunks, 2]: which tensor, and which CHUNK elements of it, one program takes
-hypers   float64 [n_rows, ROW]: the rule's hypers, the variant's bits, the sign of the grad, the weight
-         of the EMA, and, for keys, the step
+hypers   int32 or int64 [n_rows, ROW]: bits in the compute type of the rule's hypers; the variant's bits;
+         those of the sign of the grad and of the weight of the EMA; and, for keys, the step, its lower
+         32 bits first
+
+Where there is one row of hypers, the launch brings it as word0, word1 ...: what changes in each step then
+needs no upload.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ VARIANT = tl.constexpr(8)
 GRAD_SIGN = tl.constexpr(9)
 EMA_WEIGHT = tl.constexpr(10)
 STEP = tl.constexpr(11)
-ROW = tl.constexpr(12)
+ROW = tl.constexpr(13)
 # The columns of `tensors`.
 NUMEL = tl.constexpr(0)
 HYPERS_ROW = tl.constexpr(1)
@@ -211,7 +215,15 @@ def zero_chunk(tensor, begin, DTYPES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: 
         zero(grad + index, index < numel, BLOCK)
 
 
-@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf", "clip"])
+@triton.jit
+def load_word(row, words, in_table, COLUMN: tl.constexpr):
+    return tl.load(row + COLUMN, mask=in_table != 0, other=words[COLUMN])
+
+
+@triton.jit(
+    do_not_specialize=["in_table", *(f"word{i}" for i in range(ROW.value))],
+    do_not_specialize_on_alignment=["grad_scale", "found_inf", "clip"],
+)
 def multi_tensor(
     tensors,
     chunks,
@@ -219,6 +231,20 @@ def multi_tensor(
     grad_scale,
     found_inf,
     clip,
+    in_table,
+    word0,
+    word1,
+    word2,
+    word3,
+    word4,
+    word5,
+    word6,
+    word7,
+    word8,
+    word9,
+    word10,
+    word11,
+    word12,
     RULE: tl.constexpr,
     OPTIONS: tl.constexpr,
     N_HYPERS: tl.constexpr,
@@ -240,6 +266,7 @@ def multi_tensor(
     is UNSCALED.
 
     Args:
+        in_table: whether `hypers` is read, and not word0 ...
         DTYPES, CODES, STORAGES, EXTRAS: of each stream the dtype, that of its elements in memory, its
             storage (see streams.py), and that of its scales or remainder, or None.
         COLUMNS: of `tensors`.
@@ -256,12 +283,16 @@ def multi_tensor(
             return
     numel = tl.load(tensor + NUMEL)
     row = hypers + tl.load(tensor + HYPERS_ROW) * ROW
+    words = (
+        word0, word1, word2, word3, word4, word5, word6, word7, word8, word9, word10, word11, word12,
+    )  # fmt: skip
     rule_hypers = ()
     for i in tl.static_range(N_HYPERS):
-        rule_hypers = rule_hypers + (tl.load(row + i).to(COMPUTE),)
-    variant = tl.load(row + VARIANT).to(tl.int32)
-    grad_sign = tl.load(row + GRAD_SIGN).to(COMPUTE)
-    ema_weight = tl.load(row + EMA_WEIGHT).to(COMPUTE)
+        hyper = load_word(row, words, in_table, i).to(COMPUTE, bitcast=True)
+        rule_hypers = rule_hypers + (hyper,)
+    variant = load_word(row, words, in_table, VARIANT).to(tl.int32)
+    grad_sign = load_word(row, words, in_table, GRAD_SIGN).to(COMPUTE, bitcast=True)
+    ema_weight = load_word(row, words, in_table, EMA_WEIGHT).to(COMPUTE, bitcast=True)
     if GRAD_WRITE == UNSCALED:
         scale = tl.load(grad_scale).to(COMPUTE)
     else:
@@ -273,7 +304,9 @@ def multi_tensor(
     N: tl.constexpr = len(DTYPES)
     IS_PACKED: tl.constexpr = COLUMNS > STREAMS + N
     if IS_PACKED:
-        step = tl.load(row + STEP).to(tl.uint64)
+        step = load_word(row, words, in_table, STEP).to(tl.uint32, bitcast=True).to(tl.uint64)
+        step_high = load_word(row, words, in_table, STEP + 1).to(tl.uint32, bitcast=True)
+        step |= step_high.to(tl.uint64) << 32
         whole = tl.load(tensor + STREAMS + N)
     else:
         step = None

@@ -104,6 +104,19 @@ def store_number(address, value, mask):
     tl.store(wide, value, mask=there & is_wide)
 
 
+@triton.jit
+def store_word(hypers, whole, mask):
+    tl.store(hypers, whole.to(hypers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_bits(hypers, value, mask):
+    """Of the compute type, whose size the table's has."""
+    if hypers.dtype.element_ty == tl.int32:
+        value = value.to(tl.float32)
+    tl.store(hypers, value.to(hypers.dtype.element_ty, bitcast=True), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
     steps, option_values, addresses, hypers, found_inf, n_tensors,
@@ -144,11 +157,14 @@ def prepare(
         store_number(started_address, tl.full(step.shape, 1.0, tl.float64), mask)
 
     prepared = PREPARE(values, step)
+    hypers += tensor * ROW
     for i in tl.static_range(N_HYPERS):
-        tl.store(hypers + tensor * ROW + i, prepared[i], mask=mask)
-    tl.store(hypers + tensor * ROW + VARIANT, variant, mask=mask)
-    tl.store(hypers + tensor * ROW + GRAD_SIGN, grad_sign, mask=mask)
-    tl.store(hypers + tensor * ROW + STEP, step, mask=mask)
+        store_bits(hypers + i, prepared[i], mask)
+    store_word(hypers + VARIANT, variant, mask)
+    store_bits(hypers + GRAD_SIGN, grad_sign, mask)
+    whole_step = step.to(tl.int64)
+    store_word(hypers + STEP, whole_step & 0xFFFFFFFF, mask)
+    store_word(hypers + STEP + 1, whole_step >> 32, mask)
     if AVERAGES:  # as csrc/ema.cpp
         n_address = tl.load(steps + 2, mask=mask, other=0)
         decay = tl.load(option_values + row * OPTIONS_ROW + EMA_DECAY, mask=mask, other=0.0)
@@ -157,6 +173,6 @@ def prepare(
         warm = (1 + n_averaged) / (10 + n_averaged)
         decay = tl.where((warmup != 0) & (warm < decay), warm, decay)
         weight = tl.where(n_averaged == 0, 1.0, 1 - decay)
-        tl.store(hypers + tensor * ROW + EMA_WEIGHT, weight, mask=mask)
+        store_bits(hypers + EMA_WEIGHT, weight, mask)
         if goes_on:
             store_number(n_address, n_averaged + 1, mask)

@@ -69,6 +69,11 @@ class Specialization:
         return tl.float64 if "float64" in self.dtypes else tl.float32
 
     @property
+    def word(self) -> tl.dtype:
+        """Of the bits of a hyper."""
+        return tl.int64 if self.compute is tl.float64 else tl.int32
+
+    @property
     def is_packed(self) -> bool:
         return any(storage != "plain" for storage in self.storages)
 

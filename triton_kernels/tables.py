@@ -18,7 +18,7 @@ N_SPARES = 3
 
 
 class Table(Protocol):
-    """An array of 8-byte numbers on the host; another version says other contents."""
+    """An array on the host; another version says other contents."""
 
     @property
     def version(self) -> int: ...
@@ -34,18 +34,25 @@ class Batch(Protocol):
     Attributes:
         key: DLPack device type and index, dtypes and storages of the streams by name, deciding
             options, and whether the hypers have to be prepared on the device.
+        version: another one says that some table has to be uploaded.
+        words: the hypers, if there is one row and the host knows it; `hypers` need not be uploaded then.
     """
 
+    key: tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]
+
     @property
-    def key(self) -> tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]: ...
+    def version(self) -> int: ...
     @property
     def n_tensors(self) -> int: ...
+    @property
+    def words(self) -> tuple[int, ...] | None: ...
 
     numels: Table
     tensors: Table
     steps: Table
     addresses: Table
-    numbers: Table
+    options: Table
+    hypers: Table
 
 
 class DeviceCopy:
@@ -68,16 +75,16 @@ class DeviceCopy:
         if self.version == version:
             return True
         if self.device.type == "cpu":
-            host = torch.empty(numel, dtype=self.dtype)
+            host = torch.empty(numel, dtype=self.dtype, device="cpu")
         elif capturing:
             if not self._spares or self._spares[-1].numel() < numel:
                 return False
             host = self._spares.pop()[:numel]
         else:
-            host = torch.empty(numel, dtype=self.dtype, pin_memory=True)
+            host = self._pinned(numel)
             self._spares = [spare for spare in self._spares if spare.numel() >= numel]
             while len(self._spares) < N_SPARES:
-                self._spares.append(torch.empty(numel, dtype=self.dtype, pin_memory=True))
+                self._spares.append(self._pinned(numel))
         fill(host)
         self.tensor = host.to(self.device, non_blocking=True)
         self.version = version
@@ -87,16 +94,20 @@ class DeviceCopy:
             self.version = None
         return True
 
+    def _pinned(self, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=self.dtype, device="cpu", pin_memory=True)
+
     def bring_table(self, table: Table, capturing: bool) -> bool:
+        numel = table.nbytes // self.dtype.itemsize
         return self.bring(
-            table.version, table.nbytes // 8, lambda host: table.copy_to(host.data_ptr()), capturing
+            table.version, numel, lambda host: table.copy_to(host.data_ptr()), capturing
         )
 
 
 def chunks_of(numels: list[int], chunk: int) -> Tensor:
     """int32 [n_chunks * 2]: which tensor, and which `chunk` elements of it, for each program."""
-    n_chunks = (torch.tensor(numels, dtype=torch.int64) + chunk - 1) // chunk
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), n_chunks)
+    n_chunks = (torch.tensor(numels, dtype=torch.int64, device="cpu") + chunk - 1) // chunk
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), n_chunks)
     first = torch.repeat_interleave(n_chunks.cumsum(0) - n_chunks, n_chunks)
-    index = torch.arange(len(tensor)) - first
+    index = torch.arange(len(tensor), device="cpu") - first
     return torch.stack([tensor, index], dim=1).to(torch.int32).flatten()

@@ -29,6 +29,7 @@ from fused_optim.cli.machine_code import (
 # Setuptools maps the folder into the package; pyright cannot know.
 from fused_optim.triton_kernels import specialize  # pyright: ignore[reportMissingImports]
 from fused_optim.triton_kernels.multi_tensor import (  # pyright: ignore[reportMissingImports]
+    ROW,
     multi_tensor,
 )
 from fused_optim.triton_kernels.norm import (  # pyright: ignore[reportMissingImports]
@@ -79,14 +80,15 @@ def source(kernel: Kernel, target: str) -> tuple[ASTSource, dict[str, Any]]:
     elif kernel.dtypes is None:
         function, num_warps = prepare, specialize.PREPARE_BLOCK // 32
         constants = specialize.prepare_constants(kernel.rule, averages=kernel.scaled)
-        tables = {"steps": "*i64", "option_values": "*fp64", "addresses": "*i64", "hypers": "*fp64"}
+        tables = {"steps": "*i64", "option_values": "*fp64", "addresses": "*i64", "hypers": "*i32"}
         others = {"n_tensors": "i32"}
     else:
         specialization = kernel.specialization(target)
         function, num_warps = multi_tensor, specialization.num_warps
         constants = specialization.constants()
-        tables = {"tensors": "*i64", "chunks": "*i32", "hypers": "*fp64"}
-        others = {}
+        word = f"i{specialization.word.primitive_bitwidth}"
+        tables = {"tensors": "*i64", "chunks": "*i32", "hypers": f"*{word}"}
+        others = {"in_table": "i32", **{f"word{i}": word for i in range(ROW.value)}}
         absent = {"grad_scale"} if kernel.one_pass else {"clip"}
     if not kernel.scaled:
         absent = set(scalars)
