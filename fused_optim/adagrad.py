@@ -110,7 +110,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         step = torch.zeros(
             (),
             dtype=_get_scalar_dtype(is_fused=on_device),
-            device=param.device if on_device else None,
+            device=param.device if on_device else "cpu",
         )
         initial = self.defaults["initial_accumulator_value"]
         if param.is_complex():

@@ -313,7 +313,8 @@ class FusedOptimizer(PackedOptimizer):
         n_lists = len(inspect.signature(init_group).parameters) - 2
         # On a GPU, fused=True has step live there.
         fused = bool(group.get("fused")) and param.device.type != "cpu"
-        with torch.no_grad():
+        # Else a default device would be where step lives: Adam's before torch 2.13, RMSprop's in all.
+        with torch.no_grad(), torch.device("cpu"):
             init_group(
                 beside,
                 {**group, "params": [param], "foreach": False, "fused": fused},
