@@ -150,6 +150,14 @@ def free_state(run: Run) -> None:
             value.untyped_storage().resize_(0)
 
 
+def step_without_traceback(run: Run) -> None:
+    """Pytest prints the arguments in a traceback, and reading what was freed kills the process."""
+    try:
+        run.opt.step()
+    except Exception as error:
+        raise error.with_traceback(None) from None
+
+
 @few_cases
 @pytest.mark.parametrize("free", [free_param, free_grad, free_state])
 @pytest.mark.parametrize("n_steps", [0, 2])
@@ -164,7 +172,7 @@ def test_freed_memory(case: Case, free: Callable[[Run], None], n_steps: int) -> 
         return
     free(run)
     with pytest.raises(RuntimeError, match="group 1.*freed"):  # noqa: RUF043
-        run.opt.step()
+        step_without_traceback(run)
     # What was freed cannot be compared: leave it out of both snapshots.
     del run.opt.param_groups[1]
     n_kept = 3 * len(SHAPES)
