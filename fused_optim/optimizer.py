@@ -81,6 +81,12 @@ class FusedOptimizer(PackedOptimizer):
 
     _stock: ClassVar[type[torch.optim.Optimizer]]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        constructor = vars(cls).get("__init__")
+        if isinstance(constructor, FunctionType):
+            left_to_the_interpreter(constructor)  # torch.compile of torch 2.11 fails in it
+
     @property
     def last_step(self) -> StepReport | None:
         """What the latest :meth:`step` did; None before the first."""
