@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.packed import KernelOptions
@@ -86,6 +87,35 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
         )
+        if fused:  # before torch 2.13 torch.optim's constructor leaves it out
+            self._step_supports_amp_scaling = True
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        state_sums: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> tuple[bool, bool]:
+        # Before torch 2.13 torch.optim makes states in its constructor alone.
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                self.state[param].update(self._create_state(param, group))
+        return super()._init_group(group, params_with_grad, grads, state_sums, state_steps)
+
+    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """As torch 2.13's own code makes them where there are none."""
+        on_device = bool(group.get("fused")) and param.device.type != "cpu"
+        step = torch.zeros(
+            (),
+            dtype=_get_scalar_dtype(is_fused=on_device),
+            device=param.device if on_device else "cpu",
+        )
+        initial = self.defaults["initial_accumulator_value"]
+        if param.is_complex():
+            initial = complex(initial, initial)
+        return {"step": step, "sum": torch.full_like(param, initial)}
 
     def _convert_first(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]

@@ -81,6 +81,12 @@ class FusedOptimizer(PackedOptimizer):
 
     _stock: ClassVar[type[torch.optim.Optimizer]]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        constructor = vars(cls).get("__init__")
+        if isinstance(constructor, FunctionType):
+            left_to_the_interpreter(constructor)  # torch.compile of torch 2.11 fails in it
+
     @property
     def last_step(self) -> StepReport | None:
         """What the latest :meth:`step` did; None before the first."""
@@ -317,7 +323,8 @@ class FusedOptimizer(PackedOptimizer):
         n_lists = len(inspect.signature(init_group).parameters) - 2
         # On a GPU, fused=True has step live there.
         fused = bool(group.get("fused")) and param.device.type != "cpu"
-        with torch.no_grad():
+        # Else a default device would be where step lives: Adam's before torch 2.13, RMSprop's in all.
+        with torch.no_grad(), torch.device("cpu"):
             init_group(
                 beside,
                 {**group, "params": [param], "foreach": False, "fused": fused},

@@ -14,6 +14,7 @@ from fused_optim.optimizer import FusedOptimizer
 from fused_optim.packed import KernelOptions
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
+from fused_optim.tracing import left_to_the_interpreter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,6 +109,7 @@ def _make_ours(stock: type) -> _Constructor:
     original, ours = _originals[stock], _OURS[stock]
 
     # With the signature of the original, which programs inspect: does it have `fused`?
+    @left_to_the_interpreter
     @functools.wraps(original)
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         if stock not in _originals or isinstance(self, FusedOptimizer):

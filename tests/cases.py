@@ -37,6 +37,18 @@ def stock_class(name: str) -> type[torch.optim.Optimizer]:
     return getattr(reference, name)
 
 
+class Adagrad(torch.optim.Adagrad):
+    """torch.optim's before torch 2.13, which makes states in its constructor alone, with later ones."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> tuple[bool, bool]:
+        initial = self.defaults["initial_accumulator_value"]
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                made = torch.optim.Adagrad([param], initial_accumulator_value=initial)
+                self.state[param].update(made.state[param])
+        return super()._init_group(group, *lists)
+
+
 @dataclass(frozen=True)
 class Case:
     """One optimizer with one set of options, buildable from torch.optim and from fused_optim.
@@ -63,6 +75,8 @@ class Case:
     def stock(self, params: Iterable, **extra: Any) -> torch.optim.Optimizer:
         """The torch.optim class, on its for-loop path: the reference behaviour."""
         optimizer_class = stock_class(self.optimizer)
+        if optimizer_class is torch.optim.Adagrad and torch.__version__ < (2, 13):
+            optimizer_class = Adagrad
         optimizer = optimizer_class(params, **{**self._arguments(), "foreach": False, **extra})
         for group in optimizer.param_groups:
             # fused=False cannot be passed to every class, but foreach=False already implies it.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from importlib.machinery import BuiltinImporter
 from pathlib import Path
 
 # Seconds after which what has not ended hangs: no machine is so busy that anything here takes as long.
@@ -30,6 +31,8 @@ def _run(program: str, environment: dict[str, str], outputs: list[str]) -> None:
         os.dup2(os.open(file, os.O_WRONLY), descriptor)
     sys.argv = ["-c"]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
+    # As with -c: torch.compile of torch 2.11 enters a function twice whose module has no loader.
+    main.__loader__ = BuiltinImporter
     exec(compile(program, "<string>", "exec"), main.__dict__)
 
 

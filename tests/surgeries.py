@@ -128,7 +128,6 @@ def pruned_parameter(run: Run) -> None:
 
 @surgery()
 def parameter_without_its_state(run: Run) -> None:
-    # Where stock creates state in its constructor only, this raises KeyError.
     run.params[1] = nn.Parameter(run.randn(run.params[1]))
     run.opt.param_groups[0]["params"][1] = run.params[1]
 

@@ -150,6 +150,14 @@ def free_state(run: Run) -> None:
             value.untyped_storage().resize_(0)
 
 
+def step_without_traceback(run: Run) -> None:
+    """Pytest prints the arguments in a traceback, and reading what was freed kills the process."""
+    try:
+        run.opt.step()
+    except Exception as error:
+        raise error.with_traceback(None) from None
+
+
 @few_cases
 @pytest.mark.parametrize("free", [free_param, free_grad, free_state])
 @pytest.mark.parametrize("n_steps", [0, 2])
@@ -164,7 +172,7 @@ def test_freed_memory(case: Case, free: Callable[[Run], None], n_steps: int) -> 
         return
     free(run)
     with pytest.raises(RuntimeError, match="group 1.*freed"):  # noqa: RUF043
-        run.opt.step()
+        step_without_traceback(run)
     # What was freed cannot be compared: leave it out of both snapshots.
     del run.opt.param_groups[1]
     n_kept = 3 * len(SHAPES)
@@ -253,8 +261,9 @@ def test_fused_asks_for_more_than_the_meta_device(case: Case) -> None:
         param.grad = torch.ones_like(param)
         return param
 
+    # Every class has the same text, but Adagrad before torch 2.13: it had no kernel for GPUs.
     with pytest.raises(RuntimeError) as stock:
-        stock_class(case.optimizer)([meta_param()], fused=True).step()
+        torch.optim.AdamW([meta_param()], fused=True).step()
     run = Run(case, case.fused, extra={"fused": True})
     run.step()
     run.set_grads()

@@ -324,6 +324,37 @@ def test_add_param_group(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES) + 2})
 
 
+def test_adagrad_does_not_rely_on_what_torch_2_13_added() -> None:
+    """Before, its constructor alone made states, and fused=True was neither for GPUs nor GradScaler."""
+    stock = torch.optim.Adagrad
+    construct, init_group = stock.__init__, stock._init_group
+
+    def construct_as_before(opt: stock, *arguments: object, **options: object) -> None:
+        construct(opt, *arguments, **options)
+        opt.__dict__.pop("_step_supports_amp_scaling", None)
+
+    def init_group_as_before(opt: stock, group: dict, *lists: list) -> tuple[bool, bool]:
+        assert not group["fused"]
+        assert all(opt.state[p] for p in group["params"] if p.grad is not None), "stock's KeyError"
+        return init_group(opt, group, *lists)
+
+    def program(run: Run) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if run.is_ours:
+                patch.setattr(stock, "__init__", construct_as_before)
+                patch.setattr(stock, "_init_group", init_group_as_before)
+                run.opt = run.make(run.params, fused=True)
+                assert run.opt._step_supports_amp_scaling
+            run.step()
+            added = [torch.nn.Parameter(run.randn((4,), t)) for t in (torch.float32, torch.cfloat)]
+            run.opt.add_param_group({"params": added, "initial_accumulator_value": 2.0})
+            run.params += added
+            run.step(2)
+
+    case = max((c for c in CASES if c.optimizer == "Adagrad"), key=lambda c: len(c.options))
+    run_both(case, program, tensors={case.backend: len(SHAPES) + 1, "stock": 1})
+
+
 @each_optimizer
 def test_named_parameters(case: Case) -> None:
     def program(run: Run) -> None:

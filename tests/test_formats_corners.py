@@ -15,9 +15,10 @@ from fused_optim import formats
 pytestmark = needs_cpu_kernels
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_default_device_is_not_where_scales_go(device):
-    run = Training("Adam", state_dtype="int8")
+def test_a_default_device_is_not_where_states_go(device, optimizer):
+    run = Training(optimizer, state_dtype="int8")
     torch.set_default_device(device)
     try:
         for param in run.params:
