@@ -98,7 +98,7 @@ def both_ways(
     given = streams.load(values, indices, numel, True, PARTS)
     given = streams.to_encode(given, STORAGE, PARTS)
     largest = streams.largest_of(given, STORAGE, PARTS, BLOCK)
-    odd = streams.not_below(largest, streams.safe(DTYPE))
+    odd = largest >= streams.safe(DTYPE)
     tl.store(odd_values + program, tl.max(odd.to(tl.int32), axis=0))
     key = (tl.load(keys), tl.load(keys + 1))
     streams.store(

@@ -23,9 +23,10 @@ QUIET = tl.constexpr(0x400000)
 F16_INF = tl.constexpr(0x7C00)
 F16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
 F16_REBIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
-# Below them, a bfloat16 or float16 and what is beside it are neither special nor rounded to what is.
-SAFE = tl.constexpr(2.0**127)
-SAFE_F16 = tl.constexpr(65504.0)
+# Below these magnitudes, 2**127 and 65504, what becomes a bfloat16 or float16 and what is beside it is neither
+# special nor rounded to what is.
+SAFE = tl.constexpr(0x7F000000)
+F16_SAFE = tl.constexpr(0x477FE000)
 # As a float32, 128; whose last bit is worth 2**-16.
 UNIT_128 = tl.constexpr(0x43000000)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
@@ -105,8 +106,9 @@ def float_of(bits):
 
 
 @triton.jit
-def is_special(value):
-    return (bits_of(value) & MAGNITUDE) >= INF
+def magnitude(value):
+    """The bits without the sign."""
+    return bits_of(value) & MAGNITUDE
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def encode_s8(value, inverse, SPECIAL: tl.constexpr):
     # The nearest integer is in the last byte. It is at most 126 and a few roundings, which is 126 again.
     codes = bits_of(value * inverse + ROUNDING).to(tl.int8)
     if SPECIAL:
-        m = bits_of(value) & MAGNITUDE
+        m = magnitude(value)
         codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF).to(tl.int8), codes)
         codes = tl.where(m > INF, S8_NAN, codes).to(tl.int8)
     return codes
@@ -209,7 +211,7 @@ def encode_u8(root, inverse, random, SPECIAL: tl.constexpr):
     # As integers, positive numbers are at least 1. A root is not negative but for -0.
     codes = tl.maximum(codes, tl.minimum(root.to(tl.int32, bitcast=True), 1))
     if SPECIAL:
-        m = bits_of(root) & MAGNITUDE
+        m = magnitude(root)
         codes = tl.where(m >= INF, tl.where(m == INF, U8_INF, U8_NAN), codes)
     return codes.to(tl.uint8)
 
@@ -244,7 +246,7 @@ def encode_bf16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.conste
 
 @triton.jit
 def decode_bf16_split(upper, remainder, SPECIAL: tl.constexpr):
-    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE, or NaN."""
+    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE."""
     upper = upper.to(tl.uint32)
     DROPPED: tl.constexpr = 8 if remainder.dtype == tl.int8 else 0
     rest = (remainder.to(tl.int32) << DROPPED).to(tl.uint32, bitcast=True)
@@ -289,7 +291,7 @@ def encode_f16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constex
 
 @triton.jit
 def decode_f16_split(upper, remainder, SPECIAL: tl.constexpr):
-    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE_F16, or NaN."""
+    """Without SPECIAL, what had to be decoded with it comes out as no less than F16_SAFE."""
     h = upper.to(tl.int32) & 0x7FFF
     rest = remainder.to(tl.int32)
     # A remainder outside of these bounds is that of a param that someone else has overwritten.

@@ -35,7 +35,6 @@ from .streams import (
     load,
     load_extra,
     mask_of,
-    not_below,
     offsets_of,
     safe,
     store,
@@ -184,7 +183,7 @@ def update_block(
         values_to_store = values_to_store + (parts,)
         if STORAGES[s] != PLAIN:
             size = largest_of(parts, STORAGES[s], PARTS, BLOCK)
-            odd = odd | not_below(size, safe(DTYPES[s]))
+            odd = odd | (size >= safe(DTYPES[s]))
         else:
             size = numel
         sizes = sizes + (size,)

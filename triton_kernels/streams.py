@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import formats
-from .formats import GROUP, SAFE, SAFE_F16
+from .formats import F16_SAFE, GROUP, INF, SAFE
 from .rules import square_root
 
 STORAGES = ("plain", "stochastic", "signed8", "root8", "split8", "split16")
@@ -26,7 +26,6 @@ ROOT8 = tl.constexpr(3)
 SPLIT8 = tl.constexpr(4)
 SPLIT16 = tl.constexpr(5)
 RUN = tl.constexpr(4)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -92,27 +91,21 @@ def spread(run, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def larger(x, y):
-    """NaN if one of them is."""
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def largest_of_runs(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest magnitude of each run, over all parts; NaN if there is one."""
-    largest = tl.abs(values[0])
+    """The bits of the largest magnitude of each run, over all parts: those of NaN come behind infinity's."""
+    largest = formats.magnitude(values[0])
     for p in tl.static_range(1, PARTS):
-        largest = larger(largest, tl.abs(values[p]))
-    return tl.reduce(tl.reshape(largest, (BLOCK // PARTS // RUN, RUN)), 1, larger)
+        largest = tl.maximum(largest, formats.magnitude(values[p]))
+    return tl.max(tl.reshape(largest, (BLOCK // PARTS // RUN, RUN)), axis=1)
 
 
 @triton.jit
 def largest_of_groups(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest magnitude of each run's group; NaN if there is one."""
+    """The bits of the largest magnitude of each run's group."""
     runs = largest_of_runs(values, PARTS, BLOCK)
     WIDTH: tl.constexpr = GROUP // RUN // PARTS
     GROUPS: tl.constexpr = BLOCK // GROUP
-    largest = tl.reduce(tl.reshape(runs, (GROUPS, WIDTH)), 1, larger, keep_dims=True)
+    largest = tl.max(tl.reshape(runs, (GROUPS, WIDTH)), axis=1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(largest, (GROUPS, WIDTH)), (GROUPS * WIDTH,))
 
 
@@ -164,8 +157,8 @@ def has_special_codes(STORAGE):
 
 @triton.constexpr_function
 def safe(DTYPE):
-    """What is smaller needs no SPECIAL."""
-    return SAFE_F16 if DTYPE == tl.float16 else SAFE
+    """The bits of a magnitude: what is smaller needs no SPECIAL."""
+    return F16_SAFE if DTYPE == tl.float16 else SAFE
 
 
 @triton.jit
@@ -195,12 +188,6 @@ def decoded(
 
 
 @triton.jit
-def not_below(x, limit):
-    """True for NaN."""
-    return (x < limit) == 0
-
-
-@triton.jit
 def is_odd(
     values, extra, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,7 +196,7 @@ def is_odd(
     if has_scales(STORAGE):
         odd = extra[0] >= 0x8000  # the sign says so
     else:
-        odd = not_below(largest_of_runs(values, PARTS, BLOCK), safe(DTYPE))
+        odd = largest_of_runs(values, PARTS, BLOCK) >= safe(DTYPE)
     return odd
 
 
@@ -277,10 +264,10 @@ def store(
         if SPECIAL:
             finite = ()
             for p in tl.static_range(PARTS):
-                finite = finite + (tl.where(formats.is_special(values[p]), 0.0, values[p]),)
-            sign = tl.where(largest <= LARGEST, 0, 0x8000).to(tl.uint32)
+                finite = finite + (tl.where(formats.magnitude(values[p]) < INF, values[p], 0.0),)
+            sign = tl.where(largest >= INF, 0x8000, 0).to(tl.uint32)
             largest = largest_of_groups(finite, PARTS, BLOCK)
-        scale, inverse = formats.scale_of(largest, INVERSE, SMALLEST)
+        scale, inverse = formats.scale_of(formats.float_of(largest), INVERSE, SMALLEST)
         scale_bits = formats.bits_of(scale) >> 16
         if SPECIAL:
             scale_bits = scale_bits | sign
