@@ -57,8 +57,8 @@ MAX_PROCESSES = 12
 N_TENSORS = 16
 COPY, STOCK = "copy_ of 1 GiB", "torch fused"
 
-LOAD = "code = tl.load(address + index, mask=mask"
-STORE = "tl.store(address + index, code, mask=mask"
+LOAD = "tl.load(address + indices[p], mask=mask"
+STORE = "tl.store(address + indices[p], code, mask=mask"
 # Name -> function of streams.py, a call in its source, and what is added to the call's arguments.
 HINTS = {
     "load.ef": ("load", LOAD, ', eviction_policy="evict_first"'),
@@ -74,11 +74,13 @@ class Shape:
 
     per_thread: elements, half as many in float64.
     chunk: elements of a program; at least one block.
+    parts: see streams.py; None: as it is shipped.
     """
 
     per_thread: int
     num_warps: int
     chunk: int
+    parts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,20 @@ class Config:
             words.insert(0, f"maxnreg={self.maxnreg}")
         if self.shape is not None:
             threads = 32 * self.shape.num_warps
-            words.insert(0, f"{self.shape.per_thread}x{threads} chunk={self.shape.chunk}")
+            parts = "" if self.shape.parts is None else f" parts={self.shape.parts}"
+            words.insert(0, f"{self.shape.per_thread}x{threads}{parts} chunk={self.shape.chunk}")
         return " ".join(words) or "shipped"
 
 
 def shaped(
-    per_thread: int, num_warps: int, *chunks: int, maxnregs: Sequence[int | None] = (None,)
+    per_thread: int,
+    num_warps: int,
+    *chunks: int,
+    maxnregs: Sequence[int | None] = (None,),
+    parts: int | None = None,
 ) -> list[Config]:
     return [
-        Config(Shape(per_thread, num_warps, chunk), maxnreg)
+        Config(Shape(per_thread, num_warps, chunk, parts), maxnreg)
         for chunk in chunks
         for maxnreg in maxnregs
     ]
@@ -144,18 +151,18 @@ BFLOAT16 = [
     *shaped(8, 4, 8192, maxnregs=(64, 80)),
     *HINTED,
 ]
-# Bound by instructions: more warps side by side.
+# Near what the instructions allow: more warps side by side, or fewer of what elements have in common.
 PACKED = [
     Config(),
-    *shaped(4, 1, 512, 2048, 8192),
-    *shaped(2, 2, 2048),
-    *shaped(4, 2, 2048, 4096),
-    *shaped(4, 4, 2048, 4096, 8192, 16384),
-    *shaped(4, 8, 8192, maxnregs=(None, 64, 80)),
-    *shaped(4, 4, 8192, maxnregs=(64, 80, 96, 112)),
-    *shaped(4, 1, 2048, maxnregs=(80, 96)),
-    *shaped(2, 4, 4096),
-    *shaped(8, 4, 8192, maxnregs=(None, 128)),
+    *(Config(maxnreg=n) for n in (80, 96, 112, 128)),
+    *shaped(8, 1, 1024, 2048, 4096, 8192, 16384),
+    *shaped(8, 2, 2048, 4096, 8192),
+    *shaped(8, 4, 4096, 8192, 16384),
+    *shaped(8, 1, 4096, maxnregs=(64, 80, 96, 128)),
+    *shaped(16, 1, 4096, 8192, parts=4, maxnregs=(None, 128)),
+    *shaped(4, 1, 2048, parts=1),
+    *shaped(4, 4, 2048, 8192, parts=1),
+    *HINTED,
 ]
 
 
@@ -196,6 +203,8 @@ def configured(config: Config) -> Iterator[list[Any]]:
                 "num_warps": property(lambda self: shape.num_warps),
                 "chunk": property(lambda self: max(shape.chunk, block(self))),
             }
+            if shape.parts is not None:
+                replaced["parts"] = property(lambda self: shape.parts)
             for name, value in replaced.items():
                 stack.enter_context(mock.patch.object(specialize.Specialization, name, value))
         if config.maxnreg is not None:
@@ -229,7 +238,9 @@ def hinted(hints: Sequence[str]) -> Iterator[None]:
         for function, source in sources.items():
             function._unsafe_update_src(source)
         # Their hashes cover the functions they call; kernels in memory go by no hash.
-        multi_tensor.update_block.hash = multi_tensor.multi_tensor.hash = None
+        for caller in (streams.load_extra, multi_tensor.store_block, multi_tensor.update_block):
+            caller.hash = None
+        multi_tensor.multi_tensor.hash = None
         multi_tensor.multi_tensor.device_caches.clear()
 
     write(changed)

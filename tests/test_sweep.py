@@ -68,6 +68,8 @@ def test_every_configuration_reaches_the_compiler(
                     expected["BLOCK"] = block
                     expected["CHUNK"] = max(block, config.shape.chunk)
                     expected["num_warps"] = config.shape.num_warps
+                    if config.shape.parts is not None:
+                        expected["PARTS"] = config.shape.parts
                     assert expected["CHUNK"] % block == 0
                 if config.maxnreg is not None:
                     expected["maxnreg"] = config.maxnreg

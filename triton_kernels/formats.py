@@ -55,26 +55,28 @@ def random_key(seed, step):
 
 
 @triton.jit
-def pair_hash(number, key0, key1):
-    """32 random bits for each pair of elements that lie 16 apart: "lowbias32" (C. Wellons) with a key in it.
-
-    number: uint64, of the pair: of element e, e // 32 * 16 + e % 16.
-    """
-    return mixed(pair_start(number, key0), key1)
-
-
-@triton.jit
-def pair_start(number, key0):
-    return number.to(tl.uint32) + (key0 + (number >> 32).to(tl.uint32) * 0x9E3779B9)
-
-
-@triton.jit
 def mixed(x, key1):
+    """"lowbias32" (C. Wellons) with a key in it, but for the last of its steps."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= (x >> 15) ^ (key1 ^ (key1 >> 15))  # of x ^ key1
     x *= 0x846CA68B
     return x
+
+
+@triton.jit
+def pair_hashes(first, numbers, key0, key1):
+    """32 random bits for each pair of elements that lie 16 apart, which first_half and second_half take apart.
+
+    Element e belongs to pair e // 32 * 16 + e % 16.
+
+    Args:
+        first: number of the block's first element in the whole param, a multiple of 32.
+        numbers: int32, of the pairs, counted from that element's; all have the same upper 32 bits.
+    """
+    number = first.to(tl.uint64) // 2
+    start = number.to(tl.uint32) + (key0 + (number >> 32).to(tl.uint32) * 0x9E3779B9)
+    return mixed(start + numbers.to(tl.uint32), key1)
 
 
 @triton.jit
@@ -89,10 +91,15 @@ def second_half(x):
 
 
 @triton.jit
-def random16(element, key0, key1):
-    """16 random bits for each element, by its number in the whole param (int64)."""
-    x = pair_hash((element // 32 * 16 + element % 16).to(tl.uint64), key0, key1)
-    return tl.where((element & 16) == 0, first_half(x), second_half(x))
+def random16(first, offsets, key0, key1):
+    """16 random bits for each element, uint32; first: of any number, int64; offsets: int32, from it on."""
+    start = first.to(tl.uint64) // 32 * 16
+    lower = start.to(tl.uint32)
+    lane = (first % 32).to(tl.uint32) + offsets.to(tl.uint32)
+    x = lower + ((lane >> 5 << 4) | (lane & 15))
+    upper = (start >> 32).to(tl.uint32) * 0x9E3779B9
+    x = mixed(x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper), key1)
+    return tl.where((lane & 16) == 0, first_half(x), second_half(x))
 
 
 @triton.jit

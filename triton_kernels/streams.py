@@ -235,12 +235,11 @@ def random_bits(
     random = ()
     for p in tl.static_range(0, PARTS, 2 if PAIRED else 1):
         if PAIRED:
-            number = offsets[p] // 32 * 16 + offsets[p] % 16
-            start = formats.pair_start(first.to(tl.uint64) // 2, key[0])
-            x = formats.mixed(start + number.to(tl.uint32), key[1])
+            numbers = offsets[p] // 32 * 16 + offsets[p] % 16
+            x = formats.pair_hashes(first, numbers, key[0], key[1])
             random = random + (formats.first_half(x), formats.second_half(x))
         else:
-            random = random + (formats.random16(first + offsets[p], key[0], key[1]),)
+            random = random + (formats.random16(first, offsets[p], key[0], key[1]),)
     return random
 
 
