@@ -17,7 +17,7 @@ import triton.language as tl
 from fused_optim import cli
 from fused_optim.cli import codegen, kernels, machine_code
 from fused_optim.cli.kernels import Kernel
-from fused_optim.cli.machine_code import Measured, Needs
+from fused_optim.cli.machine_code import Measured, Needs, Round
 from fused_optim.triton_kernels import specialize
 from fused_optim.triton_kernels.rules import RULES
 
@@ -85,14 +85,12 @@ def is_known_defect(kernel, target, complaint):
     For sm_100, its ptxas 12.9 fuses packed products into additions, against --fmad=false: the same PTX
     through ptxas 13.4 is healthy, and so are kernels compiled under DISABLE_LLVM_OPT=nvptx-no-f32x2.
     Where it buys the next step of occupancy, ptxas spills one register: in float64 on the masked path of
-    a tensor's end, and for sm_100. Packed kernels take 112 to 164 registers, where Triton 3.9 takes 60 to
-    107: fewer of them run side by side.
+    a tensor's end, and for sm_100. Some kernels take up to a tenth more instructions than with Triton 3.9.
     """
     if not triton.__version__.startswith("3.6."):
         return False
-    if kernel.dtypes in kernels.PACKED and re.fullmatch(
-        r"1\d\d registers, more than \d+", complaint
-    ):
+    found = re.fullmatch(r"([\d.]+) instructions per element, more than ([\d.]+)", complaint)
+    if found is not None and float(found[1]) < 1.1 * float(found[2]):
         return True
     if target == "sm_100" and "fused" in complaint:
         return True
@@ -121,7 +119,7 @@ def test_all_rules_options_dtypes_and_targets_are_there():
         assert len(there) == (n_options * len(kernels.DTYPES) + 1) * 2 + 1 + n_packed
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
     names = {dtype for mix in kernels.DTYPES.values() for dtype in mix}
-    assert names == specialize.DTYPES.keys() == kernels.NBITS.keys() - {"int8", "uint8"}
+    assert names == specialize.DTYPES.keys() == specialize.NBITS.keys() - {"int8", "uint8"}
     storages = {
         s
         for kernel in KERNELS
@@ -147,8 +145,9 @@ HEALTHY = Measured(
     rounded_divisions=8,
     rounded_roots=8,
     operations=400,
+    round=Round(160, 128, 3),
 )
-NEEDS = Needs({128: 4}, {128: 3}, 64)
+NEEDS = Needs({128: 4}, {128: 3}, 64, elements=4, max_instructions=40.0)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +169,9 @@ NEEDS = Needs({128: 4}, {128: 3}, 64)
         ({"rounded_divisions": 0, "divides": False}, None),
         ({"rounded_roots": 0}, "no correctly rounded square root"),
         ({"rounded_roots": 0, "takes_roots": False}, None),
+        ({"round": Round(164, 128, 3)}, "41.0 instructions per element, more than 40.0"),
+        ({"round": Round(328, 128, 6)}, "41.0 instructions per element, more than 40.0"),
+        ({"round": None}, None),
     ],
     ids=str,
 )
@@ -179,21 +181,37 @@ def test_complaints_about_made_up_measurements(change, words):
 
 
 def test_needs_follow_from_the_streams():
-    def needs(rule, dtypes, scaled, target="sm_90"):
-        return Kernel(rule, 0, dtypes, scaled).needs(target)
+    def needs(rule, dtypes, scaled, target="sm_90", one_pass=False):
+        found = Kernel(rule, 0, dtypes, scaled, one_pass).needs(target)
+        return found.loads, found.stores, found.max_registers, found.max_shared_nbytes
 
-    assert needs("adam", "float32", False) == Needs({128: 4}, {128: 3}, 64)
-    assert needs("adam", "float32", True) == Needs({128: 4}, {128: 4}, 64)
-    assert needs("adam", "float64", False) == Needs({128: 4}, {128: 3}, 80)
-    assert needs("adagrad", "float16", False) == Needs({64: 3}, {64: 2}, 64)
-    mixed = Needs({64: 2, 128: 2}, {64: 1, 128: 2}, 64)
+    assert needs("adam", "float32", False) == ({128: 4}, {128: 3}, 64, 0)
+    assert needs("adam", "float32", True) == ({128: 4}, {128: 4}, 64, 0)
+    assert needs("adam", "float64", False) == ({128: 4}, {128: 3}, 80, 0)
+    assert needs("adagrad", "float16", False) == ({128: 3}, {128: 2}, 96, 0)
+    mixed = ({64: 2, 128: 2}, {64: 1, 128: 2}, 64, 0)
     assert needs("adam", "bfloat16, states float32", False) == mixed
-    assert needs("adam", "float32", False, "gfx942") == Needs({128: 4}, {128: 3}, None)
-    assert needs("adam", None, False) == Needs()
-    one_pass = Kernel("adam", 0, "float32", True, one_pass=True)
-    assert one_pass.needs("sm_90") == Needs({128: 5}, {128: 5}, 80)
-    assert needs("norm", "bfloat16", False) == Needs({128: 8}, {}, 64, 8192)
-    assert needs("norm", "float64", False, "gfx942") == Needs({128: 16}, {}, None, 8192)
+    assert needs("adam", "float32", False, "gfx942") == ({128: 4}, {128: 3}, None, 0)
+    assert needs("adam", None, False) == ({}, {}, None, 0)
+    assert needs("adam", "float32", True, one_pass=True) == ({128: 5}, {128: 5}, 80, 0)
+    # Two parts of 4 elements each; for 20 KiB, 72 bytes of SGD's three streams take 9 warps.
+    int8 = Kernel("sgd", 2, "float32, states int8", False).needs("sm_90")
+    assert (int8.loads, int8.stores, int8.elements) == ({128: 4}, {128: 2}, 8)
+    assert int8.max_registers == 224
+    split8 = needs("adam", "bfloat16 split8, states int8", False)
+    assert split8 == ({64: 4}, {64: 2}, 168, 0)
+    assert needs("norm", "bfloat16", False) == ({128: 8}, {}, 64, 8192)
+    assert needs("norm", "float64", False, "gfx942") == ({128: 16}, {}, None, 8192)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "before"),
+    [("float32, states int8", 164.0), ("bfloat16 split8, states int8", 209.2)],
+)
+def test_8_bits_are_packed_with_half_of_what_one_element_at_a_time_takes(dtypes, before):
+    """`before`: where each element loads its scale, draws its own bits and is looked at for what is special."""
+    needs = Kernel("adam", 0, dtypes, False).needs("sm_90")
+    assert needs.max_instructions <= before / 2
 
 
 USAGE = " REG:40 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0"
@@ -225,6 +243,37 @@ def test_measurement_of_made_up_nvidia_code():
     expected = Measured(40, 8, 16, 0, 0, {64: 1, 128: 1}, {64: 1}, 0, 0, 0, True, True, 1, 1, 2)
     assert measured == expected
     assert machine_code.measure_nvidia(TTIR, PTX, USAGE, None) == expected
+
+
+LOOP = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   ISETP.GE.AND P0, PT, R0, R1, PT ;
+        /*0020*/               @P0 BRA `(.L_x_3) ;
+        /*0030*/                   LDG.E.128 R4, desc[UR12][R2.64] ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   FMUL R4, R4, R4 ;
+        /*0060*/                   CALL.REL.NOINC `(.L_x_9) ;
+        /*0070*/                   FADD R4, R4, R4 ;
+.L_x_2:
+        /*0080*/                   STG.E.128 desc[UR12][R2.64], R4 ;
+        /*0090*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*00a0*/               @P2 STG.E desc[UR12][R2.64], R4 ;
+.L_x_4:
+        /*00b0*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00c0*/               @P3 BRA `(.L_x_1) ;
+        /*00d0*/                   EXIT ;
+.L_x_9:
+        /*00e0*/                   RET.REL.NODEC R4 ;
+"""
+
+
+def test_the_round_is_that_of_a_whole_block_without_rare_routines():
+    assert machine_code.shortest_round(LOOP) == Round(8, 128, 1)
+    only_loads = LOOP.replace("STG.E.128", "FADD")
+    assert machine_code.shortest_round(only_loads) == Round(8, 128, 1)
+    assert machine_code.shortest_round(LOOP.replace("@P3 BRA", "@P3 NOP")) is None
 
 
 @pytest.mark.parametrize(
@@ -305,7 +354,7 @@ def test_measurement_sees_what_is_wrong_in_amd_code(old, new, change):
     ("dtypes", "per_thread", "words"),
     [
         ("float32", 1, "loads of 128 bits"),
-        ("bfloat16", 2, "loads of 64 bits"),
+        ("bfloat16", 4, "loads of 128 bits"),
         ("float32", 16, "registers, more than 64"),
         ("float64", 32, "spills"),
     ],

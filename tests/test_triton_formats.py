@@ -200,7 +200,13 @@ def outcome(format, begin, values, paired, special):
 # Pairs of random bits are shared only from a multiple of 32 on, and where their numbers' upper bits agree.
 @pytest.mark.parametrize(
     ("begin", "paired"),
-    [(0, True), (8192, False), (2**33 - 4 * 8192 - 37, False), (2**40, True), (3 * 2**33 + 32, True)],
+    [
+        (0, True),
+        (8192, False),
+        (2**33 - 4 * 8192 - 37, False),
+        (2**40, True),
+        (3 * 2**33 + 32, True),
+    ],
 )
 @pytest.mark.parametrize("format", STORED)
 def test_bits_of_the_oracle(format, begin, paired):

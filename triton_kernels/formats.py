@@ -56,7 +56,7 @@ def random_key(seed, step):
 
 @triton.jit
 def mixed(x, key1):
-    """"lowbias32" (C. Wellons) with a key in it, but for the last of its steps."""
+    """ "lowbias32" (C. Wellons) with a key in it, but for the last of its steps."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= (x >> 15) ^ (key1 ^ (key1 >> 15))  # of x ^ key1

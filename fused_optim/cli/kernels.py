@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends import backends as installed
 from triton.backends.compiler import GPUTarget
@@ -52,11 +53,37 @@ REMAINDER_NBITS = {"split8": 8, "split16": 16}
 # needs 3.35 TB/s * 1 us / 132 multiprocessors = 25 KB. In float64, 80 leave 768
 # threads, and what takes as many has five streams: 768 * 5 * 16 bytes = 60 KiB.
 MAX_REGISTERS = {"float32": 64, "float64": 80}
-# What is packed computes more for each byte. Of 16 bits: 768 threads * 5 streams * 8 bytes = 30 KiB; of
-# 8 bits: 512 threads * 40 bytes = 20 KiB for Adam, which has to be measured.
-MAX_REGISTERS_PACKED = {16: 80, 8: 128}
-# Scales go from the threads that know them to those that store them, through 2 KiB.
-SCALES_SHARED_NBYTES = 2048
+# Of all streams of 16 bits a thread has 8 elements: 640 threads * 32 bytes = 20 KiB for SGD.
+MAX_REGISTERS_16 = 96
+# Packed kernels compute more for each byte; registers leave at least so many bytes of loads in flight.
+MIN_IN_FLIGHT_NBYTES = 20 * 1024
+# Instructions of sm_90 per element of a whole block of float32, by rule, and what a state adds that the options
+# bring; then what a stream adds that is stored in another way (Triton 3.9, measured by the command).
+INSTRUCTIONS = {"sgd": 12.0, "lion": 26.0, "adagrad": 37.5, "rmsprop": 39.0, "adam": 43.5}
+INSTRUCTIONS_OF_STATE = {
+    "momentum_buffer": {"sgd": 11.5, "rmsprop": 4.5},
+    "grad_avg": {"rmsprop": 8.0},
+    "max_exp_avg_sq": {"adam": 6.0},
+}
+INSTRUCTIONS_OF_STORAGE = {
+    ("plain", "bfloat16"): 2.0,
+    ("plain", "float16"): 1.0,
+    ("stochastic", "bfloat16"): 10.0,
+    ("signed8", "int8"): 10.0,
+    ("root8", "uint8"): 24.0,
+    ("split8", "bfloat16"): 20.0,
+    ("split16", "bfloat16"): 11.5,
+    ("split8", "float16"): 40.0,
+    ("split16", "float16"): 47.0,
+}
+# A root that the rule does not take by itself: there is another state that it takes one of.
+INSTRUCTIONS_OF_ROOT = 11.0
+INSTRUCTIONS_TO_UNSCALE = 12.0
+INSTRUCTIONS_OF_ONE_PASS = 10.0
+# In float64, quotients and roots are routines of their own.
+FLOAT64_INSTRUCTIONS = 1.9
+INSTRUCTIONS_OF_NORM = {"float32": 3.4, "float64": 5.0, "bfloat16": 3.4, "float16": 3.4}
+SLACK = 1.05
 
 
 @dataclass(frozen=True)
@@ -130,17 +157,26 @@ class Kernel:
             at_once = AHEAD.value * (2 if self.dtypes == "float64" else 1)
             bound = MAX_REGISTERS["float32"] if bounded else None
             # In whole chunks, and in those that are not.
-            return Needs({WIDEST: 2 * at_once}, {}, bound, tree)
+            return Needs(
+                {WIDEST: 2 * at_once},
+                max_registers=bound,
+                max_shared_nbytes=tree,
+                elements=2 * at_once * WIDEST // specialize.NBITS[self.dtypes],
+                max_instructions=SLACK * INSTRUCTIONS_OF_NORM[self.dtypes] if bounded else None,
+            )
         loads, stores = Counter[int](), Counter[int]()
         specialization = self.specialization(target)
         dtypes = specialization.dtypes
         compute = "float64" if "float64" in dtypes else "float32"
-        n_threads = specialization.warp_size * specialization.num_warps
-        elements = specialization.block // n_threads
-        in_part = elements // specialization.parts
+        # 128 bits of a thread in each part of a block, as far as dtypes are not mixed.
+        is_packed = {*specialization.storages} != {"plain"}
+        in_part = 2 if compute == "float64" else 4
+        if not is_packed and {*dtypes} - {None} in ({"bfloat16"}, {"float16"}):
+            in_part = 8
+        elements = in_part * (2 if is_packed else 1)
 
         def add(accesses: Counter[int], nbits: int) -> None:
-            """Of all elements of a thread, in which each part is an access of its own."""
+            """Of all elements of a thread: each part is an access of its own."""
             access = min(nbits * in_part, WIDEST)
             accesses[access] += nbits * elements // access
 
@@ -150,26 +186,47 @@ class Kernel:
                 # The grad is only written where it is unscaled.
                 if stream != 1 or self.scaled:
                     add(stores, specialize.NBITS[dtype])
-        # With an EMA there are as many streams as in float64, so the same number will do; what has 16 bits
-        # has twice as many elements in flight.
-        bound = MAX_REGISTERS["float64" if self.one_pass or in_part == 8 else compute]
-        shared_nbytes = 0
-        if self.dtypes in PACKED:
+        # With an EMA there are as many streams as in float64, so the same number will do.
+        bound = MAX_REGISTERS["float64" if self.one_pass else compute]
+        if is_packed:
             remainder = REMAINDER_NBITS.get(specialization.storages[0])
             if remainder is not None:
                 add(loads, remainder)
                 add(stores, remainder)
+            nbytes = sum(access * n for access, n in loads.items()) // 8
+            # Warps of 32 threads, whose registers come in eights.
+            n_warps = -(-MIN_IN_FLIGHT_NBYTES // (32 * nbytes))
+            bound = min(65_536 // (32 * n_warps) // 8 * 8, 255)
             # Accesses of 32 bits or less are not told apart from those to the tables.
             loads, stores = ({n: a[n] for n in a if n > 32} for a in (loads, stores))
-            has_scales = any(dtype in ("int8", "uint8") for dtype in dtypes)
-            bound = MAX_REGISTERS_PACKED[8 if has_scales else 16]
+        elif in_part == 8:
+            bound = MAX_REGISTERS_16
         return Needs(
-            dict(loads), dict(stores), bound if bounded else None, shared_nbytes, elements,
-            self.max_instructions(specialization) if bounded else None,
-        )  # fmt: skip
+            dict(loads),
+            dict(stores),
+            max_registers=bound if bounded else None,
+            elements=elements,
+            max_instructions=self.max_instructions(specialization) if bounded else None,
+        )
 
     def max_instructions(self, specialization: specialize.Specialization) -> float:
-        return 1000.0
+        """Per element, with some more than was measured."""
+        rule = RULES[self.rule]
+        there = [s for s, t in zip(rule.states, rule.states_with(self.options)) if t]
+        n = INSTRUCTIONS[self.rule]
+        n += sum(INSTRUCTIONS_OF_STATE.get(state, {}).get(self.rule, 0) for state in there)
+        if specialization.compute is tl.float64:
+            n *= FLOAT64_INSTRUCTIONS
+        for storage, dtype in zip(specialization.storages, specialization.dtypes):
+            if dtype is not None:
+                n += INSTRUCTIONS_OF_STORAGE.get((storage, dtype), 0)
+        if "root8" in specialization.storages and {"grad_avg", "max_exp_avg_sq"} & {*there}:
+            n += INSTRUCTIONS_OF_ROOT
+        if self.one_pass:
+            n += INSTRUCTIONS_OF_ONE_PASS
+        elif self.scaled:
+            n += INSTRUCTIONS_TO_UNSCALE * (2 if specialization.compute is tl.float64 else 1)
+        return SLACK * n
 
 
 def select(

@@ -49,9 +49,11 @@ class Round:
     bits: int
     accesses: int
 
-    def per_element(self, needs: Needs) -> float:
-        """Instructions; a compiler may have unrolled the loop."""
-        per_block = (needs.stores or needs.loads)[self.bits]
+    def per_element(self, needs: Needs) -> float | None:
+        """Instructions; a compiler may have unrolled the loop. None: the accesses are not those that it needs."""
+        per_block = (needs.stores or needs.loads).get(self.bits)
+        if per_block is None:
+            return None
         return self.instructions / (needs.elements * self.accesses / per_block)
 
 
@@ -106,7 +108,7 @@ def complaints(needs: Needs, measured: Measured) -> list[str]:
         found.append(f"{measured.registers} registers, more than {needs.max_registers}")
     if needs.max_instructions is not None and measured.round is not None:
         per_element = measured.round.per_element(needs)
-        if per_element > needs.max_instructions:
+        if per_element is not None and per_element > needs.max_instructions:
             found.append(
                 f"{per_element:.1f} instructions per element, more than {needs.max_instructions:.1f}"
             )
@@ -207,11 +209,12 @@ def shortest_round(sass: str) -> Round | None:
     def following(i: int) -> list[int]:
         name, is_conditional, target = instructions[i]
         name = name.split(".")[0]
-        if name == "CALL" or (name in ("EXIT", "RET") and not is_conditional):
+        if name == "CALL":
             return []
-        if name != "BRA" or target is None:
-            return [i + 1]
-        return [labels[target], i + 1] if is_conditional else [labels[target]]
+        there = [labels[target]] if name == "BRA" and target is not None else []
+        if is_conditional or name not in ("BRA", "EXIT", "RET"):
+            there.append(i + 1)
+        return [j for j in there if j < len(instructions)]
 
     for name in ("STG", "LDG"):
         for bits in (128, 64):
