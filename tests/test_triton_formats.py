@@ -86,7 +86,7 @@ def both_ways(
     offsets = streams.offsets_of(PARTS, BLOCK)
     indices = ()
     for p in tl.static_range(PARTS):
-        indices = indices + (first + offsets[p],)
+        indices = indices + (first + offsets[p],)  # noqa: RUF005 (not in Triton)
     old = streams.load(old_codes, indices, numel, True, PARTS)
     beside = streams.load_extra(old_extra, first, indices, 0, True, STORAGE, PARTS, BLOCK)
     found = streams.decoded(old, beside, SPECIAL, STORAGE, DTYPE, tl.float32, PARTS, BLOCK, False)

@@ -1,7 +1,7 @@
 """Storage formats of less than 32 bits: how float32 becomes codes, and codes float32.
 
-csrc/packed.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16), as the scales are, of a
-bfloat16. `random` are 16 random bits for each element (uint32). What is not finite is rare and takes many
+csrc/packed.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16), as the scales are, of
+a bfloat16. `random` are 16 random bits for each element (uint32). What is not finite is rare and takes many
 instructions: with SPECIAL false the functions do without it, and the caller has made sure that there is none.
 
 Nothing here may depend on how a float is cast to an int that cannot hold it: such values are computed and
@@ -23,8 +23,8 @@ QUIET = tl.constexpr(0x400000)
 F16_INF = tl.constexpr(0x7C00)
 F16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
 F16_REBIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
-# Below these magnitudes, 2**127 and 65504, what becomes a bfloat16 or float16 and what is beside it is neither
-# special nor rounded to what is.
+# Magnitudes, 2**127 and 65504: below them, what becomes a bfloat16 or float16, and what is beside it, is
+# neither special nor rounded to what is.
 SAFE = tl.constexpr(0x7F000000)
 F16_SAFE = tl.constexpr(0x477FE000)
 # As a float32, 128; whose last bit is worth 2**-16.
@@ -66,7 +66,7 @@ def mixed(x, key1):
 
 @triton.jit
 def pair_hashes(first, numbers, key0, key1):
-    """32 random bits for each pair of elements that lie 16 apart, which first_half and second_half take apart.
+    """32 random bits for each pair of elements 16 apart, for first_half and second_half to take apart.
 
     Element e belongs to pair e // 32 * 16 + e % 16.
 
@@ -179,11 +179,11 @@ def decode_f16(codes):
 
 @triton.jit
 def scale_of(largest, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale as a float32, rounded up to a bfloat16, and the inverse to encode with; of a finite magnitude."""
+    """The scale as a float32, rounded up to a bfloat16, and its inverse; largest: finite."""
     up = float_of((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
     up = tl.where(up > SMALLEST, up, SMALLEST)
     one = tl.full(up.shape, 1.0, tl.float32)
-    # Zeros have code 0 whatever the inverse.
+    # Where all are zeros, their code is 0 whatever the inverse.
     return tl.where(largest > 0, up, 0.0), divide(one, up)
 
 

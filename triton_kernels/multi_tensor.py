@@ -3,10 +3,11 @@
 A launch steps all tensors that share a device, the dtypes of their streams and the set of their
 states. What differs between them comes from tables in device memory:
 
-tensors  int64 [n_tensors, columns]: numel, negative if some stream is not aligned to 16 bytes; the row
-         of `hypers`; the address of each stream. If some stream is packed, also: of which element of the
-         whole param the tensor's first one is; for each stream the address of its scales, or of the
-         param's remainder; for each stream the seed of its keys
+tensors  int64 [n_tensors, columns]: numel, negative if some stream is not aligned to 16 bytes, or random
+         bits cannot be drawn for pairs of elements; the row of `hypers`; the address of each stream. If
+         some stream is packed, also: of which element of the whole param the tensor's first one is; for
+         each stream the address of its scales, or of the param's remainder; for each stream the seed of
+         its keys
 chunks   int32 [n_chunks, 2]: which tensor, and which CHUNK elements of it, one program takes
 hypers   int32 or int64 [n_rows, ROW]: bits in the compute type of the rule's hypers; the variant's bits;
          those of the sign of the grad and of the weight of the EMA; and, for keys, the step, its lower
@@ -88,13 +89,17 @@ def decode_block(
 @triton.jit
 def store_block(
     streams, extras, values, sizes, first, indices, numel, keys, first_random, ema, ema_weight,
-    WHOLE: tl.constexpr, SPECIAL: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr, COMPUTE: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    PACKED: tl.constexpr, SPECIAL: tl.constexpr, WHOLE: tl.constexpr, DTYPES: tl.constexpr,
+    STORAGES: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Encode and store the param, the states, and with `ema`, its old values, the average."""
+    """Encode and store param and states: those that are packed, or the others.
+
+    ema: the old values of the average, which follows the param.
+    """
     EMA: tl.constexpr = len(DTYPES) - 1
     for s in tl.static_range(EMA):
-        if s != 1 and DTYPES[s] is not None:
+        if s != 1 and DTYPES[s] is not None and (STORAGES[s] != PLAIN) == PACKED:
             stored = store(
                 streams[s], extras[s], values[s], sizes[s], first, indices, numel, keys[s],
                 first_random, WHOLE, SPECIAL, STORAGES[s], DTYPES[s], PARTS, BLOCK, INTERPRETED,
@@ -120,7 +125,10 @@ def update_block(
     COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: no element is behind the end; the pairs of random_bits are within parts."""
+    """One block. What is special in it sends all of it another way, which gives the same bits.
+
+    WHOLE: the tensor has all elements of the block, and random_bits may take them as pairs.
+    """
     EMA: tl.constexpr = len(DTYPES) - 1
     offsets = offsets_of(PARTS, BLOCK)
     indices = ()
@@ -141,7 +149,7 @@ def update_block(
     )
     IS_PACKED: tl.constexpr = is_packed(STORAGES)
     if WHOLE and IS_PACKED:
-        odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
+        odd = tl.zeros([BLOCK // PARTS // RUN], tl.int1)
         for s in tl.static_range(EMA):
             if has_special_codes(STORAGES[s]):
                 odd = odd | is_odd(values[s], found[s], STORAGES[s], DTYPES[s], PARTS, BLOCK)
@@ -171,38 +179,39 @@ def update_block(
             zero(streams[1] + index, mask, BLOCK // PARTS)
         param, states = RULE(values[0][p], grad, states, hypers, variant, OPTIONS)
         stepped = stepped + ((param, grad) + states,)
-    values_to_store = ()
+    to_store = ()
     sizes = ()
-    odd = offsets_of(PARTS * RUN, BLOCK)[0] < 0
+    odd = tl.zeros([BLOCK // PARTS // RUN], tl.int1)
     for s in tl.static_range(EMA):
         parts = ()
         for p in tl.static_range(PARTS):
             parts = parts + (stepped[p][s],)
         if DTYPES[s] is not None:
             parts = to_encode(parts, STORAGES[s], PARTS)
-        values_to_store = values_to_store + (parts,)
+        to_store = to_store + (parts,)
         if STORAGES[s] != PLAIN:
             size = largest_of(parts, STORAGES[s], PARTS, BLOCK)
             odd = odd | (size >= safe(DTYPES[s]))
         else:
             size = numel
         sizes = sizes + (size,)
-    if WHOLE and IS_PACKED:
-        if tl.max(odd.to(tl.int32), axis=0) != 0:
+    store_block(
+        streams, extras, to_store, sizes, first, indices, numel, keys, first_random, values[EMA],
+        ema_weight, False, False, WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+    )  # fmt: skip
+    if IS_PACKED:
+        if not WHOLE or tl.max(odd.to(tl.int32), axis=0) != 0:
             store_block(
-                streams, extras, values_to_store, sizes, first, indices, numel, keys,
-                first_random, values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+                streams, extras, to_store, sizes, first, indices, numel, keys, first_random,
+                values[EMA], ema_weight, True, True, WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK,
+                INTERPRETED,
             )  # fmt: skip
         else:
             store_block(
-                streams, extras, values_to_store, sizes, first, indices, numel, keys,
-                first_random, values[EMA], ema_weight, WHOLE, False, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
+                streams, extras, to_store, sizes, first, indices, numel, keys, first_random,
+                values[EMA], ema_weight, True, False, WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK,
+                INTERPRETED,
             )  # fmt: skip
-    else:
-        store_block(
-            streams, extras, values_to_store, sizes, first, indices, numel, keys,
-            first_random, values[EMA], ema_weight, WHOLE, True, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK, INTERPRETED,
-        )  # fmt: skip
 
 
 @triton.jit

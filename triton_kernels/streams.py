@@ -246,8 +246,8 @@ def random_bits(
 @triton.jit
 def store(
     address, extra, values, largest, first, indices, numel, key, first_random,
-    WHOLE: tl.constexpr, SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    WHOLE: tl.constexpr, SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Returns what was stored in the stream itself.
 

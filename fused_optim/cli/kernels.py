@@ -57,8 +57,8 @@ MAX_REGISTERS = {"float32": 64, "float64": 80}
 MAX_REGISTERS_16 = 96
 # Packed kernels compute more for each byte; registers leave at least so many bytes of loads in flight.
 MIN_IN_FLIGHT_NBYTES = 20 * 1024
-# Instructions of sm_90 per element of a whole block of float32, by rule, and what a state adds that the options
-# bring; then what a stream adds that is stored in another way (Triton 3.9, measured by the command).
+# Instructions of sm_90 per element of a whole block of float32, by rule; what a state adds that the options
+# bring; what a stream adds that is stored in another way (Triton 3.9, measured by the command).
 INSTRUCTIONS = {"sgd": 12.0, "lion": 26.0, "adagrad": 37.5, "rmsprop": 39.0, "adam": 43.5}
 INSTRUCTIONS_OF_STATE = {
     "momentum_buffer": {"sgd": 11.5, "rmsprop": 4.5},

@@ -50,7 +50,7 @@ class Round:
     accesses: int
 
     def per_element(self, needs: Needs) -> float | None:
-        """Instructions; a compiler may have unrolled the loop. None: the accesses are not those that it needs."""
+        """Instructions; a compiler may have unrolled the loop. None: its accesses are not those needed."""
         per_block = (needs.stores or needs.loads).get(self.bits)
         if per_block is None:
             return None
