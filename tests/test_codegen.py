@@ -84,13 +84,14 @@ def is_known_defect(kernel, target, complaint):
 
     Adam's three states of 8 bits take 131 registers without a spill, and are given 128. With Triton 3.6, it
     spills in float64 on the masked path of a tensor's end, too, and for sm_100; some kernels take up to a
-    tenth more instructions than with Triton 3.9. For sm_100, its ptxas 12.9 fuses packed products into additions, against --fmad=false: the same PTX
-    through ptxas 13.4 is healthy, and so are kernels compiled under DISABLE_LLVM_OPT=nvptx-no-f32x2.
+    tenth more instructions than with Triton 3.9. For sm_100, its ptxas 12.9 fuses packed products into
+    additions, against --fmad=false: the same PTX through ptxas 13.4 is healthy, and so are kernels compiled
+    under DISABLE_LLVM_OPT=nvptx-no-f32x2.
     """
     is_amsgrad = kernel.rule == "adam" and kernel.options != 0
-    if is_amsgrad and kernel.dtypes == "float32, states int8":
-        if complaint in ("16 bytes of stack", "6 spills"):
-            return True
+    is_large = is_amsgrad and kernel.dtypes == "float32, states int8"
+    if is_large and complaint in ("16 bytes of stack", "6 spills"):
+        return True
     if not triton.__version__.startswith("3.6."):
         return False
     found = re.fullmatch(r"([\d.]+) instructions per element, more than ([\d.]+)", complaint)

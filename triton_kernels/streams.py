@@ -271,6 +271,7 @@ def store(
         if SPECIAL:
             scale_bits = scale_bits | sign
         inverse = spread(inverse, PARTS, BLOCK)
+        # One thread stores what others have read: none is late, since the scale depends on all of them.
         run = tl.arange(0, BLOCK // PARTS // RUN)
         group = groups_of(PARTS, BLOCK)
         is_first = run % (GROUP // RUN // PARTS) == 0
