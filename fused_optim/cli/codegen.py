@@ -179,7 +179,7 @@ def run(kernels: Sequence[Kernel], targets: Sequence[str], json_file: Path | Non
     columns = (
         f"{'target':<7} {'kernel':<{width}} {'regs':>4} {'stack':>5} {'local':>5} {'shared':>6} "
         f"{'spills':>6}  {'loads':<11} {'stores':<11} {'fma':>3} {'ftz':>3} {'approx':>6} "
-        f"{'div':>3} {'sqrt':>4} {'compile s':>9}"
+        f"{'div':>3} {'sqrt':>4} {'instr/el':>8} {'compile s':>9}"
     )
     print(columns)
     findings = []
@@ -205,13 +205,17 @@ def _row(finding: Finding) -> str:
     if m is None:
         return "does not compile"
 
+    instructions = m.round and m.round.per_element(finding.kernel.needs(finding.target))
+    per_element = "-" if instructions is None else f"{instructions:.1f}"
+
     def widths(accesses: dict[int, int]) -> str:
         return " ".join(f"{n}x{bits}" for bits, n in sorted(accesses.items(), reverse=True)) or "-"
 
     return (
         f"{m.registers:>4} {m.stack_nbytes:>5} {m.local_nbytes:>5} {m.shared_nbytes:>6} "
         f"{m.spills:>6}  {widths(m.loads):<11} {widths(m.stores):<11} {m.fused:>3} {m.flushing:>3} "
-        f"{m.approximate:>6} {m.rounded_divisions:>3} {m.rounded_roots:>4} {finding.compile_s:>9.2f}"
+        f"{m.approximate:>6} {m.rounded_divisions:>3} {m.rounded_roots:>4} {per_element:>8} "
+        f"{finding.compile_s:>9.2f}"
         f"{'' if not finding.complaints else '  <- complaints'}"
     )
 
