@@ -187,7 +187,7 @@ def test_rows_of_hypers_are_one_upload_where_they_change(gpu: StubGpu, case: Cas
 
 @each_optimizer
 def test_tables_hold_what_the_kernel_reads(gpu: StubGpu, case: Case) -> None:
-    run = Run(case, case.fused, shapes=((7,), (4100,)))
+    run = Run(case, case.fused, shapes=((7,), (16_500,)))
     run.params.append(torch.nn.Parameter(run.randn((10,))[1:]))
     sign = -1 if run.opt.param_groups[0]["maximize"] else 1
     run.opt.add_param_group({"params": run.params[-1:], "maximize": sign == 1})
@@ -197,7 +197,7 @@ def test_tables_hold_what_the_kernel_reads(gpu: StubGpu, case: Case) -> None:
     assert n_programs == 1 + 3 + 1
     assert chunks.view(-1, 2).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0]]
     tensors, hypers = tensors.view(3, -1), hypers.view(-1, multi_tensor.ROW.value)
-    assert tensors[:, 0].tolist() == [7, 4100, -9], "the last is not aligned to 16 bytes"
+    assert tensors[:, 0].tolist() == [7, 16_500, -9], "the last is not aligned to 16 bytes"
     assert tensors[:, 1].tolist() == [0, 0, 1]
     signs = hypers.view(torch.float32)[:, multi_tensor.GRAD_SIGN.value]
     assert signs.tolist() == [sign, -sign]
