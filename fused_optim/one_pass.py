@@ -405,10 +405,12 @@ class OnePassOptimizer(torch.optim.Optimizer):
             squares, nonfinite = squares + on_devices, nonfinite or bad
         more, bad = sum_of_squares(grads)
         norm = math.sqrt(squares + more)
+        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
-            norm /= grad_scale.item()
-        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
+            # As a tensor: GradScaler halves its scale down to 0 if all steps are skipped.
+            one_pass.grad_norm /= grad_scale.item()
+            norm = one_pass.grad_norm.item()
         is_bad = (nonfinite or bad) and one_pass.skips
         if is_bad or (found_inf is not None and found_inf.item()):
             if one_pass.report is not None:

@@ -95,11 +95,10 @@ class PackedOptimizer(OnePassOptimizer):
 
         torch.optim has none there, and state_dict() raises KeyError if there are some. Waits for the device.
         """
-        unsure = self.__dict__.get("_unsure")
-        if not unsure:
-            return get()
         there = {id(param) for group in self.param_groups for param in group["params"]}
-        gone, whole = unsure - there, self.state
+        gone, whole = self.__dict__.get("_unsure", set()) - there, self.state
+        if not gone:
+            return get()
         kept = {p: s for p, s in whole.items() if id(p) not in gone or _has_begun(s)}
         self.state = defaultdict(dict, kept)
         try:

@@ -267,18 +267,20 @@ def test_grad_scaler_in_either_order(
 
 
 @pytest.mark.parametrize("falls_back", [False, True])
+# GradScaler halves its scale down to 0 if all steps are skipped.
+@pytest.mark.parametrize(("scale", "norm"), [(2.0, 6.0), (0.0, math.inf)])
 @pytest.mark.usefixtures("either_way")
-def test_a_step_that_found_inf_skips_measures(falls_back: bool) -> None:
+def test_a_step_that_found_inf_skips_measures(falls_back: bool, scale: float, norm: float) -> None:
     params = [torch.nn.Parameter(torch.zeros(2, device=DEVICE)) for _ in range(2)]
     opt = fused_optim.SGD(params, lr=1.0, momentum=0.5, max_grad_norm=1.0, zero_grads=True)
     params[0].grad = torch.tensor([4.0, 8.0], device=DEVICE)
     params[1].grad = torch.tensor([0.0, 8.0], device=DEVICE)
     if falls_back:
         params[1].grad = torch._neg_view(params[1].grad)
-    opt.grad_scale = torch.tensor(2.0, device=DEVICE)
+    opt.grad_scale = torch.tensor(scale, device=DEVICE)
     opt.found_inf = torch.tensor(1.0, device=DEVICE)
     opt.step()
-    assert opt.grad_norm.item() == 6.0 and opt.skipped_steps.item() == 1
+    assert opt.grad_norm.item() == norm and opt.skipped_steps.item() == 1
     assert not any(param.any() or param.grad.any() for param in params)
 
 
