@@ -404,20 +404,19 @@ class OnePassOptimizer(torch.optim.Optimizer):
             on_devices, bad = launcher.read()
             squares, nonfinite = squares + on_devices, nonfinite or bad
         more, bad = sum_of_squares(grads)
-        norm = math.sqrt(squares + more)
-        one_pass.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
+        norm = torch.tensor(math.sqrt(squares + more), dtype=torch.float64, device="cpu")
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
-            # As a tensor: GradScaler halves its scale down to 0 if all steps are skipped.
-            one_pass.grad_norm /= grad_scale.item()
-            norm = one_pass.grad_norm.item()
+            # A tensor may be divided by 0, to which GradScaler halves its scale if all steps are skipped.
+            norm /= grad_scale.item()
+        one_pass.grad_norm = norm
         is_bad = (nonfinite or bad) and one_pass.skips
         if is_bad or (found_inf is not None and found_inf.item()):
             if one_pass.report is not None:
                 one_pass.report.fill_(1.0)
             self._skip()
             return None
-        clip = one_pass.clip = one_pass.coefficient(norm)
+        clip = one_pass.clip = one_pass.coefficient(norm.item())
         if launcher is not None:
             launcher.decide(clip)
         return clip
