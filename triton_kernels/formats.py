@@ -16,7 +16,6 @@ import triton.language as tl
 from .rules import divide
 
 GROUP = tl.constexpr(64)  # elements of one scale
-SIGN = tl.constexpr(0x80000000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(0x7F800000)
 QUIET = tl.constexpr(0x400000)
