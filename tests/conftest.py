@@ -6,6 +6,8 @@ A test that breaks the CUDA context ends its process.
 import gc
 import os
 from collections.abc import Generator, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +91,19 @@ def pytest_runtest_makereport(
             os._exit(1)  # xdist starts another worker for the rest
         item.session.shouldstop = f"{item.nodeid} broke the CUDA context: no test can run after it"
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodeready(node: Any) -> None:
+    """What xdist sends a worker that has just died would end the session (xdist 3.8)."""
+    send = node.sendcommand
+
+    def send_unless_dead(name: str, **kwargs: object) -> None:
+        # Its end comes next in the queue of xdist, which gives its tests to others.
+        with suppress(OSError):
+            send(name, **kwargs)
+
+    node.sendcommand = send_unless_dead
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ if torch.cuda.is_available():
     pytest.skip("needs CPU kernels: on a GPU one would have to be broken", allow_module_level=True)
 
 SUITE = """
+import time
+
 import pytest
 
 @pytest.mark.parametrize("i", range(20))
@@ -22,11 +24,46 @@ def test_a_kernel(i):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if i == 9:
         raise RuntimeError("just wrong")
+    if i >= 10:  # the other worker's
+        time.sleep(0.03)
+"""
+
+# Widens the moment in which xdist does not know yet that a worker has died, and cannot send to it.
+SLOW_END = """
+import os
+import time
+
+import pytest
+
+end = os._exit
+dead = set()
+
+def end_later(status):
+    time.sleep(0.5)
+    end(status)
+
+os._exit = end_later
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_testnodeready(node):
+    send = node.sendcommand
+
+    def sendcommand(name, **kwargs):
+        if node in dead:
+            raise OSError("cannot send (already closed?)")
+        send(name, **kwargs)
+
+    node.sendcommand = sendcommand
+
+def pytest_runtest_logreport(report):
+    if "illegal memory access" in report.longreprtext:
+        dead.add(getattr(report, "node", None))
 """
 
 
 def run_pytest(folder: Path, *options: str) -> str:
     (folder / "test_it.py").write_text(SUITE)
+    (folder / "slow_end.py").write_text(SLOW_END)
     tests = str(Path(__file__).parent)
     path = os.pathsep.join([tests, *(p for p in sys.path if p)])
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options]
@@ -40,7 +77,7 @@ def run_pytest(folder: Path, *options: str) -> str:
 
 
 def test_workers_are_replaced_and_all_other_tests_run(tmp_path: Path) -> None:
-    out = run_pytest(tmp_path, "-n", "2", "--dist", "worksteal")
+    out = run_pytest(tmp_path, "-n", "2", "--dist", "worksteal", "-p", "slow_end")
     failed = re.findall(r"^FAILED \S+\[(\d+)\]", out, re.MULTILINE)
     # Once by its own report, once by xdist's about the worker.
     assert sorted(failed) == ["4", "4", "9"], out
