@@ -29,22 +29,26 @@ def has_all_states(kernel: Kernel) -> bool:
 
 
 def is_chosen(kernel: Kernel, target: str) -> bool:
-    """Of what is packed, Adam's with all states and all of SGD's: the formats are the same code for all."""
+    """Dtypes, formats and unscaling are the same code for all rules: Adam's and SGD's have them all."""
     if kernel.dtypes in kernels.PACKED:
         if kernel.rule == "adam":
             return target in ("sm_90", "gfx942") and has_all_states(kernel)
         return target == "sm_90" and kernel.rule == "sgd"
     if target == "sm_90":
-        return kernel.scaled or kernel.rule == "sgd" or kernel.dtypes in (None, "float32")
-    return kernel.scaled and not kernel.one_pass and has_all_states(kernel)
+        if kernel.rule == "sgd" or kernel.dtypes in (None, "float32"):
+            return True
+        return kernel.scaled and has_all_states(kernel)
+    if not kernel.scaled or kernel.one_pass or not has_all_states(kernel):
+        return False
+    return kernel.rule == "adam" or kernel.dtypes in (None, "float32")
 
 
 KERNELS, TARGETS = kernels.select(None, None)
 # To save time, the machine code is read only for sm_90 and for sm_100, where ptxas has packed arithmetic
 # of its own. For sm_90, what does not unscale has the streams of what does and one less to write: beside
-# SGD's it is there in float32 alone. The other targets take the largest kernels: those that unscale, with
-# all options that bring states. Of those for all in one pass, Adam's has the most streams, and SGD's the
-# fewest. The command does all.
+# SGD's it is there in float32 alone, and so is what has fewer states. The other targets take the largest
+# kernels: those that unscale, with all options that bring states. Of those for all in one pass, Adam's has
+# the most streams, and SGD's the fewest. The command does all.
 JOBS = [
     (kernel, target, target in ("sm_90", "sm_100"))
     for target in TARGETS
