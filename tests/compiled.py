@@ -182,6 +182,7 @@ def own_options(make: Make, compiles: Compile) -> list[Tensor]:
 
 def check(name: str, patched: bool) -> None:
     """Each program does the same compiled, with the class of this name or with torch.optim's, patched."""
+    print(name, flush=True)
     if patched:
         fused_optim.patch()
     make = getattr(torch.optim if patched else fused_optim, name)
