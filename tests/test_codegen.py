@@ -35,12 +35,14 @@ def is_chosen(kernel: Kernel, target: str) -> bool:
             return target in ("sm_90", "gfx942") and has_all_states(kernel)
         return target == "sm_90" and kernel.rule == "sgd"
     if target == "sm_90":
-        if kernel.rule == "sgd" or kernel.dtypes in (None, "float32"):
+        if kernel.rule in ("sgd", "norm") or kernel.dtypes in (None, "float32"):
             return True
         return kernel.scaled and has_all_states(kernel)
-    if not kernel.scaled or kernel.one_pass or not has_all_states(kernel):
+    if kernel.rule != "norm" and (
+        not kernel.scaled or kernel.one_pass or not has_all_states(kernel)
+    ):
         return False
-    return kernel.rule == "adam" or kernel.dtypes in (None, "float32")
+    return kernel.rule in ("adam", "norm") or kernel.dtypes in (None, "float32")
 
 
 KERNELS, TARGETS = kernels.select(None, None)
@@ -311,7 +313,7 @@ def test_measurement_sees_what_is_wrong_in_nvidia_code(old, new, change):
 
 AMDGCN = """
 \tglobal_load_dwordx4 v[2:5], v[0:1], off
-\tglobal_store_dwordx2 v[0:1], v[2:3], off offset:1024
+\tbuffer_store_dwordx2 v[2:3], v1, s[4:7], 0 offen offset:1024
 \tv_fma_mix_f32 v8, v17, v5, neg(0) op_sel_hi:[1,0,0]
 \tv_fma_mix_f32 v3, -v8, 1.0, v3 op_sel_hi:[0,1,1]
 \tv_mul_f32_e32 v1, v2, v3

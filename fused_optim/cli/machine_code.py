@@ -270,12 +270,15 @@ def measure_amd(ttir: str, amdgcn: str) -> Measured:
             raise ValueError(f"no {name} in the assembly")
         return int(match[1])
 
-    lines = re.findall(r"^\s+([vsg]_?[a-z]\w*)", amdgcn, re.MULTILINE)
+    lines = re.findall(r"^\s+([bvsg]_?[a-z]\w*)", amdgcn, re.MULTILINE)
     ops = Counter(re.sub(r"_e(32|64)$", "", op) for op in lines)
 
     def accesses(name: str) -> dict[int, int]:
         widths = {WIDEST: "dwordx4", 64: "dwordx2", 32: "dword"}
-        return {bits: n for bits, width in widths.items() if (n := ops[f"{name}_{width}"])}
+        found = {
+            b: ops[f"global_{name}_{w}"] + ops[f"buffer_{name}_{w}"] for b, w in widths.items()
+        }
+        return {bits: n for bits, n in found.items() if n}
 
     in_sequences = sum(n * ops[op] for op, n in AMD_SEQUENCES.items())
     fused = _total(ops, r"v_(fma|fmac|mad|mac|fmamk|fmaak)_f\d+")
@@ -290,8 +293,8 @@ def measure_amd(ttir: str, amdgcn: str) -> Measured:
         local_nbytes=0,
         shared_nbytes=metadata("group_segment_fixed_size"),
         spills=metadata("vgpr_spill_count"),  # scalar registers are kept in vector registers
-        loads=accesses("global_load"),
-        stores=accesses("global_store"),
+        loads=accesses("load"),
+        stores=accesses("store"),
         fused=max(0, fused - in_sequences),
         # Mode 3 keeps subnormals of operands and results.
         flushing=sum(metadata(f"amdhsa_float_denorm_mode_{mode}") != 3 for mode in ("32", "16_64")),
