@@ -30,19 +30,19 @@ def has_all_states(kernel: Kernel) -> bool:
 
 def is_chosen(kernel: Kernel, target: str) -> bool:
     """Dtypes, formats and unscaling are the same code for all rules: Adam's and SGD's have them all."""
+    if kernel.rule == "norm":
+        return True
     if kernel.dtypes in kernels.PACKED:
         if kernel.rule == "adam":
             return target in ("sm_90", "gfx942") and has_all_states(kernel)
         return target == "sm_90" and kernel.rule == "sgd"
     if target == "sm_90":
-        if kernel.rule in ("sgd", "norm") or kernel.dtypes in (None, "float32"):
+        if kernel.rule == "sgd" or kernel.dtypes in (None, "float32"):
             return True
         return kernel.scaled and has_all_states(kernel)
-    if kernel.rule != "norm" and (
-        not kernel.scaled or kernel.one_pass or not has_all_states(kernel)
-    ):
+    if not kernel.scaled or kernel.one_pass or not has_all_states(kernel):
         return False
-    return kernel.rule in ("adam", "norm") or kernel.dtypes in (None, "float32")
+    return kernel.rule == "adam" or kernel.dtypes in (None, "float32")
 
 
 KERNELS, TARGETS = kernels.select(None, None)
