@@ -2,13 +2,24 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from marks import needs_cpu_kernels
 
 import fused_optim
-from fused_optim.cli import bench, contestants, main, phase, report, results, timing, workloads
+from fused_optim.cli import (
+    bench,
+    contestants,
+    main,
+    peers,
+    phase,
+    report,
+    results,
+    timing,
+    workloads,
+)
 from fused_optim.cli.contestants import NEVER_ON, OURS, STOCK_CALLS
 from fused_optim.cli.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
 
@@ -35,7 +46,7 @@ def short(monkeypatch):
 
 def enter(work=WORK):
     params = contestants.make_params(work)
-    return phase.enter(work, params, quick=False, timer=None), params
+    return phase.enter(work, params, [], quick=False, timer=None), params
 
 
 @pytest.fixture
@@ -192,6 +203,29 @@ def test_a_phase_is_a_row(short, capsys, tmp_path, chosen):
     assert list(saved["stock_calls"]) == list(chosen.parts)
     step = saved["stock_calls"]["step"]
     assert step["seconds"][step["variant"]] > 0
+
+
+def test_steps_of_peers_are_timed_among_the_same_calls(short, capsys):
+    def fails(workload, params):
+        raise OSError("no compiler")
+
+    builds = {
+        "like": lambda workload, params: torch.optim.AdamW(params),
+        "other": lambda workload, params: torch.optim.AdamW(params, lr=1.0),
+        "broken": fails,
+    }
+    lineup = peers.Lineup(
+        tuple(
+            peers.Peer(name, "torch", "torch", {"AdamW": build}) for name, build in builds.items()
+        )
+    )
+    found = bench.run([WORK], quick=True, threads=None, lineup=lineup)
+    [row] = found.rows
+    assert (row.baseline, set(row.samples_s)) == (STOCK_CALLS, {OURS, STOCK_CALLS, "like"})
+    assert row.not_measured["other"].startswith("computes something else: ")
+    assert row.not_measured["broken"] == "failed: OSError: no compiler"
+    report.print_results(found)
+    assert re.search(r"ms per step .*\| +like \|", capsys.readouterr().out)
 
 
 def test_a_disagreement_takes_the_place_of_the_row_and_is_an_error(short, monkeypatch, capsys):

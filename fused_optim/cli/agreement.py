@@ -44,6 +44,19 @@ def difference(peer: Peer, workload: Workload) -> str | None:
     )
 
 
+def refusal(peer: Peer, workload: Workload) -> str | None:
+    """Why a peer's time would say nothing: it computes something else, or fails at that already.
+
+    Those of small states have their own roundings, compiled code is torch.optim's.
+    """
+    if peer.formats or peer.compiles:
+        return None
+    try:
+        return difference(peer, workload)
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+
+
 def _with_grad(params: list[nn.Parameter], grad: torch.Tensor) -> list[nn.Parameter]:
     for param in params:
         param.grad = grad.clone()

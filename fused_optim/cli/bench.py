@@ -158,12 +158,14 @@ def _measure(
         if by_device:
             copy, timer = _copy_and_timer(device)
     else:
-        _check_memory(workload, phase.N_SETS_OF_STREAMS, device)
+        admitted, not_measured = _admit(workload, quick, device, lineup)
+        _check_memory(workload, phase.N_SETS_OF_STREAMS + len(admitted), device)
         watch.stage("choosing torch's calls")
         if by_device:
             copy, timer = _copy_and_timer(device)
         params = contestants.make_params(workload, device.torch_device)
-        entrants = phase.enter(workload, params, quick=quick, timer=timer)
+        entrants = phase.enter(workload, params, admitted, quick=quick, timer=timer)
+        entrants.not_measured.update(not_measured)
     steps, nbytes, n_streams = entrants.steps, entrants.nbytes, entrants.n_streams
 
     schedule = QUICK if quick else FULL
@@ -222,16 +224,11 @@ def _enter(
     against_stock = workload.layout == "matching" and not workload.switched
     stock = functools.partial(contestants.stock_variants, workload, asked=lineup.variants)
     variants, not_measured = stock(quick=quick)
-    entering = {}
-    for peer in lineup.peers if against_stock else ():
-        reason = peer.why_not(
-            workload, quick=quick, device_type=device.type, by_name=lineup.by_name
-        )
-        if reason is None:
-            entering[peer.name] = peer
-        else:
-            not_measured[peer.name] = reason
-    n_others = len(variants) + len(entering) if against_stock else 1
+    admitted: list[Peer] = []
+    if against_stock:
+        admitted, refused = _admit(workload, quick, device, lineup)
+        not_measured |= refused
+    n_others = len(variants) + len(admitted) if against_stock else 1
     _check_memory(workload, n_sets * (1 + n_others), device)
     params = contestants.make_params(workload, device.torch_device)
     steps: dict[str, timing.Step] = {}
@@ -263,11 +260,11 @@ def _enter(
         name = NEVER_ON if workload.switched else MATCHING
         enter(name, functools.partial(contestants.ours, workload), "matching")
     baselines = list(steps)
-    for name, peer in entering.items():
-        if difference := _difference(peer, workload):
-            not_measured[name] = difference
+    for peer in admitted:
+        if difference := agreement.refusal(peer, workload):
+            not_measured[peer.name] = difference
             continue
-        enter(name, functools.partial(peer.build, workload), workload.layout)
+        enter(peer.name, functools.partial(peer.build, workload), workload.layout)
 
     watch.stage(f"first step of {OURS}")
     ours = []
@@ -290,17 +287,18 @@ def _enter(
     )
 
 
-def _difference(peer: Peer, workload: Workload) -> str | None:
-    """Why a peer's time would say nothing: it computes something else, or fails at that already.
-
-    Those of small states have their own roundings, compiled code is torch.optim's.
-    """
-    if peer.formats or peer.compiles:
-        return None
-    try:
-        return agreement.difference(peer, workload)
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {error}"
+def _admit(
+    workload: Workload, quick: bool, device: Device, lineup: Lineup
+) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that may run the workload, and why the others may not."""
+    refused = {}
+    for peer in lineup.peers:
+        reason = peer.why_not(
+            workload, quick=quick, device_type=device.type, by_name=lineup.by_name
+        )
+        if reason is not None:
+            refused[peer.name] = reason
+    return [peer for peer in lineup.peers if peer.name not in refused], refused
 
 
 def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim import FusedOptimizer
-from fused_optim.cli import contestants, timing
+from fused_optim.cli import agreement, contestants, timing
 from fused_optim.cli.contestants import OURS, STOCK_CALLS, Choice, Entrants
+from fused_optim.cli.peers import Peer
 from fused_optim.cli.timing import Step
 from fused_optim.cli.workloads import Phase, Workload
 
@@ -48,17 +50,17 @@ class Disagreement(Exception):
 
 
 class StockCalls:
-    """The calls of torch that are a phase, in all their variants, on one list of params.
+    """The calls of torch that are a phase, in all their variants, around an optimizer's step.
 
     Attributes:
-        optimizer: torch.optim's, in the variant asked for.
+        optimizer: torch.optim's or a peer's.
         emas: averages, one for each param.
         norm: what the latest clipping found.
     """
 
-    def __init__(self, workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> None:
         self.params = list(params)
-        self.optimizer = contestants.stock(workload, variant, params)
+        self.optimizer = optimizer
         self.emas = [param.detach().clone() for param in params]
         self.norm = torch.zeros(())
 
@@ -102,8 +104,11 @@ class StockCalls:
 
     def phase(self, phase: Phase, choices: dict[str, Choice]) -> Step:
         """The chosen calls one after the other."""
-        variants = self.variants() | {"step": {choices["step"].variant: self.optimizer.step}}
-        calls = {part: variants[part][choices[part].variant] for part in phase.parts}
+        variants = self.variants()
+        calls = {
+            part: self.optimizer.step if part == "step" else variants[part][choices[part].variant]
+            for part in phase.parts
+        }
         if phase.scaler is None:
             return _in_turn(list(calls.values()))
         scaler = _scaler(torch.amp.GradScaler, self.params[0].device)
@@ -128,12 +133,18 @@ def _scaler(cls: type[torch.amp.GradScaler], device: torch.device) -> torch.amp.
 
 
 def enter(
-    workload: Workload, params: list[nn.Parameter], *, quick: bool, timer: timing.Timer | None
+    workload: Workload,
+    params: list[nn.Parameter],
+    peers: Sequence[Peer],
+    *,
+    quick: bool,
+    timer: timing.Timer | None,
 ) -> Entrants:
     """Choose stock's calls, build both phases and compare a few steps of them.
 
     Args:
         params: with grads; they become ours.
+        peers: whose steps are timed among the same calls of torch.
         timer: for the choice; None: the host's.
 
     Raises:
@@ -148,7 +159,8 @@ def enter(
         _torch._foreach_copy_(grads, source)
 
     choices = _choose(workload, _share_grads(params), quick=quick, before=fill, timer=timer)
-    stock = StockCalls(workload, choices["step"].variant, _share_grads(params))
+    copies = _share_grads(params)
+    stock = StockCalls(contestants.stock(workload, choices["step"].variant, copies), copies)
     stock_step = stock.phase(phase, choices)
     ours = contestants.ours(workload, params, one_pass_options(phase))
     our_step = _our_step(ours, phase, params[0].device)
@@ -161,13 +173,29 @@ def enter(
         if done == 0:
             _torch._foreach_copy_(stock.emas, stock.params)
     _compare(stock, ours, phase)
+    steps = {OURS: our_step, STOCK_CALLS: stock_step}
+    not_measured = {}
+    for peer in peers:
+        if difference := agreement.refusal(peer, workload):
+            not_measured[peer.name] = difference
+            continue
+        copies = _share_grads(params)
+        # A peer may fail in any way, for example while it compiles itself; the row says so.
+        try:
+            fill()
+            step = StockCalls(peer.build(workload, copies), copies).phase(phase, choices)
+            step()
+            steps[peer.name] = step
+        except Exception as error:
+            not_measured[peer.name] = f"failed: {type(error).__name__}: {error}"
     nbytes, n_streams = contestants.bytes_per_step(ours)
     return Entrants(
         ours=ours,
-        steps={OURS: our_step, STOCK_CALLS: stock_step},
+        steps=steps,
         baselines=[STOCK_CALLS],
         nbytes=nbytes + _bytes_around(ours, grads),
         n_streams=n_streams,
+        not_measured=not_measured,
         before=fill,
         stock_calls=choices,
     )
@@ -233,8 +261,9 @@ def _choose(
         names = [name for name in names if name != "for-loop"]  # never the fastest then
     optimizers = {name: contestants.stock(workload, name, params) for name in names}
     choices = {"step": fastest({name: opt.step for name, opt in optimizers.items()})}
-    del optimizers  # and their states
-    calls = StockCalls(workload, choices["step"].variant, params).variants()
+    optimizer = optimizers[choices["step"].variant]
+    del optimizers  # and the others' states
+    calls = StockCalls(optimizer, params).variants()
     if phase.scaler is not None:
         del calls["unscale"]["_foreach_mul_"]  # the other one is what unscale_() calls
     return {

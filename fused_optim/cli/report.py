@@ -6,12 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fused_optim.cli import text
-from fused_optim.cli.contestants import (
-    MATCHING,
-    NEVER_ON,
-    OURS,
-    STOCK_CALLS,
-)
+from fused_optim.cli.contestants import COPY, MATCHING, NEVER_ON, OURS, PROBE, STOCK_CALLS
 from fused_optim.cli.results import Results, Row
 from fused_optim.cli.timing import Quartiles
 from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY
@@ -57,7 +52,11 @@ def print_results(found: Results) -> None:
         for line in _stock_calls(rows):
             console.print(line, markup=False)
     no_others = (MATCHING, NEVER_ON, STOCK_CALLS)
-    against_others = [row for row in found.rows if row.baseline not in no_others]
+    against_others = [
+        row
+        for row in found.rows
+        if row.baseline not in no_others or {*row.samples_s} - {OURS, *no_others, PROBE, COPY}
+    ]
     if against_others:
         console.print(_contestants_table(against_others))
         if absent := _absent(against_others):
