@@ -47,12 +47,14 @@ class Point:
 
     mark: short enough for a dot.
     bandwidths: kind ("ours", and "stock" where there is one) -> bytes per second.
+    is_bound: whether the time of a step is that of moving its bytes.
     """
 
     mark: str
     label: str
     nbytes: float
     bandwidths: dict[str, float]
+    is_bound: bool
 
 
 def bars(row: Row) -> list[Bar]:
@@ -61,9 +63,7 @@ def bars(row: Row) -> list[Bar]:
     for name in row.contestants:
         if name in row.samples_s:
             time = row.seconds(name)
-            low, middle, high = (text.seconds(s) for s in (time.q1, time.median, time.q3))
-            # Whoever was dropped after the first round has no quartiles to speak of.
-            shown = f"{middle} [{low}, {high}]" if len(row.samples_s[name]) > 1 else middle
+            shown = text.times(row, name)
             found.append(Bar(name, shown, time.median, time.q1, time.q3, _kind(name)))
     return found
 
@@ -97,5 +97,7 @@ def points(found: Results) -> list[Point]:
         # In another format a step of torch.optim has other bytes to move.
         if row.baseline in STOCK_FLAGS and not row.workload.formats:
             bandwidths["stock"] = row.bandwidth(row.baseline)
-        listed.append(Point(str(index), row.workload.title, row.nbytes, bandwidths))
+        listed.append(
+            Point(str(index), row.workload.title, row.nbytes, bandwidths, row.shows_bandwidth)
+        )
     return listed

@@ -1,5 +1,6 @@
 """`bench --html`: one file with everything in it, that loads nothing and runs no script."""
 
+import re
 from pathlib import Path
 
 from fused_optim.cli import charts, method, svg, text
@@ -10,6 +11,10 @@ from fused_optim.cli.style import STYLE
 from fused_optim.cli.verdict import FASTER, SLOWER, facts, headline, judge, notices
 
 TITLE = "fused_optim beside torch.optim"
+FOOTER = (
+    "Times of two machines, or of two runs, do not compare; ratios within a run do. All samples are saved "
+    "by --json."
+)
 # So many rows, and a reader wants to choose whose details to see.
 MOST_OPEN = 6
 # Whatever a name in the report might hold, the page fetches and runs nothing.
@@ -35,7 +40,7 @@ def page(found: Results) -> str:
     )
     sections = [_results(found), _roofline(found), _details(found), _unmeasured(found)]
     main = tag("main", *filter(None, sections), _method(found), _machine(found))
-    body = tag("body", _header(found), main, _footer(found))
+    body = tag("body", _header(found), main, tag("footer", tag("p", FOOTER)))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
@@ -54,47 +59,41 @@ def _header(found: Results) -> Markup:
 
 
 def _table(caption: str, columns: list[str], rows: list[list[str]]) -> Markup:
-    """A table in a region that scrolls by itself, the caption above it; the first cell of a row names it."""
+    """A table; the first cell of a row names it, the second of a short row reaches to the end.
+
+    Text, which is numbers, is broken into lines only before a bracket, Markup anywhere.
+    """
     head = tag("tr", *(tag("th", name, scope="col") for name in columns))
-    body = [
-        tag("tr", tag("th", row[0], scope="row"), *(_cell(cell) for cell in row[1:]))
-        for row in rows
-    ]
-    table = tag("table", tag("thead", head), tag("tbody", *body), aria_label=caption)
-    region = tag("div", table, class_="scroll", role="region", tabindex="0", aria_label=caption)
-    return join(tag("p", caption, class_="caption"), region)
+    body = []
+    for first, *others in rows:
+        n_lacking = len(columns) - 1 - len(others)
+        cells = [
+            # On a phone its column's name stands beside each cell.
+            tag("td", cell if isinstance(cell, Markup) else _whole(*re.split(r" (?=[\[(])", cell)),
+                data_label=name, colspan=1 + n_lacking if n_lacking else None)
+            for name, cell in zip(columns[1:], others, strict=False)
+        ]  # fmt: skip
+        body.append(tag("tr", tag("th", first, scope="row"), *cells))
+    return tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
 
 
-def _cell(content: str) -> Markup:
-    """Made cells stay; text becomes one."""
-    return content if isinstance(content, Markup) else tag("td", content)
+def _whole(*words: str, kind: str | None = None) -> Markup:
+    """Words none of which gets broken into lines."""
+    return Markup(" ".join(tag("span", word, class_=kind) for word in words if word))
 
 
 def _results(found: Results) -> Markup | None:
     if not found.rows:
         return None
-    with_target = any(row.workload.target.is_set for row in found.rows)
-    columns = [
-        "work",
-        "ratio [quartiles]",
-        "verdict",
-        "fused_optim",
-        "baseline",
-        "GB/s",
-    ]
-    columns += ["of the roof"] + ["asked", "reached"] * with_target
+    columns = ["work", "ratio [quartiles]", "verdict", "fused_optim", "baseline", "GB/s (of roof)"]
     rows = [
         [
             f"{index}. {row.workload.title}",
             text.ratio(row.ratio),
-            tag("td", judge(row), class_={FASTER: "good", SLOWER: "bad"}.get(judge(row))),
+            _verdict(row),
             text.seconds(row.seconds(OURS).median),
-            f"{text.seconds(row.seconds(row.baseline).median)} ({row.baseline})"
-            if row.baseline
-            else "none",
-            f"{row.bandwidth(OURS) / 1e9:.1f}" if row.shows_bandwidth else "",
-            _of_the_roof(row),
-            *([text.wanted(row.workload.target), _reached(row)] if with_target else []),
+            _baseline(row),
+            _bandwidth(row),
         ]
         for index, row in enumerate(found.rows, 1)
     ]
@@ -102,20 +101,26 @@ def _results(found: Results) -> Markup | None:
         "Median time of a step. The baseline is the fastest variant of torch.optim, unless it says another "
         "name; ratio = its time / ours, so that above 1 we are faster"
     )
-    return tag(
-        "section", tag("h2", "Results"), tag("div", _table(caption, columns, rows), class_="card"),
-        _ratio_chart(found.rows),
-    )  # fmt: skip
+    table = tag("div", _table(caption, columns, rows), class_="card")
+    return tag("section", tag("h2", "Results"), _ratio_chart(found.rows), table)
 
 
-def _reached(row: Row) -> Markup:
-    verdict = text.verdict(row)
-    return tag("td", verdict, class_={"yes": "good", "NO": "bad"}.get(verdict))
+def _verdict(row: Row) -> Markup:
+    word = judge(row)
+    return _whole(word, kind={FASTER: "good", SLOWER: "bad"}.get(word))
 
 
-def _of_the_roof(row: Row) -> str:
+def _baseline(row: Row) -> str:
+    if row.baseline is None:
+        return "none"
+    return f"{text.seconds(row.seconds(row.baseline).median)} ({row.baseline})"
+
+
+def _bandwidth(row: Row) -> str:
+    if not row.shows_bandwidth:
+        return ""
     part = row.copy_part or row.probe_part
-    return f"{part.median:.0%}" if part else ""
+    return f"{row.bandwidth(OURS) / 1e9:.1f}" + (f" ({part.median:.0%})" if part else "")
 
 
 def _ratio_chart(rows: list[Row]) -> Markup:
@@ -125,27 +130,29 @@ def _ratio_chart(rows: list[Row]) -> Markup:
     chart = svg.ratios("The baseline's time divided by ours", items)
     caption = tag(
         "figcaption",
-        "Right of the line we are faster; logarithmic. Thin line: quartiles. Grey: not told apart, slower "
-        "or not judged. Mark: what the benchmark asks for.",
+        "Green: we are faster. Grey: slower, not told apart or not judged. Logarithmic, from 1; thin line: "
+        "quartiles"
+        + "; thick line: what the benchmark asks for" * any(item.target for item in items)
+        + ".",
     )
     return tag("figure", chart, caption, class_="card")
 
 
 def _roofline(found: Results) -> Markup | None:
-    if not found.rows or not found.roofs:
+    items = [point for point in charts.points(found) if point.is_bound]
+    if not items or not found.roofs:
         return None
-    points = charts.points(found)
-    if not points:
-        return None
-    chart = svg.roofline("Bandwidth that steps reach, beneath the memory's", points, found.roofs)
+    chart = svg.bandwidths("Bandwidth that steps reach, and the memory's", items, found.roofs)
+    roofs = "; ".join(
+        f"{method.ROOFS[name]}, {value / 1e9:.1f} GB/s"
+        for name, value in sorted(found.roofs.items(), key=lambda item: item[1])
+    )
     caption = tag(
         "figcaption",
         tag("span", "fused_optim", class_="key ours"),
         tag("span", "torch.optim, fastest", class_="key stock"),
-        ". The numbers are those of the table. Lines: ",
-        f"{' and '.join(method.ROOFS[name] for name in found.roofs)}. No optimizer can be faster than its "
-        "memory: what is near the line is done. Far below it, calls cost more than bytes; above it, the "
-        "tensors fit into a cache.",
+        f". Lines, from the left: {roofs}. No optimizer can be faster than its memory: what is near the "
+        "last line is done.",
     )
     return tag(
         "section", tag("h2", "How near the memory's limit"),
@@ -170,21 +177,13 @@ def _row(index: int, row: Row, is_open: bool) -> Markup:
     title = f"{index}. {row.workload.title}"
     chart = svg.bars(f"Time of a step: {row.workload.title}", charts.bars(row))
     caption = tag("figcaption", "Median of the rounds; thin line: lower to upper quartile.")
-    rows = []
-    for name in row.contestants:
-        if name in row.samples_s:
-            rows.append([name, *_times(row, name)])
-        else:
-            reason = f"not measured: {row.not_measured[name]}"
-            rows.append([name, tag("td", reason, colspan=5, class_="text")])
-    columns = [
-        "contestant",
-        "median",
-        "lower quartile",
-        "upper quartile",
-        "its time / ours",
-        "rounds",
+    rows = [
+        [name, *_times(row, name)]
+        if name in row.samples_s
+        else [name, join(f"not measured: {row.not_measured[name]}")]
+        for name in row.contestants
     ]
+    columns = ["contestant", "median [quartiles]", "its time / ours", "rounds"]
     content = join(
         tag("p", facts(row), class_="dim"),
         tag("figure", chart, caption),
@@ -197,13 +196,12 @@ def _row(index: int, row: Row, is_open: bool) -> Markup:
 
 
 def _times(row: Row, name: str) -> list[str]:
-    """Median, quartiles, ratio and rounds; after one round there are no quartiles."""
-    time, n_rounds = row.seconds(name), len(row.samples_s[name])
+    """Time, ratio and rounds; after one round there are no quartiles."""
+    n_rounds = len(row.samples_s[name])
     ratio = "" if name == OURS else text.ratio(row.ratio_to(name))
     if n_rounds == 1:
-        return [text.seconds(time.median), "", "", ratio.partition(" ")[0], "1"]
-    cells = [text.seconds(value) for value in (time.median, time.q1, time.q3)]
-    return [*cells, ratio, str(n_rounds)]
+        ratio = ratio.partition(" ")[0]
+    return [text.times(row, name), ratio, str(n_rounds)]
 
 
 def _calls(row: Row) -> Markup:
@@ -211,7 +209,7 @@ def _calls(row: Row) -> Markup:
     if not row.stock_calls:
         return Markup("")
     rows = [
-        [part, choice.variant, text.seconds(choice.seconds[choice.variant])]
+        [part, join(choice.variant), text.seconds(choice.seconds[choice.variant])]
         for part, choice in row.stock_calls.items()
     ]
     caption = "Stock calls, each the fastest of its variants, and what it takes by itself"
@@ -268,15 +266,4 @@ def _machine(found: Results) -> Markup:
         tag("h2", "Machine and versions"),
         tag("div", tag("dl", *listed), class_="card"),
         *([tag("div", command, class_="card")] if about["command"] else []),
-    )
-
-
-def _footer(found: Results) -> Markup:
-    return tag(
-        "footer",
-        tag(
-            "p",
-            "Times of two machines, or of two runs, do not compare; ratios within a run do. All samples "
-            "are saved by --json.",
-        ),
     )

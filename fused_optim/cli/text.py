@@ -39,6 +39,13 @@ def ratio(value: Quartiles | None) -> str:
     return f"{value.median:.2f}x [{value.q1:.2f}, {value.q3:.2f}]" if value else ""
 
 
+def times(row: Row, name: str) -> str:
+    """A contestant's median and quartiles; whoever was dropped after the first round has none to speak of."""
+    time = row.seconds(name)
+    low, middle, high = (seconds(value) for value in (time.q1, time.median, time.q3))
+    return f"{middle} [{low}, {high}]" if len(row.samples_s[name]) > 1 else middle
+
+
 def wanted(target: Target) -> str:
     """What a row has to reach; nothing if nothing is asked."""
     parts = []
