@@ -8,7 +8,7 @@ from fused_optim.cli.contestants import OURS
 from fused_optim.cli.markup import Markup, join, tag
 from fused_optim.cli.results import Results, Row
 from fused_optim.cli.style import STYLE
-from fused_optim.cli.verdict import FASTER, SLOWER, facts, headline, judge, notices
+from fused_optim.cli.verdict import FASTER, MARKS, SLOWER, facts, headline, judge, marks, notices
 
 TITLE = "fused_optim beside torch.optim"
 FOOTER = (
@@ -101,13 +101,22 @@ def _results(found: Results) -> Markup | None:
         "Median time of a step. The baseline is the fastest variant of torch.optim, unless it says another "
         "name; ratio = its time / ours, so that above 1 we are faster"
     )
-    table = tag("div", _table(caption, columns, rows), class_="card")
+    seen = {mark for row in found.rows for mark in marks(row)}
+    legend = [
+        tag("p", tag("span", mark, class_="mark"), f" {meaning}", class_="dim")
+        for mark, meaning in MARKS.items()
+        if mark in seen
+    ]
+    table = tag("div", _table(caption, columns, rows), *legend, class_="card")
     return tag("section", tag("h2", "Results"), _ratio_chart(found.rows), table)
 
 
 def _verdict(row: Row) -> Markup:
+    """The verdict with its marks; a busy row has a mark that says so."""
     word = judge(row)
-    return _whole(word, kind={FASTER: "good", SLOWER: "bad"}.get(word))
+    told = _whole(word.removesuffix(" (busy)"), kind={FASTER: "good", SLOWER: "bad"}.get(word))
+    asked = {"missed": f"missed {text.wanted(row.workload.target)}"}
+    return join(told, " ", _whole(*(asked.get(mark, mark) for mark in marks(row)), kind="mark"))
 
 
 def _baseline(row: Row) -> str:
@@ -223,7 +232,8 @@ def _unmeasured(found: Results) -> Markup | None:
         for name, difference in found.disagreements.items()
     ]
     if found.memory:
-        lines.append(text.memory_line(found.memory))
+        fell_back = "".join(f"; fell back to torch.optim: {why}" for why in found.memory.fallbacks)
+        lines.append(text.memory_line(found.memory) + fell_back)
     if found.import_s is not None:
         lines.append(text.import_line(found.import_s))
     if not lines:

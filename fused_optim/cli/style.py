@@ -47,6 +47,10 @@ tr > :last-child { padding-right: 0; }
 thead th { color: var(--dim); font-weight: 600; } tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 500; min-width: 8rem; overflow-wrap: anywhere; }
 td { overflow-wrap: anywhere; } td span { white-space: nowrap; }
+.mark {
+  background: var(--warn-page); border: 1px solid var(--warn-line); border-radius: 4px; padding: 0 .35em;
+  color: var(--text); font-size: .85em;
+}
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 figure { margin: 1rem 0 0; } figcaption { margin-top: .4rem; } svg { display: block; overflow: visible; }
 .chart { display: grid; gap: .5rem; font-size: .85rem; line-height: 1.35; }

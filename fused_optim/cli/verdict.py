@@ -1,10 +1,21 @@
 """What the numbers say, in words."""
 
+from collections import Counter
+
 from fused_optim.cli import text
 from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS
 from fused_optim.cli.results import MIN_ROUNDS_TO_JUDGE, Results, Row
 
 FASTER, SLOWER = "faster", "slower"
+# What stands beside a verdict, and what it means.
+MARKS = {
+    "busy": "Other processes took so much of the CPU time that these are no numbers to quote. Measure "
+    "again when nothing else runs.",
+    "missed": "The row has less than the benchmark asks for: a ratio, a part of the roof, or both.",
+    "fell back": "Some tensors were stepped by torch.optim's code, so the row does not measure fused_optim "
+    "alone.",
+    "peer faster": "One of the peers was faster than fused_optim.",
+}
 
 
 def judge(row: Row) -> str:
@@ -20,13 +31,19 @@ def judge(row: Row) -> str:
     return SLOWER if row.ratio.q3 < 1 else "no difference"
 
 
+def marks(row: Row) -> list[str]:
+    """Those of MARKS that the row has."""
+    has = (row.was_busy, row.met is False, bool(row.fallbacks), bool(row.faster_peers))
+    return [mark for mark, it_has in zip(MARKS, has, strict=True) if it_has]
+
+
 def headline(rows: list[Row]) -> str:
     """What came out, in a sentence."""
     if not rows:
         return "Nothing was measured."
     if len(rows) > 1:
-        words = [judge(row) for row in rows]
-        counts = ", ".join(f"{word} in {words.count(word)}" for word in dict.fromkeys(words))
+        words = Counter(judge(row) for row in rows)
+        counts = ", ".join(f"{word} in {count}" for word, count in words.most_common())
         own = any(row.baseline in (MATCHING, NEVER_ON) for row in rows)
         beside = "the fastest of torch.optim" + ", in some rows our own other step" * own
         return f"Steps of {len(rows)} works beside {beside}: {counts}."
@@ -43,40 +60,14 @@ def headline(rows: list[Row]) -> str:
 
 
 def notices(found: Results) -> list[str]:
-    """What a reader has to know before any number."""
-    told = []
-    if found.interrupted:
-        told.append("Interrupted: only the rows finished by then are here.")
-    busy = [row.workload.title for row in found.rows if row.was_busy]
-    if busy:
-        which = "all rows" if len(busy) == len(found.rows) else "; ".join(busy)
-        told.append(
-            "The machine was busy: other processes took so much of the CPU time that these are no "
-            f"numbers to quote: {which}. Measure again when nothing else runs."
-        )
-    if found.about["settings"]["quick"]:
-        told.append("A quick run: few rounds. For numbers to quote, omit --quick.")
-    missed = [row for row in found.rows if row.met is False]
-    if missed:
-        names = "; ".join(
-            f"{row.workload.title} (asked: {text.wanted(row.workload.target)}, "
-            f"found: {text.ratio(row.ratio) or 'no ratio'})"
-            for row in missed
-        )
-        told.append(f"Targets missed: {names}.")
-    if found.fallbacks:
-        told.append(
-            "Some tensors fell back to torch.optim's code, so these rows do not measure fused_optim "
-            f"alone: {'; '.join(found.fallbacks)}."
-        )
-    faster = [f"{name} ({row.workload.title})" for row in found.rows for name in row.faster_peers]
-    if faster:
-        told.append(f"Faster than fused_optim: {', '.join(faster)}.")
-    if found.disagreements:
-        told.append(
-            "Some rows were not timed, because ours and the baseline computed something else."
-        )
-    return told
+    """What concerns the whole run, a line each."""
+    quick = found.about["settings"]["quick"]
+    told = {
+        "Interrupted: only the rows finished by then are here.": found.interrupted,
+        "A quick run: few rounds. For numbers to quote, omit --quick.": quick,
+        "Some rows were not timed: ours and the baseline computed something else.": found.disagreements,
+    }
+    return [line for line, is_so in told.items() if is_so]
 
 
 def facts(row: Row) -> str:
@@ -92,6 +83,9 @@ def facts(row: Row) -> str:
         told.append(", ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in options))
     if work.formats:
         told.append("torch.optim has float32 params and states")
+    if work.target.is_set:
+        word = {True: "met", False: "missed", None: "not judged"}[row.met]
+        told.append(f"target {text.wanted(work.target)}: {word}")
     if work.cold:
         told.append("caches flushed before each step")
     told.append(f"{text.threads(row.threads)}, {row.clock}'s clock")
@@ -99,4 +93,5 @@ def facts(row: Row) -> str:
         told.append(f"other processes took {row.cpu_elsewhere:.0%} of the CPU time")
     stepped = ", ".join(f"{count:,} by {backend}" for backend, count in row.backends.items())
     told.append(f"tensors stepped: {stepped}")
+    told += [f"fell back to torch.optim: {reason}" for reason in row.fallbacks]
     return "; ".join(told) + "."
