@@ -14,7 +14,7 @@ from torch import Tensor
 from twins import FEW_CASES, ONE_EACH, Run, assert_close, assert_same_run, by_id
 
 import fused_optim
-from fused_optim import backends
+from fused_optim import backends, cli
 
 if DEVICE.type != "cuda":
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -395,3 +395,9 @@ def test_a_launch_costs_little_on_the_host(case: Case) -> None:
 def test_config_names_the_backend() -> None:
     assert fused_optim.config()["backends"][f"cuda:{torch.cuda.current_device()}"] == "triton"
     assert backends.device_types() != 0
+
+
+def test_doctor_finds_all_well(capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(["doctor"])
+    said = capsys.readouterr().out
+    assert status == 0 and "cuda:0" in said, said

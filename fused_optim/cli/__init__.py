@@ -1,4 +1,4 @@
-"""The command line: python -m fused_optim info | run | bench | codegen; or fused-optim info | ..."""
+"""The command line: python -m fused_optim info | doctor | run | bench | codegen; or fused-optim ..."""
 
 import argparse
 import importlib.util
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fused_optim
-from fused_optim.cli import bench_command, run_command
+from fused_optim.cli import bench_command, doctor, run_command
 
 # Exit statuses; argparse itself ends with 2 on a bad command line.
 EXIT_UNHEALTHY = 1
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "info":
         fused_optim.show_config()
         return 0
+    if args.command == "doctor":
+        return 0 if doctor.run() else EXIT_UNHEALTHY
     if args.command == "run":
         return run_command.run_command(args)
     if args.command == "codegen":
@@ -39,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set, threads and backends")
+    commands.add_parser(
+        "doctor",
+        help="step every optimizer on every device, and say what would help",
+        description="Compares every optimizer with torch.optim on every device that kernels can serve. "
+        "Exit status 1 when one is not stepped by a kernel, or computes something else.",
+    )
     run_command.add_parser(commands)
     bench_command.add_parser(commands)
     codegen = commands.add_parser(
