@@ -67,13 +67,12 @@ def run(
                     watch.stage("import")
                     found.import_s = measure_import()
                 else:
-                    elsewhere = results.CpuElsewhere()
                     try:
-                        row = measure(
-                            workload, quick=quick, device=device, lineup=lineup, watch=watch
+                        found.rows.append(
+                            measure(
+                                workload, quick=quick, device=device, lineup=lineup, watch=watch
+                            )
                         )
-                        row.cpu_elsewhere = elsewhere.part()
-                        found.rows.append(row)
                     except NotMeasured as reason:
                         found.skipped[workload.name] = str(reason)
                     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -189,10 +188,13 @@ def _measure(
         return timing.clearly_slower(medians, best) - {OURS, PROBE, COPY}
 
     watch.stage("first round")
+    # From here on: a peer that compiles itself before is no other process that disturbs.
+    elsewhere = results.CpuElsewhere()
     samples = timing.alternate(
         steps, schedule, before=before, drop=drop, timer=timer, on_round=watch.round
     )
     row = _row(workload, samples, entrants)
+    row.cpu_elsewhere = elsewhere.part()
     if by_device:
         row.clock = "device"
         row.n_sets = entrants.n_sets
