@@ -105,7 +105,7 @@ def _digits_model() -> nn.Module:
     )
 
 
-def characters(n_steps: int = 200, batch_size: int = 12, context: int = 64) -> Task:
+def characters(n_steps: int, batch_size: int = 12, context: int = 64) -> Task:
     """The source text of Python's standard library and a character-level transformer."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     text = "".join((stdlib / f"{name}.py").read_text("utf-8") for name in STDLIB_MODULES)
