@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import browser
 import pytest
 import torch
 from cases import BACKEND, DEVICE
 
 GIB = 2**30
+
+needs_browser = pytest.mark.skipif(browser.find() is None, reason="needs chromium")
 
 needs_cpu_kernels = pytest.mark.skipif(BACKEND != "cpu", reason="needs CPU kernels")
 

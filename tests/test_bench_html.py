@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import browser
 import pytest
 import torch
-from marks import needs_cpu_kernels
+from marks import needs_browser, needs_cpu_kernels
 
 from fused_optim.cli import html, results, text, verdict
 from fused_optim.cli.contestants import COPY, MATCHING, OURS, PROBE, Choice
@@ -327,8 +327,6 @@ def test_colours_can_be_told_apart(scheme):
         assert contrast(colours[kind], colours["track"]) >= 3, kind
         assert contrast(colours[kind], colours["card"]) >= 3, kind
 
-
-needs_browser = pytest.mark.skipif(browser.find() is None, reason="needs chromium")
 
 WIDTH = "document.scrollingElement.scrollWidth"
 # What is wider than its own box, or sticks out of its card or of the screen: each makes somebody scroll

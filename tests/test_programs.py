@@ -1,4 +1,4 @@
-"""benchmarks/programs with trainings of a few steps, and README's table of its committed results."""
+"""benchmarks/programs with trainings of a few steps, and the table of its committed results."""
 
 import json
 import runpy
@@ -224,12 +224,12 @@ def test_what_is_not_installed_is_left_out(
     assert {*found["skipped"]} == {"ppo", "dqn"}
 
 
-def test_readme_has_the_table_of_the_committed_samples(modules) -> None:
+def test_the_page_of_results_has_the_table_of_the_committed_samples(modules) -> None:
     _, table, _ = modules
     (file,) = (ROOT / "benchmarks/results").glob("programs-*.json")
-    readme = (ROOT / "README.md").read_text()
-    assert file.name in readme
+    page = (ROOT / "benchmarks/results/README.md").read_text()
+    assert file.name in page
     machine, rows, latency = table.written(json.loads(file.read_text())).strip().split("\n\n")
-    assert rows in readme
-    prose = " ".join(readme.split())
+    assert rows in page
+    prose = " ".join(page.split())
     assert machine in prose and latency in prose

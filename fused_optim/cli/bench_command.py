@@ -87,6 +87,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--json", type=Path, metavar="FILE", help="save everything, raw samples too"
     )
     output.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG charts into DIR")
+    saved = bench.add_argument_group("instead of measuring, and alone")
+    saved.add_argument(
+        "--chart",
+        nargs=2,
+        type=Path,
+        metavar=("RESULTS", "SVG"),
+        help="draw what --json saved: some rows, each beside the best of torch.optim and the best peer",
+    )
 
 
 def _positive(text: str) -> int:
@@ -98,6 +106,9 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check all that could fail late, measure, then print, save and draw."""
+    refuse: Callable[[str], NoReturn] = args.refuse
+    if args.chart:
+        return _draw_chart(args, refuse)
     needed = ["rich"] + (["matplotlib"] if args.plot else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -107,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
         )
         return EXIT_USAGE
 
-    refuse: Callable[[str], NoReturn] = args.refuse
     # Imported here so that `info` works without the bench extra.
     from fused_optim.cli import bench, choice, html, peers, report, workloads
     from fused_optim.cli.device import find
@@ -164,3 +174,17 @@ def run(args: argparse.Namespace) -> int:
     if results.fallbacks:
         return EXIT_FELL_BACK
     return EXIT_INTERRUPTED if results.interrupted else 0
+
+
+def _draw_chart(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
+    from fused_optim.cli import headline
+
+    if len(args.argv) > len(["bench", "--chart", *args.chart]):
+        refuse("--chart draws a saved run: it takes no other options")
+    results, path = args.chart
+    try:
+        headline.save(results, path)
+    except (ValueError, OSError) as error:
+        refuse(str(error))
+    print(f"wrote {path}")
+    return 0
