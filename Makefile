@@ -19,29 +19,28 @@ LOG := build/install.log
 quietly = { $(1); } >>$(LOG) 2>&1 || { tail -n 20 $(LOG); echo "Failed. $(LOG) has everything that was said." >&2; exit 1; }
 pinned = $$(grep -E '^($(1))==' constraints.txt)
 PIP := $(BIN)/pip install --disable-pip-version-check
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/isa/*)
 
-# What the demo needs. torch is asked for by itself: of this version the CPU build is found; as a mere dependency, pip
-# might choose the newest build with gigabytes of CUDA libraries. It downloads while the kernels compile.
-$(VENV)/demo: $(SOURCES)
+# What the demo needs. The package is installed while torch is downloaded: its kernels compile without torch, which is
+# asked for by name, as this version has a CPU build; as a mere dependency it may come with gigabytes of CUDA libraries.
+$(VENV)/demo: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/isa/*)
 	@mkdir -p build && : >$(LOG)
 	@echo "installing into $(VENV): the kernels compile while torch is downloaded"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call quietly,$(PIP) $(call pinned,pybind11|setuptools))
-	@$(call quietly,$(BIN)/python setup.py -q build_ext --inplace & compiler=$$!; \
-	  $(PIP) $(call pinned,torch) && $(PIP) -c constraints.txt $(call pinned,matplotlib|rich|scikit-learn) && wait $$compiler)
-	@$(call quietly,$(PIP) --no-deps --no-build-isolation -e . && $(BIN)/python -c 'import fused_optim._C')
+	@$(call quietly,$(PIP) --no-deps --no-build-isolation -e . & compiler=$$!; $(PIP) $(call pinned,torch) \
+	  && $(PIP) -c constraints.txt $(call pinned,matplotlib|rich|scikit-learn) && wait $$compiler)
+	@$(call quietly,$(BIN)/python -c 'import fused_optim._C')
 	@touch $@
 
-# What tests, linters and pages need. timm comes alone: of torchvision, which it asks for, there may be no build for
-# this torch, and one that does not fit breaks transformers and lightning.
+# What tests, linters and pages need; the package itself is installed already. timm comes alone: of torchvision, which it
+# asks for, there may be no build for this torch, and one that does not fit breaks transformers and lightning.
 $(VENV)/installed: $(VENV)/demo
 	@echo "installing what the tests need"
-	@$(call quietly,$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' && $(PIP) --no-deps $(call pinned,timm))
+	@$(call quietly,$(PIP) -c constraints.txt 'fused-optim[dev]' && $(PIP) --no-deps $(call pinned,timm))
 	@touch $@
 
 demo: $(VENV)/demo
-	$(BIN)/python -m fused_optim bench --quick --peers none --only gpt2-rmsprop small-cold gpt2-phase-1t
+	$(BIN)/python -m fused_optim bench --quick --peers none --only gpt2-rmsprop small-cold
 	$(BIN)/python examples/demo.py
 	@echo 'Next: $(BIN)/fused-optim doctor, or your own model: $(BIN)/fused-optim bench --from train.py:make_model'
 

@@ -74,7 +74,7 @@ def blind_loss(targets: Tensor) -> float:
     return -(frequencies * frequencies.log()).sum().item()
 
 
-def digits(n_epochs: int = 10, batch_size: int = 64) -> Task:
+def digits(n_epochs: int, batch_size: int = 64) -> Task:
     """scikit-learn's 1,797 handwritten digits (8x8 pixels) and a two-layer CNN."""
     pixels, values = load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
