@@ -26,10 +26,8 @@ $(VENV)/demo: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildc
 	@mkdir -p build && : >$(LOG)
 	@echo "installing into $(VENV): the kernels compile while torch is downloaded"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(call quietly,$(PIP) $(call pinned,pybind11|setuptools))
-	@$(call quietly,$(PIP) --no-deps --no-build-isolation -e . & compiler=$$!; $(PIP) $(call pinned,torch) \
-	  && $(PIP) -c constraints.txt $(call pinned,matplotlib|rich|scikit-learn) && wait $$compiler)
-	@$(call quietly,$(BIN)/python -c 'import fused_optim._C')
+	@$(call quietly,$(PIP) -v --no-deps -e . & compiler=$$!; $(PIP) $(call pinned,torch) \
+	  && $(PIP) -c constraints.txt $(call pinned,matplotlib|rich|scikit-learn) && wait $$compiler && ls fused_optim/_C.*.so)
 	@touch $@
 
 # What tests, linters and pages need; the package itself is installed already. timm comes alone: of torchvision, which it

@@ -8,9 +8,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-# What compiles longest comes first, so that no core is left with it at the end.
 SOURCES = [
-    "csrc/isa/baseline.cpp",
     "csrc/module.cpp",
     "csrc/plan.cpp",
     "csrc/gather.cpp",
@@ -26,11 +24,12 @@ SOURCES = [
     "csrc/norm.cpp",
     "csrc/parallel.cpp",
     "csrc/dispatch.cpp",
+    "csrc/isa/baseline.cpp",
 ]
 # Where sanitizers make the compiler slow, one instruction set is enough.
 BASELINE_ONLY = os.environ.get("FUSED_OPTIM_BUILD_BASELINE_ONLY") == "1"
 if platform.machine().lower() in ("x86_64", "amd64") and not BASELINE_ONLY:
-    SOURCES = ["csrc/isa/avx512.cpp", "csrc/isa/avx2.cpp", *SOURCES]
+    SOURCES += ["csrc/isa/avx2.cpp", "csrc/isa/avx512.cpp"]
 
 # -ffp-contract=off: every instruction set gives the same bits. -fno-math-errno and
 # -fno-trapping-math: without them, sqrt and guarded divisions stay scalar. -fno-unswitch-loops: GCC 12

@@ -45,7 +45,7 @@ CHARACTERS_OPTIMIZERS = {"AdamW": {"lr": 2e-3, "betas": (0.9, 0.99), "weight_dec
 N_TWINS = 4
 
 # A user is watching: each training, six runs of it with the twins, takes ten seconds at most.
-N_EPOCHS, N_STEPS = 4, 40
+N_EPOCHS, N_STEPS = 4, 30
 # The phases' seven runs clip all grads.
 N_PHASE_STEPS = 15
 
