@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fused_optim
-from fused_optim.cli import bench_command, doctor, run_command
+from fused_optim.cli import bench_command, run_command
 
 # Exit statuses; argparse itself ends with 2 on a bad command line.
 EXIT_UNHEALTHY = 1
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fused_optim.show_config()
         return 0
     if args.command == "doctor":
+        from fused_optim.cli import doctor  # `run` imports no more than it needs before the script
+
         return 0 if doctor.run() else EXIT_UNHEALTHY
     if args.command == "run":
         return run_command.run_command(args)

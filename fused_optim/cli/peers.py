@@ -34,7 +34,7 @@ class Peer:
     package: what is to be installed.
     factories: our class name -> constructor call that means the same mathematics.
     compiles: whether it compiles itself for a list of tensors, which takes a minute for hundreds;
-        so, unless it is asked for by name, it does that only for plain float32 rows.
+        so it does that for no phase and, unless it is asked for by name, only for plain float32 rows.
     formats: those whose states and params it keeps in about as many bits; its rows have no others.
         Empty: it keeps whole states.
     devices: types on which it does what its row says.
