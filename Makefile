@@ -73,6 +73,7 @@ formats: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	sh -c '$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/isa/*.*'
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pre-commit validate-config
 

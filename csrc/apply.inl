@@ -1,6 +1,6 @@
-// The one loop: load -> compute type -> rule -> store. Compiled once per instruction set, inside that
-// instruction set's target region and an anonymous namespace: code of one set can then never be
-// linked into another. All headers of the standard library are included before the region.
+// The one loop: load -> compute type -> rule -> store. Compiled once per instruction set, inside
+// that instruction set's target region and an anonymous namespace: code of one set can then never
+// be linked into another. All headers of the standard library are included before the region.
 namespace fused_optim {
 namespace {
 
@@ -20,8 +20,7 @@ struct Probe {
     T factor;
   };
   template <unsigned VARIANT, class T>
-  static inline void update(T& param, T grad, T& state0, T& state1, T& state2,
-                            const Hypers<T>& h) {
+  static inline void update(T& param, T grad, T& state0, T& state1, T& state2, const Hypers<T>& h) {
     param = param + h.factor * grad;
     state0 = state0 + grad;
     state1 = state1 + grad;
@@ -29,8 +28,9 @@ struct Probe {
   }
 };
 
-// Elements between what is prefetched and what is updated. On 2 threads of an AMD EPYC, AdamW of GPT-2 small, 192
-// and 256 were 2 to 5% faster than 384 and 512 in some runs, and none made a difference in others.
+// Elements between what is prefetched and what is updated. On 2 threads of an AMD EPYC, AdamW of
+// GPT-2 small, 192 and 256 were 2 to 5% faster than 384 and 512 in some runs, and none made a
+// difference in others.
 constexpr int64_t AHEAD = 256;
 
 // A NaN without its payload: Pairs::store relies on that.
@@ -48,7 +48,8 @@ inline H convert_hypers(const double* hypers) {
   return converted;
 }
 
-// Loops of their own over a tile. GCC 12 unrolls them before it can vectorise them, unless told not to.
+// Loops of their own over a tile. GCC 12 unrolls them before it can vectorise them, unless told not
+// to.
 template <int N, class T>
 inline void multiply(const T* tile, T factor, T* product) {
 #pragma GCC unroll 4
@@ -76,11 +77,12 @@ inline void add_squares(const T* tile, double* sums) {
   for (int k = 0; k < TILE; k++) sums[k] += wide[k] * wide[k];
 }
 
-// ROOTS: of states like a second moment the square root is left, which their format stores. Most rules have
-// taken it, and the compiler sees that.
+// ROOTS: of states like a second moment the square root is left, which their format stores. Most
+// rules have taken it, and the compiler sees that.
 template <class Rule, unsigned VARIANT, bool ROOTS, int N, class T, class H>
-inline void update_tile(T* __restrict param, const T* __restrict grad, T factor, T* __restrict state0,
-                        T* __restrict state1, T* __restrict state2, const H& h) {
+inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
+                        T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                        const H& h) {
   constexpr unsigned states = Rule::states(VARIANT);
 #pragma GCC unroll 4
   for (int k = 0; k < N; k++) {
@@ -120,23 +122,29 @@ void apply(const Slice& slice) {
   // If one state like a second moment is stored as a root, all are.
   bool takes_roots = false;
   if constexpr (Form::roots)
-    for (int s = STATES; s < EMA; s++) takes_roots = takes_roots || slice.packing->storage[s] == ROOT8;
+    for (int s = STATES; s < EMA; s++)
+      takes_roots = takes_roots || slice.packing->storage[s] == ROOT8;
 
-  // The CPU's own prefetchers stop at every page (measured: 5 to 10% on float32, 20 to 30% on 16 bits).
-  // It may ask for addresses behind the last element, which is harmless; a short slice has nothing ahead.
+  // The CPU's own prefetchers stop at every page (measured: 5 to 10% on float32, 20 to 30% on 16
+  // bits). It may ask for addresses behind the last element, which is harmless; a short slice has
+  // nothing ahead.
   const int64_t ahead = slice.numel >= 4 * AHEAD ? AHEAD : 0;
   const auto fetch = [&](int stream, int64_t i) {
     const int itemsize = Form::itemsize(dtypes[stream]);
-    for (int k = 0; k < Form::tile * itemsize; k += 64) prefetch(streams[stream], (i + ahead) * itemsize + k);
+    for (int k = 0; k < Form::tile * itemsize; k += 64)
+      prefetch(streams[stream], (i + ahead) * itemsize + k);
   };
 
-  const int remainder_size = slice.remainder == nullptr ? 0 : slice.packing->storage[PARAM] == SPLIT8 ? 1 : 2;
+  const int remainder_size = slice.remainder == nullptr                ? 0
+                             : slice.packing->storage[PARAM] == SPLIT8 ? 1
+                                                                       : 2;
   constexpr int N = Form::tile;
   const int64_t full = slice.numel / N * N;
   for (int64_t i = 0; i < full; i += N) {
     alignas(64) T param[N], grad[N], state[MAX_STATES][N];
     fetch(PARAM, i);
-    for (int k = 0; k < N * remainder_size; k += 64) prefetch(slice.remainder, (i + ahead) * remainder_size + k);
+    for (int k = 0; k < N * remainder_size; k += 64)
+      prefetch(slice.remainder, (i + ahead) * remainder_size + k);
     fetch(GRAD, i);
     if constexpr (states & 0b001) fetch(STATES, i);
     if constexpr (states & 0b010) fetch(STATES + 1, i);
@@ -195,7 +203,8 @@ void apply(const Slice& slice) {
   padded.first = slice.first + full;
   alignas(64) unsigned char remainder[N * 2] = {};
   if (remainder_size != 0) {
-    std::memcpy(remainder, static_cast<char*>(slice.remainder) + full * remainder_size, rest * remainder_size);
+    std::memcpy(remainder, static_cast<char*>(slice.remainder) + full * remainder_size,
+                rest * remainder_size);
     padded.remainder = remainder;
   }
   const auto there = [&](int s) {
@@ -214,11 +223,13 @@ void apply(const Slice& slice) {
     std::memcpy(static_cast<char*>(streams[s]) + full * itemsize, tiles[s], rest * itemsize);
   }
   if (remainder_size != 0)
-    std::memcpy(static_cast<char*>(slice.remainder) + full * remainder_size, remainder, rest * remainder_size);
+    std::memcpy(static_cast<char*>(slice.remainder) + full * remainder_size, remainder,
+                rest * remainder_size);
 }
 
-// See kernel.h for the order of the additions. The four parts are read side by side: one run of memory alone
-// does not keep enough of it on its way (measured on 2 cores of an AMD EPYC: 13 GB/s instead of 20).
+// See kernel.h for the order of the additions. The four parts are read side by side: one run of
+// memory alone does not keep enough of it on its way (measured on 2 cores of an AMD EPYC: 13 GB/s
+// instead of 20).
 template <class Form>
 Sum sum_of_squares(const void* grad, Dtype dtype, int64_t numel) {
   using T = typename Form::compute;
@@ -269,35 +280,34 @@ constexpr Kernel kernel_of() {
   return nullptr;
 }
 
-#define VARIANTS_OF(RULE, FORM)                                                            \
-  {kernel_of<RULE, FORM, 0>(),  kernel_of<RULE, FORM, 1>(),  kernel_of<RULE, FORM, 2>(),   \
-   kernel_of<RULE, FORM, 3>(),  kernel_of<RULE, FORM, 4>(),  kernel_of<RULE, FORM, 5>(),   \
-   kernel_of<RULE, FORM, 6>(),  kernel_of<RULE, FORM, 7>(),  kernel_of<RULE, FORM, 8>(),   \
-   kernel_of<RULE, FORM, 9>(),  kernel_of<RULE, FORM, 10>(), kernel_of<RULE, FORM, 11>(),  \
-   kernel_of<RULE, FORM, 12>(), kernel_of<RULE, FORM, 13>(), kernel_of<RULE, FORM, 14>(),  \
+#define VARIANTS_OF(RULE, FORM)                                                           \
+  {kernel_of<RULE, FORM, 0>(),  kernel_of<RULE, FORM, 1>(),  kernel_of<RULE, FORM, 2>(),  \
+   kernel_of<RULE, FORM, 3>(),  kernel_of<RULE, FORM, 4>(),  kernel_of<RULE, FORM, 5>(),  \
+   kernel_of<RULE, FORM, 6>(),  kernel_of<RULE, FORM, 7>(),  kernel_of<RULE, FORM, 8>(),  \
+   kernel_of<RULE, FORM, 9>(),  kernel_of<RULE, FORM, 10>(), kernel_of<RULE, FORM, 11>(), \
+   kernel_of<RULE, FORM, 12>(), kernel_of<RULE, FORM, 13>(), kernel_of<RULE, FORM, 14>(), \
    kernel_of<RULE, FORM, 15>()},
-#define FORMATS_OF(RULE)                                                                   \
-  {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)    \
-   VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>)                            \
-   VARIANTS_OF(RULE, Mixed) VARIANTS_OF(RULE, Packed) VARIANTS_OF(RULE, PackedPairs)},
+#define FORMATS_OF(RULE)                                                                     \
+  {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)      \
+       VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>) VARIANTS_OF(RULE, Mixed) \
+           VARIANTS_OF(RULE, Packed) VARIANTS_OF(RULE, PackedPairs)},
 
 }  // namespace
 
 // In the order of RuleId and Format.
-#define FUSED_OPTIM_ISA_TABLE(NAME, SUPPORTED)                                             \
-  extern const Isa NAME;                                                                   \
-  const Isa NAME = {#NAME,                                                                 \
-                    SUPPORTED,                                                             \
-                    {FUSED_OPTIM_RULES(FORMATS_OF)},                                       \
-                    {&sum_of_squares<Uniform<Direct<float>>>,                              \
-                     &sum_of_squares<Uniform<Direct<double>>>,                             \
-                     &sum_of_squares<Uniform<BFloat16>>,                                   \
-                     &sum_of_squares<Uniform<Float16>>},                                   \
-                    &load_stream,                                                          \
-                    &store_stream,                                                         \
-                    {kernel_of<Probe, Uniform<Direct<float>>, 0>(),                        \
-                     kernel_of<Probe, Uniform<Direct<float>>, 1>(),                        \
-                     kernel_of<Probe, Uniform<Direct<float>>, 2>(),                        \
-                     kernel_of<Probe, Uniform<Direct<float>>, 3>()}};
+#define FUSED_OPTIM_ISA_TABLE(NAME, SUPPORTED)                                            \
+  extern const Isa NAME;                                                                  \
+  const Isa NAME = {                                                                      \
+      #NAME,                                                                              \
+      SUPPORTED,                                                                          \
+      {FUSED_OPTIM_RULES(FORMATS_OF)},                                                    \
+      {&sum_of_squares<Uniform<Direct<float>>>, &sum_of_squares<Uniform<Direct<double>>>, \
+       &sum_of_squares<Uniform<BFloat16>>, &sum_of_squares<Uniform<Float16>>},            \
+      &load_stream,                                                                       \
+      &store_stream,                                                                      \
+      {kernel_of<Probe, Uniform<Direct<float>>, 0>(),                                     \
+       kernel_of<Probe, Uniform<Direct<float>>, 1>(),                                     \
+       kernel_of<Probe, Uniform<Direct<float>>, 2>(),                                     \
+       kernel_of<Probe, Uniform<Direct<float>>, 3>()}};
 
 }  // namespace fused_optim

@@ -59,8 +59,9 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
     n_rows_++;
   }
   last_ = &row;
-  // What whole blocks need: wide accesses 16 bytes; random bits, each of which serves two elements of 32, both
-  // of these in one block, and in a block numbers with the same upper bits. No block is larger than 2^16.
+  // What whole blocks need: wide accesses 16 bytes; random bits, each of which serves two elements
+  // of 32, both of these in one block, and in a block numbers with the same upper bits. No block is
+  // larger than 2^16.
   bool aligned = true;
   if (key.packed()) {
     const int64_t first = slice.packing->offset, last = first + slice.numel - 1;
@@ -74,9 +75,9 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
   const auto address = [](const void* memory) {
     return static_cast<int64_t>(reinterpret_cast<intptr_t>(memory));
   };
-  tensors.add(key.prepared_on_device ? n_tensors_ : n_rows_ - 1);  // prepare writes a row per tensor
-  for (int s : streams)
-    tensors.add(address(slice.streams[s]));
+  tensors.add(key.prepared_on_device ? n_tensors_
+                                     : n_rows_ - 1);  // prepare writes a row per tensor
+  for (int s : streams) tensors.add(address(slice.streams[s]));
   if (key.packed()) {
     const Packing& packing = *slice.packing;
     tensors.add(packing.offset);

@@ -1,6 +1,6 @@
-// The tables that a device's kernels read: one batch per launch, kept from step to step so that only
-// what has changed is uploaded. Their columns are described in triton_kernels/multi_tensor.py and
-// triton_kernels/prepare.py.
+// The tables that a device's kernels read: one batch per launch, kept from step to step so that
+// only what has changed is uploaded. Their columns are described in triton_kernels/multi_tensor.py
+// and triton_kernels/prepare.py.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ struct BatchKey {
   Device device;
   std::array<Dtype, MAX_STREAMS> dtypes;  // N_DTYPES: there is no such stream
   std::array<Storage, MAX_STREAMS> storages;
-  unsigned options;                       // those that decide which states there are
-  bool prepared_on_device;                // the host does not know the step, or a hyperparameter
+  unsigned options;         // those that decide which states there are
+  bool prepared_on_device;  // the host does not know the step, or a hyperparameter
   bool operator==(const BatchKey& other) const {
     return device == other.device && dtypes == other.dtypes && storages == other.storages &&
            options == other.options && prepared_on_device == other.prepared_on_device;
@@ -27,7 +27,8 @@ struct BatchKey {
     return std::find(dtypes.begin(), dtypes.end(), F64) != dtypes.end();
   }
   bool packed() const {
-    return std::any_of(storages.begin(), storages.end(), [](Storage storage) { return storage != PLAIN; });
+    return std::any_of(storages.begin(), storages.end(),
+                       [](Storage storage) { return storage != PLAIN; });
   }
 };
 
@@ -63,8 +64,8 @@ struct Row {
   int64_t addresses[MAX_HYPERS];  // of options that are tensors on the device; 0: the value holds
   unsigned variant;
   double grad_sign, step;  // step: 0 if no number depends on it, or a device knows it
-  double ema;         // the EMA's weight, or its decay where a device makes that of it
-  double ema_warmup;  // whether that decay is warmed up
+  double ema;              // the EMA's weight, or its decay where a device makes that of it
+  double ema_warmup;       // whether that decay is warmed up
   bool operator==(const Row& other) const;
 };
 
@@ -76,7 +77,8 @@ class Batch {
   }
 
   void begin();
-  // One more tensor; `row` stays where it is until end(). step, waiting, n_averaged: addresses for prepare, lowest bit set for a float64, or 0.
+  // One more tensor; `row` stays where it is until end(). step, waiting, n_averaged: addresses for
+  // prepare, lowest bit set for a float64, or 0.
   void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting, int64_t n_averaged);
   void end();
   int64_t n_tensors() const { return n_tensors_; }
@@ -87,8 +89,8 @@ class Batch {
   const BatchKey key;
   std::vector<int> streams;  // that have a column in `tensors`
   Table<int64_t> numels, tensors, steps, addresses;
-  Table<double> options;   // rows of what a device makes hypers of,
-  Table<int32_t> hypers;   // or the hypers' bits in the compute type, two words each for a float64
+  Table<double> options;  // rows of what a device makes hypers of,
+  Table<int32_t> hypers;  // or the hypers' bits in the compute type, two words each for a float64
 
  private:
   void add_options(const Row& row);

@@ -42,8 +42,8 @@ void Plan::stage(const StepContext& context) {
           PyList_Append(written, is_written) != 0)
         throw PythonError();
     }
-    PyObject* staged = hold(check(PyObject_CallMethodObjArgs(context.launcher, names.stage,
-                                                             originals, written, nullptr)));
+    PyObject* staged = hold(check(
+        PyObject_CallMethodObjArgs(context.launcher, names.stage, originals, written, nullptr)));
     Py_ssize_t next = 0;
     for (int s = 0; s < MAX_STREAMS; s++) {
       if (!(task.streams >> s & 1)) continue;
@@ -93,8 +93,8 @@ PyObject* Plan::batch_tasks() {
   return used;
 }
 
-// What the norm of a device's grads is made of, as a list of Python objects: empty if nothing is measured. A
-// new reference.
+// What the norm of a device's grads is made of, as a list of Python objects: empty if nothing is
+// measured. A new reference.
 PyObject* Plan::batch_grads(const StepContext& context) {
   for (const auto& [batch, object] : grad_batches_) batch->begin();
   std::vector<std::pair<Device, int64_t>> n_chunks;

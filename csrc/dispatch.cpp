@@ -19,9 +19,9 @@ RuleInfo describe() {
   static_assert(sizeof(typename Rule::template Hypers<double>) ==
                     sizeof(Rule::hyper_names) / sizeof(char*) * sizeof(double),
                 "one name per hyper");
-  static_assert(sizeof(typename Rule::Options) ==
-                    sizeof(Rule::option_names) / sizeof(char*) * sizeof(double),
-                "one name per option");
+  static_assert(
+      sizeof(typename Rule::Options) == sizeof(Rule::option_names) / sizeof(char*) * sizeof(double),
+      "one name per option");
   const auto options_of = [](const double* values) {
     typename Rule::Options options;
     std::memcpy(&options, values, sizeof(options));

@@ -1,5 +1,5 @@
-// Chooses the kernels of the best instruction set, and describes the rules to everything that is not
-// a kernel.
+// Chooses the kernels of the best instruction set, and describes the rules to everything that is
+// not a kernel.
 #pragma once
 
 #include <string>
@@ -20,10 +20,10 @@ struct RuleInfo {
   unsigned first_step_variant;  // added to the variant of a tensor whose states do not exist yet
   unsigned (*variant)(const double* options);
   unsigned (*states)(unsigned variant);         // bit i: state i is used
-  unsigned deciding;  // the bits of the variant that `states` depends on
+  unsigned deciding;                            // the bits of the variant that `states` depends on
   unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
   unsigned square_states;  // bit i: state i is like a second moment, not like a momentum
-  bool (*decays_grad)(unsigned variant);        // grad + weight_decay * param comes first
+  bool (*decays_grad)(unsigned variant);  // grad + weight_decay * param comes first
   void (*prepare)(const double* options, double step, double* hypers);
 };
 

@@ -1,4 +1,5 @@
-// The exponential moving average (EMA) of the params: one more stream of the kernels where they can take it.
+// The exponential moving average (EMA) of the params: one more stream of the kernels where they can
+// take it.
 #include <algorithm>
 
 #include "gather.h"
@@ -17,7 +18,8 @@ void Plan::read_ema(Group& group) {
     group.ema_decay = -1;
   }
   if (!(group.ema_decay >= 0 && group.ema_decay < 1)) {
-    PyErr_Format(PyExc_ValueError, "Invalid ema_decay in param group %zd: %R; it must be in [0, 1) or None",
+    PyErr_Format(PyExc_ValueError,
+                 "Invalid ema_decay in param group %zd: %R; it must be in [0, 1) or None",
                  static_cast<Py_ssize_t>(group.index), decay);
     throw PythonError();
   }
@@ -52,15 +54,15 @@ Plan::EmaTask* Plan::gather_ema(Group& group, PyObject* param, const StepContext
   Py_INCREF(param);
   Py_INCREF(tensor);
   Py_INCREF(counted);
-  ema_tasks_.push_back({param, entry, tensor, is_new, 0, counted, 0, group.ema_decay,
-                        group.ema_warmup, -1});
+  ema_tasks_.push_back(
+      {param, entry, tensor, is_new, 0, counted, 0, group.ema_decay, group.ema_warmup, -1});
   EmaTask& ema = ema_tasks_.back();
   View p, n;
   PyObject* part = part_of(param, param);
   const bool on_device = context.device_types != 0 && part != nullptr && p.read(part) &&
                          (context.device_types >> p.device.type & 1);
-  if (on_device && is_plain(counted) && n.read(counted) && n.device == p.device &&
-      n.numel() == 1 && (n.dtype == F32 || n.dtype == F64)) {
+  if (on_device && is_plain(counted) && n.read(counted) && n.device == p.device && n.numel() == 1 &&
+      (n.dtype == F32 || n.dtype == F64)) {
     ema.on_device = tagged(n.data, n.dtype);
     return &ema;
   }
@@ -90,17 +92,16 @@ void Plan::count_on_device(EmaTask& ema, const StepContext& context) {
   ema.on_device = tagged(n.data, n.dtype);
 }
 
-// A new reference: a list of (param, entry, weight), or None. (decay, warmup) stands for the weight where the
-// device counts.
+// A new reference: a list of (param, entry, weight), or None. (decay, warmup) stands for the weight
+// where the device counts.
 PyObject* Plan::not_averaged() {
   PyObject* left = nullptr;
   for (const EmaTask& ema : ema_tasks_) {
     if (ema.task >= 0) continue;
     if (left == nullptr) left = check(PyList_New(0));
-    PyObject* item = ema.on_device != 0
-                         ? Py_BuildValue("(OO(dO))", ema.param, ema.entry, ema.decay,
-                                         ema.warmup ? Py_True : Py_False)
-                         : Py_BuildValue("(OOd)", ema.param, ema.entry, ema.weight);
+    PyObject* item = ema.on_device != 0 ? Py_BuildValue("(OO(dO))", ema.param, ema.entry, ema.decay,
+                                                        ema.warmup ? Py_True : Py_False)
+                                        : Py_BuildValue("(OOd)", ema.param, ema.entry, ema.weight);
     const bool failed = item == nullptr || PyList_Append(left, item) != 0;
     Py_XDECREF(item);
     if (failed) {

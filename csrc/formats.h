@@ -1,5 +1,6 @@
-// How a stream is stored: a tile of elements between memory and the compute type. Intrinsics live here and in
-// lanes.h and packed.h, each beside its plain twin. Included inside a namespace, like rules.h.
+// How a stream is stored: a tile of elements between memory and the compute type. Intrinsics live
+// here and in lanes.h and packed.h, each beside its plain twin. Included inside a namespace, like
+// rules.h.
 #include <cstdint>
 #include <cstring>
 
@@ -28,8 +29,8 @@ inline uint32_t round_bits_to_bf16(uint32_t bits) {  // the result in the upper 
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
 }
 
-// The plain twins of F16C. Subnormal halves go through float arithmetic that is exact: a multiple of
-// 2^-24 below 2^-14 has at most 10 bits.
+// The plain twins of F16C. Subnormal halves go through float arithmetic that is exact: a multiple
+// of 2^-24 below 2^-14 has at most 10 bits.
 inline float f16_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
@@ -92,8 +93,8 @@ struct BFloat16 {
 struct Float16 {
   using storage = uint16_t;
   using compute = float;
-// Plain C++ is 6 to 10 times slower here (measured, AVX2, GCC 12). A tile is converted in registers as
-// wide as the rule's: a wide load from two narrower stores would wait for the stores to retire.
+// Plain C++ is 6 to 10 times slower here (measured, AVX2, GCC 12). A tile is converted in registers
+// as wide as the rule's: a wide load from two narrower stores would wait for the stores to retire.
 #if defined(FUSED_OPTIM_AVX512)
   static inline void load(const uint16_t* from, float* to) {
     _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
@@ -109,8 +110,8 @@ struct Float16 {
   }
   static inline void store(const float* from, uint16_t* to) {
     for (int i = 0; i < TILE; i += 8)
-      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i),
-                                                           _MM_FROUND_TO_NEAREST_INT));
+      _mm_storeu_si128((__m128i*)(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
   }
 #else
   static inline void load(const uint16_t* from, float* to) {
@@ -122,8 +123,8 @@ struct Float16 {
 #endif
 };
 
-// Formats of a whole kernel: the dtype of a stream is a constant, or (Mixed) a uniform switch. Element i of the
-// slice and those behind it, `tile` in all.
+// Formats of a whole kernel: the dtype of a stream is a constant, or (Mixed) a uniform switch.
+// Element i of the slice and those behind it, `tile` in all.
 template <class Stored>
 struct Uniform {
   using compute = typename Stored::compute;
@@ -148,12 +149,12 @@ struct Uniform {
   }
 };
 
-// All streams bfloat16. A rule does not mind the order of elements: a tile has the first of each pair of
-// neighbours, then the second of each, so that nothing is widened or narrowed. Every NaN comes from a bfloat16 or
-// is the default one: its lower 16 bits are zeros, so rounding leaves it as it is (a signalling one too, where no
-// arithmetic has made it quiet: the maximum of AMSGrad). AdamW in the cache, on one thread of an AMD EPYC: 0.53 ns
-// per element instead of 0.82 with AVX-512, 0.76 instead of 1.13 with AVX2. (With AVX-512, tiles of 64 take 3%
-// less than of 32.)
+// All streams bfloat16. A rule does not mind the order of elements: a tile has the first of each
+// pair of neighbours, then the second of each, so that nothing is widened or narrowed. Every NaN
+// comes from a bfloat16 or is the default one: its lower 16 bits are zeros, so rounding leaves it
+// as it is (a signalling one too, where no arithmetic has made it quiet: the maximum of AMSGrad).
+// AdamW in the cache, on one thread of an AMD EPYC: 0.53 ns per element instead of 0.82 with
+// AVX-512, 0.76 instead of 1.13 with AVX2. (With AVX-512, tiles of 64 take 3% less than of 32.)
 struct Pairs {
   using compute = float;
   static constexpr bool rounds = true;

@@ -33,8 +33,8 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
         hints_.resize(ordinal + 1);
         hints_hold_ = false;
       }
-      // A cold tensor costs a dozen cache misses in a row; asked for four tensors ahead, they overlap
-      // (2,000 tensors: 1.5 us each without, 0.9 us with).
+      // A cold tensor costs a dozen cache misses in a row; asked for four tensors ahead, they
+      // overlap (2,000 tensors: 1.5 us each without, 0.9 us with).
       if (ordinal + 4 < hints_.size()) {
         const Hint& ahead = hints_[ordinal + 4];
         for (PyObject* object : ahead.objects) prefetch(object);
@@ -62,7 +62,8 @@ void Plan::gather(PyObject* groups, PyObject* state, const StepContext& context)
   }
 }
 
-// A param's state, borrowed or null: among so few keys, an interned one is found sooner by looking at each.
+// A param's state, borrowed or null: among so few keys, an interned one is found sooner by looking
+// at each.
 static PyObject* item(PyObject* states, PyObject* wanted) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
@@ -71,8 +72,8 @@ static PyObject* item(PyObject* states, PyObject* wanted) {
   return PyDict_GetItemWithError(states, wanted);
 }
 
-void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param, PyObject* state,
-                        const StepContext& context, Hint& hint) {
+void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject* param,
+                        PyObject* state, const StepContext& context, Hint& hint) {
   const auto stock = [&](const char* reason) { fall_back(group.index, index, reason); };
   const auto where = [&] {
     return "param " + std::to_string(index) + " of group " + std::to_string(group.index) + ": ";
@@ -83,15 +84,18 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
 
   if (!is_plain(param) && !PyObject_TypeCheck(param, torch.tensor))
     raise(PyExc_TypeError, where() + "not a tensor");
-  PyObject* parts[MAX_STREAMS] = {part_of(param, param)};  // plain tensors, where the streams are DTensors
-  PyObject* grad = hold(check(parts[PARAM] == nullptr ? PyObject_GetAttrString(param, "grad")
-                                                      : torch.grad->get(param, torch.grad->closure)));
+  PyObject* parts[MAX_STREAMS] = {
+      part_of(param, param)};  // plain tensors, where the streams are DTensors
+  PyObject* grad =
+      hold(check(parts[PARAM] == nullptr ? PyObject_GetAttrString(param, "grad")
+                                         : torch.grad->get(param, torch.grad->closure)));
   if (grad == Py_None) return;
   if (group.stock_reason != nullptr) return stock(group.stock_reason);
   if (parts[PARAM] == nullptr) return stock("a tensor subclass");
   parts[GRAD] = part_of(grad, param);
   if (parts[GRAD] == nullptr)
-    return stock(is_dtensor(param) ? "the grad is sharded otherwise than the param" : "a tensor subclass");
+    return stock(is_dtensor(param) ? "the grad is sharded otherwise than the param"
+                                   : "a tensor subclass");
 
   View views[MAX_STREAMS];
   View& p = views[PARAM];
@@ -105,7 +109,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     return view.device.type == dlpack::CPU || on_device(view);
   };
   if (!served(p) && !served(g)) return stock("no kernel for this device");
-  if (p.device != g.device) raise(PyExc_RuntimeError, where() + "param and grad are on two devices");
+  if (p.device != g.device)
+    raise(PyExc_RuntimeError, where() + "param and grad are on two devices");
   const bool device = on_device(p);
   if (group.capturable && !device) return stock("capturable=True");
   if (!p.same_shape(g))
@@ -156,7 +161,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
       for (PyObject* key : state_keys_) fresh = fresh && PyDict_Contains(states, key) == 0;
     }
     if (fresh) {
-      states = check(PyObject_CallFunctionObjArgs(context.create_state, param, group.dict, nullptr));
+      states =
+          check(PyObject_CallFunctionObjArgs(context.create_state, param, group.dict, nullptr));
       pend(false);
       if (used != 0 && (!device || !context.skip_on_device)) variant |= rule_.first_step_variant;
     } else {
@@ -168,8 +174,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
         unpend();
         return stock("states of another layout than the param's");
       }
-      states = check(PyObject_CallFunctionObjArgs(context.convert_state, param, group.dict, states,
-                                                  nullptr));
+      states = check(
+          PyObject_CallFunctionObjArgs(context.convert_state, param, group.dict, states, nullptr));
       pend(true);
       packing = {};
       if (!read_packing(group, param, p, place, used, states, packing, remainder)) {
@@ -195,14 +201,16 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (!(used >> s & 1)) continue;
     PyObject* tensor = item(states, state_keys_[s]);
     if (tensor == nullptr) return reject("a state is missing");
-    if (!PyObject_TypeCheck(tensor, torch.tensor))  // stock would write step and param, then raise this
+    if (!PyObject_TypeCheck(tensor,
+                            torch.tensor))  // stock would write step and param, then raise this
       raise(PyExc_AttributeError, where() + "state '" + rule_.state_names[s] + "' is a " +
                                       Py_TYPE(tensor)->tp_name + ", not a tensor");
     Py_INCREF(tensor);
     state_tensors[s] = hold(tensor);
     PyObject* const part = parts[STATES + s] = part_of(tensor, param);
     if (part == nullptr)
-      return reject(is_dtensor(param) ? "a state is sharded otherwise than the param" : "a tensor subclass");
+      return reject(is_dtensor(param) ? "a state is sharded otherwise than the param"
+                                      : "a tensor subclass");
     View& view = views[STATES + s];
     const auto name = [&] { return where() + "state '" + rule_.state_names[s] + "' "; };
     if (!view.read(part)) {
@@ -218,14 +226,16 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     const Storage storage = packing.storage[STATES + s];
     if (storage == SIGNED8 || storage == ROOT8) view.dtype = view.whole;
     if (view.dtype == N_DTYPES)  // stock would write step and param, then raise
-      raise(PyExc_RuntimeError, name() + "has a dtype that is none of float32, float64, bfloat16, "
-                                         "float16");
+      raise(PyExc_RuntimeError, name() +
+                                    "has a dtype that is none of float32, float64, bfloat16, "
+                                    "float16");
     now.objects[STATES + s] = tensor;
   }
   const Dtype grad_dtype = rule_.decays_grad(variant) ? promote(g.dtype, p.dtype) : g.dtype;
   const unsigned lerped = rule_.lerped_states(variant);
   for (size_t s = 0; s < state_keys_.size(); s++)
-    if ((lerped >> s & 1) && !(packs && group.state_format != STATE_AS_STOCK) && views[STATES + s].dtype != grad_dtype)
+    if ((lerped >> s & 1) && !(packs && group.state_format != STATE_AS_STOCK) &&
+        views[STATES + s].dtype != grad_dtype)
       raise(PyExc_RuntimeError, where() + "state '" + rule_.state_names[s] + "' has dtype " +
                                     name_of(views[STATES + s].dtype) + ", the grad " +
                                     name_of(grad_dtype));
@@ -247,8 +257,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     } else if (!write.on_device && group.capturable) {
       return reject("capturable=True, but step is on the CPU");
     } else if (!write.on_device && device && context.skip_on_device) {
-      PyObject* moved = hold(check(
-          PyObject_CallMethodObjArgs(context.launcher, names.moved, step, param, nullptr)));
+      PyObject* moved = hold(
+          check(PyObject_CallMethodObjArgs(context.launcher, names.moved, step, param, nullptr)));
       moved_steps_.push_back({states, moved, tasks_.size()});
       step = moved;
       if (!read_step(step, p, reason, now, write)) return reject(reason);
@@ -271,8 +281,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   task.streams = 0b11 | used << STATES;
   if (ema != nullptr) {
     parts[EMA] = part_of(ema->tensor, param);
-    if (parts[EMA] != nullptr && views[EMA].read(parts[EMA]) &&
-        views[EMA].dtype != N_DTYPES && views[EMA].same_shape(p) && views[EMA].device == p.device &&
+    if (parts[EMA] != nullptr && views[EMA].read(parts[EMA]) && views[EMA].dtype != N_DTYPES &&
+        views[EMA].same_shape(p) && views[EMA].device == p.device &&
         (views[EMA].dtype == F64) == (p.dtype == F64)) {
       task.streams |= 1u << EMA;
       task.slice.ema_weight = ema->weight;
@@ -301,7 +311,10 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     one_order = one_order && view.same_strides(p);
     if (numel > 0 && view.data == nullptr) {
       if (s == GRAD && call_bool(torch.is_zerotensor, parts[GRAD])) return reject("a zero tensor");
-      raise(PyExc_RuntimeError, where() + (s == GRAD ? "the grad" : s == PARAM ? "the param" : "a state") +
+      raise(PyExc_RuntimeError, where() +
+                                    (s == GRAD    ? "the grad"
+                                     : s == PARAM ? "the param"
+                                                  : "a state") +
                                     " has no memory: its storage was freed");
     }
     now.data[s] = view.data;
@@ -314,8 +327,9 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (call_bool(torch.is_neg, parts[s])) return reject("a tensor is lazily negated");
     if (call_bool(torch.is_inference, parts[s])) {
       if (!call_bool(torch.is_inference_mode_enabled))  // torch raises this when it has written
-        raise(PyExc_RuntimeError, where() + "Inplace update to inference tensor outside InferenceMode is "
-                                            "not allowed");
+        raise(PyExc_RuntimeError, where() +
+                                      "Inplace update to inference tensor outside InferenceMode is "
+                                      "not allowed");
       now.data[s] = nullptr;  // the next step may be outside of inference mode
     }
   }
@@ -338,8 +352,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
   const bool by_address = device && group.has_addresses && p.device == group.option_device;
   if (!by_address) know_options(group);
   const bool averages = task.streams >> EMA & 1;
-  const bool prepared_on_device = by_address || write.on_device || waiting != 0 ||
-                                  (averages && ema->on_device != 0);
+  const bool prepared_on_device =
+      by_address || write.on_device || waiting != 0 || (averages && ema->on_device != 0);
   if (averages && device && prepared_on_device) count_on_device(*ema, context);
   if (!prepared_on_device && group.prepared_step != write.value) {
     group.hypers = static_cast<int64_t>(hypers_.size());
@@ -359,7 +373,8 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
       key.dtypes[s] = task.streams >> s & 1 ? views[s].dtype : N_DTYPES;
       key.storages[s] = packing.storage[s];
     }
-    RowOrigin row = {group.index, prepared_on_device ? -1 : group.hypers, variant, by_address, 0, 0, 0};
+    RowOrigin row = {
+        group.index, prepared_on_device ? -1 : group.hypers, variant, by_address, 0, 0, 0};
     if ((prepared_on_device || task.packing >= 0) && !write.on_device) row.step = write.value;
     if (averages) row.ema = prepared_on_device ? ema->decay : ema->weight;
     row.ema_warmup = averages && prepared_on_device && ema->warmup;
@@ -370,12 +385,12 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (task.layout >= 0) std::copy(parts, parts + MAX_STREAMS, to_stage_[task.device].begin());
   } else {
     const bool all_bf16 = all_same && p.dtype == BF16;
-    const Format format = task.packing >= 0  ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED
-                          : !all_same          ? MIXED
-                          : p.dtype == F32   ? ALL_F32
-                          : p.dtype == F64   ? ALL_F64
-                          : p.dtype == BF16  ? ALL_BF16
-                                             : ALL_F16;
+    const Format format = task.packing >= 0 ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED
+                          : !all_same       ? MIXED
+                          : p.dtype == F32  ? ALL_F32
+                          : p.dtype == F64  ? ALL_F64
+                          : p.dtype == BF16 ? ALL_BF16
+                                            : ALL_F16;
     task.kernel = current_isa().kernels[rule_index_][format][variant];
     task.hypers = group.hypers;
   }

@@ -1,5 +1,5 @@
-// Python objects -> plain descriptors, in one walk over param_groups and state. What includes this or
-// view.h is all that uses the CPython API and DLPack.
+// Python objects -> plain descriptors, in one walk over param_groups and state. What includes this
+// or view.h is all that uses the CPython API and DLPack.
 #pragma once
 
 #include <Python.h>
@@ -24,11 +24,11 @@ namespace fused_optim {
 // How a step goes on beside the groups and the state. Borrowed references.
 struct StepContext {
   PyObject* create_state;  // (param, group) -> dict of a tensor's first states, not yet in `state`
-  // (param, group, states) -> dict of the states in the formats that the group asks for, not yet in `state`;
-  // None: there is no such state any more.
+  // (param, group, states) -> dict of the states in the formats that the group asks for, not yet in
+  // `state`; None: there is no such state any more.
   PyObject* convert_state;
-  PyObject* place_of;      // DTensor -> (numel, first), a Place; if it has formats
-  PyObject* run_stock;     // (list of (group index, param index, reason)) -> None; if there are any
+  PyObject* place_of;   // DTensor -> (numel, first), a Place; if it has formats
+  PyObject* run_stock;  // (list of (group index, param index, reason)) -> None; if there are any
   // What serves tensors on devices (fused_optim.triton_kernels.launch.Launcher), or None; and the
   // DLPack device types that it serves, as bits.
   PyObject* launcher;
@@ -38,13 +38,14 @@ struct StepContext {
   bool scale_on_device;  // there is one, but the host does not know it
   bool skip_on_device;   // whether the step is skipped is not known to the host
   PyObject* resolve;     // () -> the grad scale (0: none), or None if the step is skipped
-  // (sum of the squares of the CPU tasks' grads, whether one of them is not finite, fallbacks or None,
-  // launcher if it has tasks, else None, whether the host has to know the outcome, list of those of the
-  // tasks' grads that are DTensors, which no sum here includes) -> the coefficient that clips the CPU tasks'
-  // grads, or None if the host knows that the step is skipped. None: nothing is measured.
+  // (sum of the squares of the CPU tasks' grads, whether one of them is not finite, fallbacks or
+  // None, launcher if it has tasks, else None, whether the host has to know the outcome, list of
+  // those of the tasks' grads that are DTensors, which no sum here includes) -> the coefficient
+  // that clips the CPU tasks' grads, or None if the host knows that the step is skipped. None:
+  // nothing is measured.
   PyObject* measured;
   bool writes_clipped, zeroes;  // what is left in the grads
-  PyObject* emas;        // dict: param -> [ema, n_averaged]
+  PyObject* emas;               // dict: param -> [ema, n_averaged]
   PyObject* create_ema;  // (param, group, old entry or None) -> such an entry, not yet in `emas`
 
   bool measures() const { return measured != Py_None; }
@@ -54,8 +55,8 @@ struct StepContext {
   }
 };
 
-// Finds a param's entry in a dict. torch.Tensor.__hash__ is a Python function, so entries are found by
-// position and identity: where it was, else behind the last one found, else by an index.
+// Finds a param's entry in a dict. torch.Tensor.__hash__ is a Python function, so entries are found
+// by position and identity: where it was, else behind the last one found, else by an index.
 class Finder {
  public:
   void begin() { cursor_ = 0; }
@@ -69,15 +70,16 @@ class Finder {
  private:
   Py_ssize_t cursor_ = 0;
   std::unordered_map<PyObject*, Py_ssize_t> index_;  // compared, never dereferenced
-  Py_ssize_t indexed_ = 0;  // the dict's size then
+  Py_ssize_t indexed_ = 0;                           // the dict's size then
 };
 
-// Of the keys for one stream of one param (its number among all), and of its random bits in one step.
+// Of the keys for one stream of one param (its number among all), and of its random bits in one
+// step.
 uint64_t random_seed(uint64_t seed, uint64_t param, int stream);
 void random_key(uint64_t random_seed, uint64_t step, uint32_t* key);
 
-// What a stream of a contiguous tensor stands for, without a step: fills `values` with slice.numel of them, or
-// the stream (with its scales or its remainder) from them.
+// What a stream of a contiguous tensor stands for, without a step: fills `values` with slice.numel
+// of them, or the stream (with its scales or its remainder) from them.
 void unpack(const Slice& slice, int stream, float* values, int num_threads);
 void pack(const Slice& slice, int stream, const float* values, int num_threads);
 
@@ -95,16 +97,16 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Validates everything, calls run_stock(fallbacks) for the tensors no kernel serves, then runs the
-  // kernels, which cannot fail. Raises PythonError before anything is written.
-  // Returns (tensors stepped on the CPU, tensors stepped on devices, fallbacks or None, list of (param, EMA
-  // entry, weight) that no kernel has averaged or None); all 0 and None if the step was skipped. A new
+  // Validates everything, calls run_stock(fallbacks) for the tensors no kernel serves, then runs
+  // the kernels, which cannot fail. Raises PythonError before anything is written. Returns (tensors
+  // stepped on the CPU, tensors stepped on devices, fallbacks or None, list of (param, EMA entry,
+  // weight) that no kernel has averaged or None); all 0 and None if the step was skipped. A new
   // reference.
   PyObject* step(PyObject* groups, PyObject* state, const StepContext& context);
 
-  // What step() would do, without doing it: (list of (group index, param index, whether on a device, bytes
-  // that its kernel reads and writes, whether it averages, whether its streams lie in several orders),
-  // fallbacks or None). A new reference.
+  // What step() would do, without doing it: (list of (group index, param index, whether on a
+  // device, bytes that its kernel reads and writes, whether it averages, whether its streams lie in
+  // several orders), fallbacks or None). A new reference.
   PyObject* explain(PyObject* groups, PyObject* state, const StepContext& context);
 
  private:
@@ -119,14 +121,14 @@ class Plan {
     void* packed[MAX_STATES + 1] = {};  // scales and remainder
   };
   enum StateFormat { STATE_AS_STOCK, STATE_F32, STATE_BF16, STATE_INT8 };
-  struct Place {  // of what this process holds of a param
+  struct Place {    // of what this process holds of a param
     int64_t numel;  // of the whole param
     int64_t first;  // random bits are drawn as for the elements of the whole from this one on
   };
   struct StepWrite {
     void* data;  // null: no step is counted
     Dtype dtype;
-    double value;  // after the step
+    double value;    // after the step
     bool on_device;  // there it is prepare that reads and advances it
   };
   struct Pending {  // states to be inserted when the step can no longer fail; both references owned
@@ -141,13 +143,14 @@ class Plan {
   };
   struct EmaTask {  // one for each param of a group with an EMA; all references held
     PyObject *param, *entry, *tensor;
-    bool is_new;        // not yet in `emas`
-    double weight;      // if the host knows it
-    PyObject* count;    // for the entry: the number after the step, or a tensor that the device advances
+    bool is_new;    // not yet in `emas`
+    double weight;  // if the host knows it
+    PyObject*
+        count;  // for the entry: the number after the step, or a tensor that the device advances
     int64_t on_device;  // address of that tensor's element, as prepare takes it; 0: the host counts
     double decay;
     bool warmup;
-    int64_t task;       // of the param; -1: no kernel averages it
+    int64_t task;  // of the param; -1: no kernel averages it
   };
   struct Origin {
     int64_t group, index;
@@ -192,8 +195,8 @@ class Plan {
     double ema_decay;
     unsigned variant;
     double prepared_step;  // what `hypers` were prepared for; -1: none yet
-    int64_t hypers;  // index of the group's latest entry of hypers_
-    bool hypers_fit;  // into float32, all of these
+    int64_t hypers;        // index of the group's latest entry of hypers_
+    bool hypers_fit;       // into float32, all of these
   };
 
   void gather(PyObject* groups, PyObject* state, const StepContext& context);
@@ -203,8 +206,9 @@ class Plan {
   bool counts_steps(const Group& group, const View& param) const;
   bool read_packing(const Group& group, PyObject* param, const View& view, const Place& place,
                     unsigned used, PyObject* states, Packing& packing, void*& remainder);
-  // What this process holds of a param or of another tensor of its sharding: the tensor itself if both are
-  // plain; null if it is another kind of tensor, or sharded otherwise. Lives to the end of the step.
+  // What this process holds of a param or of another tensor of its sharding: the tensor itself if
+  // both are plain; null if it is another kind of tensor, or sharded otherwise. Lives to the end of
+  // the step.
   PyObject* part_of(PyObject* tensor, PyObject* param);
   Place place_of(PyObject* param, const View& part, const StepContext& context);
   bool ema_fits(PyObject* ema, PyObject* param);
@@ -244,17 +248,17 @@ class Plan {
   std::vector<int> option_items_;  // index into a tuple option; -1: the option is the number
 
   std::vector<Hint> hints_;
-  bool hints_hold_;  // no pointer that is written through has changed since the last step
+  bool hints_hold_;       // no pointer that is written through has changed since the last step
   double lowest_lr_ = 0;  // of the groups, if negative
-  bool any_waiting_;  // the launcher knows momentum that may not have started
+  bool any_waiting_;      // the launcher knows momentum that may not have started
   Finder states_, emas_;
 
   std::vector<Origin> written_by_;
   bool written_grads_ = false;  // the last step wrote grads
-  Written written_;  // by all tasks; holds while hints_hold_
+  Written written_;             // by all tasks; holds while hints_hold_
 
   std::vector<Task> tasks_;
-  std::vector<Origin> origins_;  // of each task
+  std::vector<Origin> origins_;            // of each task
   std::vector<PyObject*> params_, grads_;  // of each task; held
   std::vector<Layout> layouts_;
   std::vector<Packing> packings_;

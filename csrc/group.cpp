@@ -6,8 +6,8 @@
 
 namespace fused_optim {
 
-// An option may be a tensor: on a device it is left there if the kernels of that device can read it.
-// Only lr, the first option, and items of tuples (betas): the others decide on the variant.
+// An option may be a tensor: on a device it is left there if the kernels of that device can read
+// it. Only lr, the first option, and items of tuples (betas): the others decide on the variant.
 void Plan::read_option(Group& group, size_t option, PyObject* value, const StepContext& context) {
   View view;
   if ((option == 0 || option_items_[option] >= 0) && is_plain(value) && view.read(value) &&
@@ -50,7 +50,8 @@ bool Plan::read_number(size_t option, PyObject* value, double& result) {
   const bool is_flag = rule_.flags >> option & 1;
   if (PyObject_TypeCheck(value, torch.tensor)) {
     View view;
-    // Stock takes lr and betas out of tensors with one element, the others out of those without dimensions.
+    // Stock takes lr and betas out of tensors with one element, the others out of those without
+    // dimensions.
     const bool any_shape = option == 0 || option_items_[option] >= 0;
     if (is_flag || !is_plain(value) || !view.read(value) || view.dtype == N_DTYPES ||
         view.numel() != 1 || (view.ndim > 0 && !any_shape))
@@ -58,7 +59,8 @@ bool Plan::read_number(size_t option, PyObject* value, double& result) {
     return fits_float(result = number(value));
   }
   if (is_flag) return read_flag(value, result);
-  if (PyBool_Check(value) || !(PyFloat_Check(value) || PyLong_Check(value) || is_numpy_number(value)))
+  if (PyBool_Check(value) ||
+      !(PyFloat_Check(value) || PyLong_Check(value) || is_numpy_number(value)))
     return false;
   result = PyFloat_AsDouble(value);
   if (result != -1.0 || !PyErr_Occurred()) return fits_float(result);
@@ -105,7 +107,8 @@ void Plan::read_group(Group& group, const StepContext& context) {
     Py_INCREF(value);
     hold(value);
     if (option_items_[o] >= 0) {  // an item of a pair: betas
-      const bool is_pair = (PyTuple_Check(value) || PyList_Check(value)) && PySequence_Fast_GET_SIZE(value) == 2;
+      const bool is_pair =
+          (PyTuple_Check(value) || PyList_Check(value)) && PySequence_Fast_GET_SIZE(value) == 2;
       if (!is_pair) group.stock_reason = ODD_OPTIONS;
       if (is_pair) value = hold(check(PySequence_GetItem(value, option_items_[o])));
     }

@@ -12,22 +12,32 @@ constexpr int MAX_HYPERS = 8;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
 
-// The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams only.
+// The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams
+// only.
 enum Dtype : uint8_t { F32, F64, BF16, F16, N_DTYPES, I8, U8, I16 };
 constexpr int ITEMSIZE[] = {4, 8, 2, 2, 0, 1, 1, 2};
 
-// How a kernel reads its streams: all of one dtype, or any mix of the three that compute in float32; with
-// some of them packed, of any dtypes or bfloat16 all of them.
-enum Format : uint8_t { ALL_F32, ALL_F64, ALL_BF16, ALL_F16, MIXED, PACKED, PACKED_BF16, N_FORMATS };
+// How a kernel reads its streams: all of one dtype, or any mix of the three that compute in
+// float32; with some of them packed, of any dtypes or bfloat16 all of them.
+enum Format : uint8_t {
+  ALL_F32,
+  ALL_F64,
+  ALL_BF16,
+  ALL_F16,
+  MIXED,
+  PACKED,
+  PACKED_BF16,
+  N_FORMATS
+};
 
-// What a stream's bits mean (packed.h): its dtype alone says it; it is rounded stochastically; 8 bits with a
-// scale; a param with a remainder of 8 or 16 bits.
+// What a stream's bits mean (packed.h): its dtype alone says it; it is rounded stochastically; 8
+// bits with a scale; a param with a remainder of 8 or 16 bits.
 enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 
 // For all of a tensor.
 struct Packing {
   Storage storage[MAX_STREAMS];
-  uint16_t* scales[MAX_STREAMS];     // bfloat16, one for 64 elements
+  uint16_t* scales[MAX_STREAMS];  // bfloat16, one for 64 elements
   uint64_t seeds[MAX_STREAMS];    // of the keys, of which the step makes others each time
   uint32_t keys[MAX_STREAMS][2];  // of the random bits
   int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
@@ -49,18 +59,18 @@ struct Slice {
   double grad_scale;     // grads are divided by it; 0: there is none
   double clip;           // and multiplied by it
   GradWrite grad_write;
-  double ema_weight;     // ema = lerp(ema, param, ema_weight); 1 copies
+  double ema_weight;       // ema = lerp(ema, param, ema_weight); 1 copies
   const Packing* packing;  // null: all streams are PLAIN
   void* remainder;         // the param's; a stream of its own
-  int64_t first;           // the run's first element is this one of the tensor; if packed, a multiple of 64
+  int64_t first;  // the run's first element is this one of the tensor; if packed, a multiple of 64
 };
 
 using Kernel = void (*)(const Slice&);
 
-// The sum of the squares of a run of at most NORM_CHUNK grads, in float64. It is cut into parts; lane l of a
-// part sums every NORM_LANES-th element from the l-th on; then all lanes, part by part, are added up by
-// halves: the upper half to the lower one. Another order would give other bits; a GPU's program
-// (triton_kernels/norm.py) has the same.
+// The sum of the squares of a run of at most NORM_CHUNK grads, in float64. It is cut into parts;
+// lane l of a part sums every NORM_LANES-th element from the l-th on; then all lanes, part by part,
+// are added up by halves: the upper half to the lower one. Another order would give other bits; a
+// GPU's program (triton_kernels/norm.py) has the same.
 constexpr int NORM_PARTS = 4, NORM_LANES = 128;
 constexpr int64_t NORM_PART = 16384, NORM_CHUNK = NORM_PARTS * NORM_PART;
 struct Sum {

@@ -1,7 +1,8 @@
-// A register of 32-bit numbers and how several are packed into narrower ones. GCC 12 vectorises arithmetic well
-// but not what narrows in the same loop, so the formats of packed.h say it register by register, in the vector
-// types that GCC and Clang have for every instruction set. Included inside a namespace, like formats.h. (16 lanes
-// instead of 8 take 11% off AdamW with int8 states and 15% with bfloat16 ones, in the cache of an AMD EPYC.)
+// A register of 32-bit numbers and how several are packed into narrower ones. GCC 12 vectorises
+// arithmetic well but not what narrows in the same loop, so the formats of packed.h say it register
+// by register, in the vector types that GCC and Clang have for every instruction set. Included
+// inside a namespace, like formats.h. (16 lanes instead of 8 take 11% off AdamW with int8 states
+// and 15% with bfloat16 ones, in the cache of an AMD EPYC.)
 #if defined(FUSED_OPTIM_AVX512)
 constexpr int LANES = 16;
 #elif defined(FUSED_OPTIM_F16C)
@@ -44,7 +45,8 @@ inline void store_shorts(Shorts values, S* to) {
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8((__m512i)(values >> 8)));
 #elif defined(FUSED_OPTIM_F16C)
     const __m256i upper = (__m256i)(values >> 8);
-    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(upper),
+                                                   _mm256_extracti128_si256(upper, 1)));
 #else
     for (int k = 0; k < 2 * LANES; k++) to[k] = S(values[k] >> 8);
 #endif
@@ -54,10 +56,13 @@ inline void store_shorts(Shorts values, S* to) {
 // The lower halves, of numbers that are below 2^16.
 inline void pack16(Bits first, Bits second, uint16_t* to) {
 #if defined(FUSED_OPTIM_AVX512)
-  const __m512i packed = _mm512_packus_epi32((__m512i)first, (__m512i)second);  // each 128 bits by themselves
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
+  const __m512i packed =
+      _mm512_packus_epi32((__m512i)first, (__m512i)second);  // each 128 bits by themselves
+  _mm512_storeu_si512(to,
+                      _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed));
 #elif defined(FUSED_OPTIM_F16C)
-  const __m256i packed = _mm256_packus_epi32((__m256i)first, (__m256i)second);  // each 128 bits by themselves
+  const __m256i packed =
+      _mm256_packus_epi32((__m256i)first, (__m256i)second);  // each 128 bits by themselves
   _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0b11'01'10'00));
 #else
   for (int k = 0; k < LANES; k++) to[k] = uint16_t(first[k]);
@@ -68,13 +73,15 @@ inline void pack16(Bits first, Bits second, uint16_t* to) {
 // The lowest bytes, of numbers that are below 2^8.
 inline void pack8(const Bits (&parts)[4], uint8_t* to) {
 #if defined(FUSED_OPTIM_AVX512)
-  const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32((__m512i)parts[0], (__m512i)parts[1]),
-                                             _mm512_packus_epi32((__m512i)parts[2], (__m512i)parts[3]));
+  const __m512i packed =
+      _mm512_packus_epi16(_mm512_packus_epi32((__m512i)parts[0], (__m512i)parts[1]),
+                          _mm512_packus_epi32((__m512i)parts[2], (__m512i)parts[3]));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
 #elif defined(FUSED_OPTIM_F16C)
-  const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32((__m256i)parts[0], (__m256i)parts[1]),
-                                             _mm256_packus_epi32((__m256i)parts[2], (__m256i)parts[3]));
+  const __m256i packed =
+      _mm256_packus_epi16(_mm256_packus_epi32((__m256i)parts[0], (__m256i)parts[1]),
+                          _mm256_packus_epi32((__m256i)parts[2], (__m256i)parts[3]));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(packed, order));
 #else

@@ -77,9 +77,9 @@ bool Layout::build(int ndim, const int64_t* shape, const int64_t* const* strides
 }
 
 void Layout::choose_blocks(unsigned streams) {
-  // Whole rows of the param wherever they fit: cut rows, not the odd stream's short runs, are what costs
-  // (GPT-2 with transposed grads: 2.1 times the time of matching ones with rows of 1 KiB, 1.4 with whole
-  // ones). Multiples of 16 rows are whole cache lines of the odd stream.
+  // Whole rows of the param wherever they fit: cut rows, not the odd stream's short runs, are what
+  // costs (GPT-2 with transposed grads: 2.1 times the time of matching ones with rows of 1 KiB, 1.4
+  // with whole ones). Multiples of 16 rows are whole cache lines of the odd stream.
   const int64_t cuts = (col_.size + MAX_COLS - 1) / MAX_COLS;
   block_cols_ = cuts > 1 ? ((col_.size + cuts - 1) / cuts + 15) / 16 * 16 : col_.size;
   block_rows_ = std::max<int64_t>(BLOCK / block_cols_ / 16 * 16, 16);
@@ -129,8 +129,10 @@ typedef uint32_t Line __attribute__((vector_size(16)));
 #define SHUFFLE(A, B, I, J, K, L) __builtin_shuffle(A, B, (Line{I, J, K, L}))
 #endif
 inline void transpose(Line (&lines)[4]) {
-  const Line a = SHUFFLE(lines[0], lines[1], 0, 4, 1, 5), b = SHUFFLE(lines[2], lines[3], 0, 4, 1, 5);
-  const Line c = SHUFFLE(lines[0], lines[1], 2, 6, 3, 7), d = SHUFFLE(lines[2], lines[3], 2, 6, 3, 7);
+  const Line a = SHUFFLE(lines[0], lines[1], 0, 4, 1, 5),
+             b = SHUFFLE(lines[2], lines[3], 0, 4, 1, 5);
+  const Line c = SHUFFLE(lines[0], lines[1], 2, 6, 3, 7),
+             d = SHUFFLE(lines[2], lines[3], 2, 6, 3, 7);
   lines[0] = SHUFFLE(a, b, 0, 1, 4, 5);
   lines[1] = SHUFFLE(a, b, 2, 3, 6, 7);
   lines[2] = SHUFFLE(c, d, 0, 1, 4, 5);
@@ -138,8 +140,9 @@ inline void transpose(Line (&lines)[4]) {
 }
 #undef SHUFFLE
 
-// Copies a block between a strided tensor and a buffer with rows `row_length` apart. Lines of the tensor
-// that run across the buffer's are taken four at a time, so that the buffer's are written in runs.
+// Copies a block between a strided tensor and a buffer with rows `row_length` apart. Lines of the
+// tensor that run across the buffer's are taken four at a time, so that the buffer's are written in
+// runs.
 template <class Element, bool TO_BUFFER>
 void copy_block(Element* tensor, int64_t row_stride, int64_t col_stride, Element* buffer,
                 int64_t row_length, int64_t rows, int64_t cols) {
@@ -171,10 +174,12 @@ void copy_block(Element* tensor, int64_t row_stride, int64_t col_stride, Element
         Element* inside = buffer + r * row_length + c;
         Line lines[4];
         for (int k = 0; k < 4; k++)
-          std::memcpy(&lines[k], TO_BUFFER ? outside + k * col_stride : inside + k * row_length, sizeof(Line));
+          std::memcpy(&lines[k], TO_BUFFER ? outside + k * col_stride : inside + k * row_length,
+                      sizeof(Line));
         transpose(lines);
         for (int k = 0; k < 4; k++)
-          std::memcpy(TO_BUFFER ? inside + k * row_length : outside + k * col_stride, &lines[k], sizeof(Line));
+          std::memcpy(TO_BUFFER ? inside + k * row_length : outside + k * col_stride, &lines[k],
+                      sizeof(Line));
       }
     for (; r < rows; r++) {
       Element* outside = tensor + r * row_stride + c * col_stride;
@@ -258,9 +263,9 @@ void Layout::run_blocks(const std::function<void(const Slice&)>& kernel, const S
         kernel(part);
         for (int s = 0; s < MAX_STREAMS; s++)
           if (streams >> s & 1)
-            part.streams[s] = static_cast<char*>(part.streams[s]) +
-                              (buffered_ >> s & 1 ? row_length : row_.strides[s]) *
-                                  ITEMSIZE[slice.dtypes[s]];
+            part.streams[s] =
+                static_cast<char*>(part.streams[s]) +
+                (buffered_ >> s & 1 ? row_length : row_.strides[s]) * ITEMSIZE[slice.dtypes[s]];
       }
     }
     for (int s = 0; s < MAX_STREAMS; s++)

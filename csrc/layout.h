@@ -26,8 +26,8 @@ class Layout {
   // How many blocks make about `numel` elements.
   int64_t blocks_per(int64_t numel) const;
   // Calls `kernel` for runs that are contiguous in every stream, always cut in the same way.
-  void run_blocks(const std::function<void(const Slice&)>& kernel, const Slice& slice, unsigned streams,
-                  unsigned written, int64_t begin, int64_t end) const;
+  void run_blocks(const std::function<void(const Slice&)>& kernel, const Slice& slice,
+                  unsigned streams, unsigned written, int64_t begin, int64_t end) const;
 
  private:
   // Elements. A block has about BLOCK of them, at most 16 * MAX_COLS, and rows are padded from 64

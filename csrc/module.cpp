@@ -31,7 +31,8 @@ py::dict describe_rules() {
 }
 
 // The hypers that the rule prepares, in double. For tests of the same arithmetic elsewhere.
-std::vector<double> prepare(const std::string& name, const std::vector<double>& options, double step) {
+std::vector<double> prepare(const std::string& name, const std::vector<double>& options,
+                            double step) {
   for (const RuleInfo& rule : rules()) {
     if (name != rule.name) continue;
     if (options.size() != rule.option_names.size())
@@ -48,15 +49,16 @@ template <class T>
 void bind_table(py::module_& m, const char* name) {
   py::class_<Table<T>>(m, name)
       .def_property_readonly("version", &Table<T>::version)
-      .def_property_readonly("nbytes",
-                             [](const Table<T>& table) { return table.current().size() * sizeof(T); })
+      .def_property_readonly(
+          "nbytes", [](const Table<T>& table) { return table.current().size() * sizeof(T); })
       .def("tolist", [](const Table<T>& table) { return table.current(); })
-      .def("copy_to",
-           [](const Table<T>& table, uintptr_t address) {
-             std::memcpy(reinterpret_cast<void*>(address), table.current().data(),
-                         table.current().size() * sizeof(T));
-           },
-           py::arg("address"));
+      .def(
+          "copy_to",
+          [](const Table<T>& table, uintptr_t address) {
+            std::memcpy(reinterpret_cast<void*>(address), table.current().data(),
+                        table.current().size() * sizeof(T));
+          },
+          py::arg("address"));
 }
 
 // One in-place pass over contiguous float32 CPU tensors of one length: the last is only read, the
@@ -76,7 +78,7 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
       throw std::invalid_argument("probe takes contiguous float32 tensors on the CPU");
     task.slice.numel = numel;
     const int at = s == n - 1 ? GRAD : s == 0 ? PARAM : STATES + s - 1;
-    task.slice.streams[at] = 
+    task.slice.streams[at] =
         reinterpret_cast<void*>(streams[s].attr("data_ptr")().cast<uintptr_t>());
     task.slice.dtypes[at] = F32;
     task.streams |= 1u << at;
@@ -109,8 +111,8 @@ void transcode(bool packs, const std::string& storage, const std::string& dtype,
   if (s != PARAM && (s < STATES || s >= STATES + MAX_STATES))
     throw std::invalid_argument("stream " + std::to_string(s) + " cannot be packed");
   Packing packing = {};
-  packing.storage[s] = static_cast<Storage>(
-      find(storage, std::size(STORAGES), [](int i) { return STORAGES[i]; }));
+  packing.storage[s] =
+      static_cast<Storage>(find(storage, std::size(STORAGES), [](int i) { return STORAGES[i]; }));
   Slice slice = {};
   slice.packing = &packing;
   slice.numel = numel;
@@ -140,14 +142,15 @@ PyObject* to_python(const std::shared_ptr<Batch>& batch) {
     storages[i] = STORAGES[key.storages[batch->streams[i]]];
   }
   py::object object = py::cast(batch);
-  object.attr("key") = py::make_tuple(key.device.type, key.device.index, dtypes, storages, key.options,
-                                      key.prepared_on_device);
+  object.attr("key") = py::make_tuple(key.device.type, key.device.index, dtypes, storages,
+                                      key.options, key.prepared_on_device);
   return object.release().ptr();
 }
 
 PyObject* to_python(const std::shared_ptr<GradBatch>& batch) {
   py::object object = py::cast(batch);
-  object.attr("key") = py::make_tuple(batch->device.type, batch->device.index, name_of(batch->dtype));
+  object.attr("key") =
+      py::make_tuple(batch->device.type, batch->device.index, name_of(batch->dtype));
   return object.release().ptr();
 }
 }  // namespace fused_optim
@@ -167,39 +170,40 @@ PYBIND11_MODULE(_C, m) {
   }
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&>(), py::arg("rule"))
-      .def("step",
-           [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-              py::object convert_state, py::object place_of,
-              py::object run_stock, py::object launcher, unsigned device_types, int num_threads,
-              double grad_scale, bool scale_on_device, bool skip_on_device, py::object resolve,
-              py::object measured, bool writes_clipped, bool zeroes, py::object emas,
-              py::object create_ema) {
-             const StepContext context = {
-                 create_state.ptr(), convert_state.ptr(), place_of.ptr(), run_stock.ptr(), launcher.ptr(), device_types,
-                 num_threads,        grad_scale,      scale_on_device, skip_on_device,
-                 resolve.ptr(),      measured.ptr(),  writes_clipped,  zeroes,
-                 emas.ptr(),         create_ema.ptr()};
-             return py::reinterpret_steal<py::object>(
-                 plan.step(groups.ptr(), state.ptr(), context));
-           })
-      .def("explain",
-           [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-              py::object convert_state, py::object place_of, py::object launcher, unsigned device_types,
-              bool writes_clipped, bool zeroes, py::dict emas, py::object create_ema) {
-             StepContext context = {};
-             context.create_state = create_state.ptr();
-             context.convert_state = convert_state.ptr();
-             context.place_of = place_of.ptr();
-             context.launcher = launcher.ptr();
-             context.device_types = device_types;
-             context.measured = Py_None;
-             context.writes_clipped = writes_clipped;
-             context.zeroes = zeroes;
-             context.emas = emas.ptr();
-             context.create_ema = create_ema.ptr();
-             return py::reinterpret_steal<py::object>(
-                 plan.explain(groups.ptr(), state.ptr(), context));
-           });
+      .def(
+          "step",
+          [](Plan& plan, py::list groups, py::dict state, py::object create_state,
+             py::object convert_state, py::object place_of, py::object run_stock,
+             py::object launcher, unsigned device_types, int num_threads, double grad_scale,
+             bool scale_on_device, bool skip_on_device, py::object resolve, py::object measured,
+             bool writes_clipped, bool zeroes, py::object emas, py::object create_ema) {
+            const StepContext context = {create_state.ptr(), convert_state.ptr(),
+                                         place_of.ptr(),     run_stock.ptr(),
+                                         launcher.ptr(),     device_types,
+                                         num_threads,        grad_scale,
+                                         scale_on_device,    skip_on_device,
+                                         resolve.ptr(),      measured.ptr(),
+                                         writes_clipped,     zeroes,
+                                         emas.ptr(),         create_ema.ptr()};
+            return py::reinterpret_steal<py::object>(plan.step(groups.ptr(), state.ptr(), context));
+          })
+      .def("explain", [](Plan& plan, py::list groups, py::dict state, py::object create_state,
+                         py::object convert_state, py::object place_of, py::object launcher,
+                         unsigned device_types, bool writes_clipped, bool zeroes, py::dict emas,
+                         py::object create_ema) {
+        StepContext context = {};
+        context.create_state = create_state.ptr();
+        context.convert_state = convert_state.ptr();
+        context.place_of = place_of.ptr();
+        context.launcher = launcher.ptr();
+        context.device_types = device_types;
+        context.measured = Py_None;
+        context.writes_clipped = writes_clipped;
+        context.zeroes = zeroes;
+        context.emas = emas.ptr();
+        context.create_ema = create_ema.ptr();
+        return py::reinterpret_steal<py::object>(plan.explain(groups.ptr(), state.ptr(), context));
+      });
   bind_table<int64_t>(m, "IntTable");
   bind_table<double>(m, "FloatTable");
   bind_table<int32_t>(m, "WordTable");

@@ -29,7 +29,8 @@ Sum sum_of_chunk(const NormTask& task, const std::vector<Layout>& layouts, int64
   slice.dtypes[GRAD] = task.dtype;
   const auto add = [&](const Slice& part) {
     for (int64_t begin = 0; begin < part.numel; begin += NORM_CHUNK) {
-      const char* grad = static_cast<const char*>(part.streams[GRAD]) + begin * ITEMSIZE[task.dtype];
+      const char* grad =
+          static_cast<const char*>(part.streams[GRAD]) + begin * ITEMSIZE[task.dtype];
       const Sum more = kernel(grad, task.dtype, std::min(NORM_CHUNK, part.numel - begin));
       sum.squares += more.squares;
       sum.nonfinite |= more.nonfinite;

@@ -8,8 +8,8 @@
 
 namespace fused_optim {
 
-// One grad. Cut into chunks of NORM_CHUNK elements in the order of its memory, or into the blocks of its
-// layout if it is dense in no order.
+// One grad. Cut into chunks of NORM_CHUNK elements in the order of its memory, or into the blocks
+// of its layout if it is dense in no order.
 struct NormTask {
   const void* grad;
   Dtype dtype;
@@ -17,8 +17,8 @@ struct NormTask {
   int layout;  // index into the layouts; -1: dense
 };
 
-// Sums each chunk as NormKernel does; then lane l of NORM_PARTS * NORM_LANES sums every so manieth chunk of all
-// tasks in order, and the lanes are added up by halves. Never throws.
+// Sums each chunk as NormKernel does; then lane l of NORM_PARTS * NORM_LANES sums every so manieth
+// chunk of all tasks in order, and the lanes are added up by halves. Never throws.
 Sum sum_of_squares(const std::vector<NormTask>& tasks, const std::vector<Layout>& layouts,
                    int num_threads);
 

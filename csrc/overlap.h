@@ -12,8 +12,8 @@ struct Range {  // memory of one tensor of a task
   size_t task;
 };
 
-// The memory that a step writes. Compared are ranges from first to last element, so interleaved views
-// of one buffer count as sharing.
+// The memory that a step writes. Compared are ranges from first to last element, so interleaved
+// views of one buffer count as sharing.
 class Written {
  public:
   void clear() { ranges_.clear(); }

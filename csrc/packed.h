@@ -1,14 +1,16 @@
-// How a stream is stored in fewer bits than its dtype would take, or more: GROUP elements between memory and
-// float32. The same arithmetic as in triton_kernels/formats.py. Included inside a namespace, like formats.h.
+// How a stream is stored in fewer bits than its dtype would take, or more: GROUP elements between
+// memory and float32. The same arithmetic as in triton_kernels/formats.py. Included inside a
+// namespace, like formats.h.
 constexpr int GROUP = 64;
 
 constexpr uint32_t INF = 0x7f800000u, MAGNITUDE = 0x7fffffffu;
-constexpr uint32_t F16_NORMAL = 0x38800000u;     // 2^-14, the smallest normal float16
-constexpr uint32_t F16_OVERFLOW = 0x47800000u;   // 2^16
-constexpr uint32_t F16_BIAS = 0x38000000u;       // float32's exponent bias less float16's
+constexpr uint32_t F16_NORMAL = 0x38800000u;    // 2^-14, the smallest normal float16
+constexpr uint32_t F16_OVERFLOW = 0x47800000u;  // 2^16
+constexpr uint32_t F16_BIAS = 0x38000000u;      // float32's exponent bias less float16's
 
-// 16 random bits for each of the GROUP elements from `first` on, a multiple of 32: a hash of key and index,
-// as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a block of 32.
+// 16 random bits for each of the GROUP elements from `first` on, a multiple of 32: a hash of key
+// and index, as good as its two rounds (C. Wellons, "lowbias32"); each serves two elements of a
+// block of 32.
 struct Random {
   uint32_t start, key1;
   Random(const uint32_t* key, int64_t first) {
@@ -16,19 +18,23 @@ struct Random {
     start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
     key1 = key[1];
   }
-  // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has the same hash.
+  // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has
+  // the same hash.
   inline Bits operator()(int k) const {
     static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Bits x = hash(index, k / 32 * 16 + k % 16);
     return k & 16 ? x >> 16 : x & 0xffffu;
   }
-  // Those of 32 elements in the order of pairs: the first of each pair of neighbours, the second of each.
+  // Those of 32 elements in the order of pairs: the first of each pair of neighbours, the second of
+  // each.
   inline void pairs(Bits* firsts, Bits* seconds) const {
 #if defined(FUSED_OPTIM_AVX512)
     static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    alignas(64) static constexpr uint16_t halves[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                                                      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-    const Bits drawn = Bits(_mm512_permutexvar_epi16(_mm512_load_si512(halves), (__m512i)hash(index, 0)));
+    alignas(64) static constexpr uint16_t halves[] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                      22, 24, 26, 28, 30, 1,  3,  5,  7,  9,  11,
+                                                      13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const Bits drawn =
+        Bits(_mm512_permutexvar_epi16(_mm512_load_si512(halves), (__m512i)hash(index, 0)));
     firsts[0] = drawn & 0xffffu;
     seconds[0] = drawn >> 16;
 #else
@@ -77,7 +83,9 @@ struct RandomFromAnywhere {
     std::memcpy(&x, drawn + within + k, sizeof(x));
     return x;
   }
-  inline void fill(uint32_t* random) const { std::memcpy(random, drawn + within, GROUP * sizeof(uint32_t)); }
+  inline void fill(uint32_t* random) const {
+    std::memcpy(random, drawn + within, GROUP * sizeof(uint32_t));
+  }
 };
 
 // Rounded up to bfloat16, at least `smallest`; 0 stays 0. Not negative.
@@ -100,11 +108,12 @@ inline uint32_t largest_of(const float* values) {
 
 // What is finite, and 0 for the rest.
 inline void finite_of(const float* values, float* finite) {
-  for (int k = 0; k < GROUP; k++) finite[k] = (bits_of(values[k]) & MAGNITUDE) < INF ? values[k] : 0.0f;
+  for (int k = 0; k < GROUP; k++)
+    finite[k] = (bits_of(values[k]) & MAGNITUDE) < INF ? values[k] : 0.0f;
 }
 
-// A scale's sign says that some codes of the group stand for NaN or an infinity: of the others, which is to say
-// almost all, nothing need be looked for.
+// A scale's sign says that some codes of the group stand for NaN or an infinity: of the others,
+// which is to say almost all, nothing need be looked for.
 
 // Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
 struct Signed8 {
@@ -135,8 +144,10 @@ struct Signed8 {
       Bits parts[4];
 #pragma GCC unroll 4
       for (int part = 0; part < 4; part++) {
-        // The sum's last bits are the nearest integer, to even; of a product just above 126 that is 126.
-        const Floats sum = load_floats(from + i + part * LANES) * inverse + 12582912.0f;  // 1.5 * 2^23
+        // The sum's last bits are the nearest integer, to even; of a product just above 126 that is
+        // 126.
+        const Floats sum =
+            load_floats(from + i + part * LANES) * inverse + 12582912.0f;  // 1.5 * 2^23
         parts[part] = Bits(sum) & 0xffu;
       }
       pack8(parts, reinterpret_cast<uint8_t*>(codes) + i);
@@ -155,9 +166,9 @@ struct Signed8 {
   }
 };
 
-// The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254 NaN (of a
-// negative number too: so is its root), 255 infinity; what is not 0 has a code that is not 0.
-// Stored are roots that someone has taken, in a step the rule.
+// The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254
+// NaN (of a negative number too: so is its root), 255 infinity; what is not 0 has a code that is
+// not 0. Stored are roots that someone has taken, in a step the rule.
 struct Root8 {
   static inline void load(const uint8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
@@ -181,7 +192,8 @@ struct Root8 {
 
  private:
   template <class Draw>
-  static inline float store_finite(const float* roots, float largest, const Draw& random, uint8_t* codes) {
+  static inline float store_finite(const float* roots, float largest, const Draw& random,
+                                   uint8_t* codes) {
     const float scale = scale_of(largest, 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
     const float inverse = scale == 0 ? 0 : 1 / scale;
 #pragma GCC unroll 4
@@ -191,7 +203,8 @@ struct Root8 {
       for (int part = 0; part < 4; part++) {
         const int k = i + part * LANES;
         const Floats root = load_floats(roots + k);
-        const Floats up = __builtin_convertvector(Ints(random(k)), Floats) * 1.52587890625e-5f;  // 2^-16
+        const Floats up =
+            __builtin_convertvector(Ints(random(k)), Floats) * 1.52587890625e-5f;  // 2^-16
         Ints code = __builtin_convertvector(root * inverse + up, Ints);
         code = code > 253 ? 253 : code;
         const Ints smallest = (root != 0.0f) & 1;
@@ -238,13 +251,15 @@ inline void store_stochastic_bf16(const float* from, const Draw& random, uint16_
   for (int k = 0; k < GROUP; k += 2 * LANES) pack16(rounded(k), rounded(k + LANES), to + k);
 }
 
-// A multiple of float16's smallest subnormal, 2^-24, below 2^-14; `steps` of it in units of 1 / unit.
+// A multiple of float16's smallest subnormal, 2^-24, below 2^-14; `steps` of it in units of 1 /
+// unit.
 inline float subnormal_steps(float magnitude, float steps) {
   const float smallest_normal = from_bits(F16_NORMAL);
   return (magnitude < smallest_normal ? magnitude : smallest_normal) * steps;
 }
 
-// To a whole number, up with a probability that is the fraction. (A sum with all of y would be rounded.)
+// To a whole number, up with a probability that is the fraction. (A sum with all of y would be
+// rounded.)
 inline int32_t randomly(float y, uint32_t random) {
   const int32_t whole = int32_t(y);
   return whole + int32_t(y - float(whole) + float(int32_t(random)) * 1.52587890625e-5f);  // 2^-16
@@ -267,21 +282,23 @@ inline void store_stochastic_f16(const float* from, const Draw& draw, uint16_t* 
   }
 }
 
-// What a bfloat16's remainder adds: nothing if it is not finite, or a 0 that someone else wrote, where bits would
-// be borrowed from nowhere.
+// What a bfloat16's remainder adds: nothing if it is not finite, or a 0 that someone else wrote,
+// where bits would be borrowed from nowhere.
 inline Shorts valid_rest(Shorts upper, Shorts rest) {
   const Shorts magnitude = upper & 0x7fff;
   return rest & ~((magnitude >= 0x7f80) | ((magnitude == 0) & (rest < 0)));
 }
 
-// A bfloat16 param with the bits that it lacks of a float32 beside it: all 16, or the upper 8 of them, the last
-// of these rounded stochastically. Rounded to nearest, ties away from zero, so `upper + remainder` is exact.
+// A bfloat16 param with the bits that it lacks of a float32 beside it: all 16, or the upper 8 of
+// them, the last of these rounded stochastically. Rounded to nearest, ties away from zero, so
+// `upper + remainder` is exact.
 template <class Remainder>
 struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
   static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
                           float* __restrict to) {
-    // In 16 bits first: a register holds twice as many. (By valid_rest, AdamW with split8 and int8 is 5% slower.)
+    // In 16 bits first: a register holds twice as many. (By valid_rest, AdamW with split8 and int8
+    // is 5% slower.)
     alignas(64) int16_t rest[GROUP];
 #pragma GCC unroll 1
     for (int k = 0; k < GROUP; k++) {
@@ -294,7 +311,8 @@ struct SplitBF16 {
       to[k] = from_bits((uint32_t(upper[k]) << 16) + uint32_t(int32_t(rest[k]) * (1 << cut)));
   }
   template <class Draw>
-  static inline void store(const float* from, const Draw& random, uint16_t* upper, Remainder* remainder) {
+  static inline void store(const float* from, const Draw& random, uint16_t* upper,
+                           Remainder* remainder) {
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += 4 * LANES) {
       Bits highs[4], rests[4];
@@ -334,7 +352,8 @@ struct SplitF16 {
       const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
       const int32_t within = rest < -0x1000 ? -0x1000 : rest > 0xfff ? 0xfff : rest;
       const int32_t normal = (half << 13) + int32_t(F16_BIAS) + (is_short ? rest * 32 : within);
-      // Of a remainder that belongs to another value no more than the nearest float32 keeps below the half.
+      // Of a remainder that belongs to another value no more than the nearest float32 keeps below
+      // the half.
       const int32_t below = 0x7fff - (half >> 8);
       int32_t subnormal = half * unit + (rest < below ? rest : below);
       subnormal = subnormal < 0 ? 0 : subnormal;
@@ -346,7 +365,8 @@ struct SplitF16 {
     }
   }
   template <class Draw>
-  static inline void store(const float* from, const Draw& draw, uint16_t* upper, Remainder* remainder) {
+  static inline void store(const float* from, const Draw& draw, uint16_t* upper,
+                           Remainder* remainder) {
     alignas(64) uint32_t random[GROUP];
     if (is_short) draw.fill(random);
     for (int k = 0; k < GROUP; k++) {

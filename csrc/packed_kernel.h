@@ -1,8 +1,8 @@
-// Formats of a kernel in which some stream is packed, and of one packed stream by itself. Included inside a
-// namespace, like packed.h.
+// Formats of a kernel in which some stream is packed, and of one packed stream by itself. Included
+// inside a namespace, like packed.h.
 
-// How a stream is read and written, GROUP elements from the slice's element i on: functions out of line, once per
-// instruction set, chosen once per slice.
+// How a stream is read and written, GROUP elements from the slice's element i on: functions out of
+// line, once per instruction set, chosen once per slice.
 using LoadGroup = void (*)(const Slice& slice, int s, int64_t i, float* to);
 using StoreGroup = void (*)(const Slice& slice, int s, int64_t i, const float* from);
 
@@ -69,7 +69,8 @@ void store_root8(const Slice& slice, int s, int64_t i, const float* roots) {
 }
 template <template <class> class Split, class Remainder>
 void load_split(const Slice& slice, int s, int64_t i, float* to) {
-  Split<Remainder>::load(at<uint16_t>(slice, s, i), static_cast<const Remainder*>(slice.remainder) + i, to);
+  Split<Remainder>::load(at<uint16_t>(slice, s, i),
+                         static_cast<const Remainder*>(slice.remainder) + i, to);
 }
 template <class Draw, template <class> class Split, class Remainder>
 void store_split(const Slice& slice, int s, int64_t i, const float* from) {
@@ -89,19 +90,23 @@ struct Packed {
     const Packing& packing = *slice.packing;
     for (int s = 0; s < MAX_STREAMS; s++) {
       loads[s] = load_of(packing.storage[s], slice.dtypes[s]);
-      stores[s] = packing.offset % GROUP == 0 ? store_of<Random>(packing.storage[s], slice.dtypes[s])
-                                              : store_of<RandomFromAnywhere>(packing.storage[s], slice.dtypes[s]);
+      stores[s] = packing.offset % GROUP == 0
+                      ? store_of<Random>(packing.storage[s], slice.dtypes[s])
+                      : store_of<RandomFromAnywhere>(packing.storage[s], slice.dtypes[s]);
     }
   }
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
 
-  // Where the kernel works on a stream: where it lies, if that is a float32 param, or a grad that is only read.
-  // (For the states, copies are faster.)
+  // Where the kernel works on a stream: where it lies, if that is a float32 param, or a grad that
+  // is only read. (For the states, copies are faster.)
   static inline float* place(const Slice& slice, int s, int64_t i, float* buffer) {
-    const bool in_place = slice.dtypes[s] == F32 && (s == PARAM || (s == GRAD && slice.grad_write == KEPT));
+    const bool in_place =
+        slice.dtypes[s] == F32 && (s == PARAM || (s == GRAD && slice.grad_write == KEPT));
     return in_place ? at<float>(slice, s, i) : buffer;
   }
-  inline void load(const Slice& slice, int s, int64_t i, float* to) const { loads[s](slice, s, i, to); }
+  inline void load(const Slice& slice, int s, int64_t i, float* to) const {
+    loads[s](slice, s, i, to);
+  }
   inline void store(const Slice& slice, int s, int64_t i, const float* from) const {
     stores[s](slice, s, i, from);
   }
@@ -139,22 +144,25 @@ struct Packed {
       case SPLIT8:
         return bf16 ? store_split<Draw, SplitBF16, int8_t> : store_split<Draw, SplitF16, int8_t>;
       case SPLIT16:  // draws nothing
-        return bf16 ? store_split<Random, SplitBF16, int16_t> : store_split<Random, SplitF16, int16_t>;
+        return bf16 ? store_split<Random, SplitBF16, int16_t>
+                    : store_split<Random, SplitF16, int16_t>;
       default:
         return dtype == F32 ? store_float : bf16 ? store_bf16 : store_f16;
     }
   }
 };
 
-// Pairs with what it takes to train with masters: streams that are rounded stochastically, and a param with a
-// remainder. The bits are those of Packed, payloads of NaN excepted; nothing of 16 bits is widened or narrowed, and
-// for NaN, whose lower bits are zeros here too, nothing need be looked for.
+// Pairs with what it takes to train with masters: streams that are rounded stochastically, and a
+// param with a remainder. The bits are those of Packed, payloads of NaN excepted; nothing of 16
+// bits is widened or narrowed, and for NaN, whose lower bits are zeros here too, nothing need be
+// looked for.
 struct PackedPairs : Pairs {
   bool rounds_at_random[MAX_STREAMS];
   Storage param;
 
   explicit PackedPairs(const Slice& slice) : Pairs(slice), param(slice.packing->storage[PARAM]) {
-    for (int s = 0; s < MAX_STREAMS; s++) rounds_at_random[s] = slice.packing->storage[s] == STOCHASTIC;
+    for (int s = 0; s < MAX_STREAMS; s++)
+      rounds_at_random[s] = slice.packing->storage[s] == STOCHASTIC;
   }
   inline void load(const Slice& slice, int s, int64_t i, float* to) const {
     if (s == PARAM && param == SPLIT16)
@@ -180,7 +188,8 @@ struct PackedPairs : Pairs {
   static inline void load_split(const Slice& slice, int64_t i, float* to) {
     for (int k = 0; k < words; k += LANES) {
       const Shorts upper = load_shorts(at<uint16_t>(slice, PARAM, i) + 2 * k);
-      const Shorts rest = valid_rest(upper, load_shorts(static_cast<Remainder*>(slice.remainder) + i + 2 * k));
+      const Shorts rest =
+          valid_rest(upper, load_shorts(static_cast<Remainder*>(slice.remainder) + i + 2 * k));
       const Floats first = Floats((Bits(upper) << 16) + Bits(Ints(Bits(rest) << 16) >> 16));
       const Floats second = Floats((Bits(upper) & 0xffff0000u) + Bits(Ints(rest) >> 16));
       std::memcpy(to + k, &first, sizeof(first));
@@ -217,7 +226,8 @@ struct PackedPairs : Pairs {
   }
 };
 
-// One stream by itself, numel elements from the tensor's element slice.first on: for what is not a step.
+// One stream by itself, numel elements from the tensor's element slice.first on: for what is not a
+// step.
 inline void load_stream(const Slice& slice, int s, float* values) {
   const Packed form(slice);
   for (int64_t i = 0; i < slice.numel; i += GROUP) form.load(slice, s, i, values + i);

@@ -8,8 +8,8 @@ namespace fused_optim {
 
 namespace {
 
-constexpr int64_t GROUP = 64;             // elements of one scale, packed.h
-constexpr int64_t SMALLEST_INT8 = 4096;   // elements; smaller states stay float32
+constexpr int64_t GROUP = 64;            // elements of one scale, packed.h
+constexpr int64_t SMALLEST_INT8 = 4096;  // elements; smaller states stay float32
 
 uint64_t splitmix(uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
@@ -124,8 +124,7 @@ bool Plan::read_packing(const Group& group, PyObject* param, const View& p, cons
     PyObject* tensor = get(state_keys_[s]);
     View view;
     PyObject* part = tensor == nullptr ? nullptr : part_of(tensor, param);
-    if (part == nullptr || !view.read(part) || !view.same_shape(p) ||
-        view.device != p.device)
+    if (part == nullptr || !view.read(part) || !view.same_shape(p) || view.device != p.device)
       continue;  // gather_param says what is wrong
     const bool is_square = rule_.square_states >> s & 1;
     PyObject* scale = get(scale_keys_[s]);
@@ -154,8 +153,9 @@ bool Plan::read_packing(const Group& group, PyObject* param, const View& p, cons
   return true;
 }
 
-void Plan::enter_packing(Group& group, int64_t index, uint64_t ordinal, double step, Packing& packing,
-                         void* remainder, const Hint& before, Hint& now, Task& task) {
+void Plan::enter_packing(Group& group, int64_t index, uint64_t ordinal, double step,
+                         Packing& packing, void* remainder, const Hint& before, Hint& now,
+                         Task& task) {
   if (group.param_indices != nullptr && index < PyList_GET_SIZE(group.param_indices))
     ordinal = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(group.param_indices, index));
   if (PyErr_Occurred()) throw PythonError();
@@ -166,7 +166,8 @@ void Plan::enter_packing(Group& group, int64_t index, uint64_t ordinal, double s
   packings_.push_back(packing);
   std::copy(packing.scales + STATES, packing.scales + STATES + MAX_STATES, now.packed);
   now.packed[MAX_STATES] = remainder;
-  hints_hold_ = hints_hold_ && std::equal(std::begin(now.packed), std::end(now.packed), before.packed);
+  hints_hold_ =
+      hints_hold_ && std::equal(std::begin(now.packed), std::end(now.packed), before.packed);
   task.slice.remainder = remainder;
 }
 
@@ -174,10 +175,11 @@ namespace {
 
 // Calls work(part, values) for parts of the stream that are whole groups, the last one in buffers.
 template <class Work>
-void for_parts(const Slice& slice, int stream, float* values, bool stores, int num_threads, Work work) {
+void for_parts(const Slice& slice, int stream, float* values, bool stores, int num_threads,
+               Work work) {
   constexpr int64_t PART = 256 * GROUP;
   const int itemsize = ITEMSIZE[slice.dtypes[stream]];
-  const int rest_size = slice.remainder == nullptr ? 0
+  const int rest_size = slice.remainder == nullptr                ? 0
                         : slice.packing->storage[PARAM] == SPLIT8 ? 1
                                                                   : 2;
   const int64_t whole = slice.numel / GROUP * GROUP;
@@ -205,10 +207,12 @@ void for_parts(const Slice& slice, int stream, float* values, bool stores, int n
     std::memcpy(tile, values + whole, rest * sizeof(float));
     work(part, tile);
     std::memcpy(stream_end, codes, rest * itemsize);
-    if (rest_size != 0) std::memcpy(at(slice.remainder, whole * rest_size), remainders, rest * rest_size);
+    if (rest_size != 0)
+      std::memcpy(at(slice.remainder, whole * rest_size), remainders, rest * rest_size);
   } else {
     std::memcpy(codes, stream_end, rest * itemsize);
-    if (rest_size != 0) std::memcpy(remainders, at(slice.remainder, whole * rest_size), rest * rest_size);
+    if (rest_size != 0)
+      std::memcpy(remainders, at(slice.remainder, whole * rest_size), rest * rest_size);
     work(part, tile);
     std::memcpy(values + whole, tile, rest * sizeof(float));
   }
@@ -217,14 +221,14 @@ void for_parts(const Slice& slice, int stream, float* values, bool stores, int n
 }  // namespace
 
 void unpack(const Slice& slice, int stream, float* values, int num_threads) {
-  for_parts(slice, stream, values, false, num_threads, [&](const Slice& part, float* to) {
-    current_isa().load_stream(part, stream, to);
-  });
+  for_parts(slice, stream, values, false, num_threads,
+            [&](const Slice& part, float* to) { current_isa().load_stream(part, stream, to); });
 }
 
 void pack(const Slice& slice, int stream, const float* values, int num_threads) {
-  for_parts(slice, stream, const_cast<float*>(values), true, num_threads,
-            [&](const Slice& part, float* from) { current_isa().store_stream(part, stream, from); });
+  for_parts(
+      slice, stream, const_cast<float*>(values), true, num_threads,
+      [&](const Slice& part, float* from) { current_isa().store_stream(part, stream, from); });
 }
 
 }  // namespace fused_optim

@@ -18,10 +18,11 @@ namespace fused_optim {
 
 namespace {
 
-// Multiples of 64, the widest granularity of a storage format. 16 K elements of AdamW in float32 are 448 KiB,
-// about 20 us: short enough to balance, long enough to hide the scheduling. A chunk begins with memory that
-// nothing has prefetched. So large steps have larger ones: 256 K instead of 16 K takes 3% off AdamW in
-// float32, 10% off AdamW and 12% off SGD in bfloat16 (GPT-2 small, 2 threads of an AMD EPYC); 4 M no more.
+// Multiples of 64, the widest granularity of a storage format. 16 K elements of AdamW in float32
+// are 448 KiB, about 20 us: short enough to balance, long enough to hide the scheduling. A chunk
+// begins with memory that nothing has prefetched. So large steps have larger ones: 256 K instead of
+// 16 K takes 3% off AdamW in float32, 10% off AdamW and 12% off SGD in bfloat16 (GPT-2 small, 2
+// threads of an AMD EPYC); 4 M no more.
 constexpr int64_t CHUNK = 16384, LARGE_CHUNK = 262144;
 // The last ones to end then keep the other threads waiting for 1% of a step at most.
 constexpr int64_t CHUNKS_PER_THREAD = 64;
@@ -84,7 +85,8 @@ int64_t n_parts(const Task& task, const std::vector<Layout>& layouts) {
   return task.layout >= 0 ? layouts[task.layout].n_blocks() : task.slice.numel;
 }
 
-void run_unit(const Unit& unit, const std::vector<Task>& tasks, const std::vector<Layout>& layouts) {
+void run_unit(const Unit& unit, const std::vector<Task>& tasks,
+              const std::vector<Layout>& layouts) {
   if (unit.task_end == unit.task + 1)
     return run_part(tasks[unit.task], layouts, unit.begin, unit.end);
   for (uint32_t t = unit.task; t < unit.task_end; t++)
@@ -153,8 +155,7 @@ void run(const std::vector<Task>& tasks, const std::vector<Layout>& layouts, int
   }
 
   const std::vector<Unit>& work = units;  // the workers' own thread_local units are empty
-  spread(work.size(), total, num_threads,
-         [&](size_t u) { run_unit(work[u], tasks, layouts); });
+  spread(work.size(), total, num_threads, [&](size_t u) { run_unit(work[u], tasks, layouts); });
 }
 
 const char* openmp_library() {

@@ -115,8 +115,9 @@ PyObject* Plan::explain(PyObject* groups, PyObject* state, const StepContext& co
     const Task& task = tasks_[t];
     const Packing* packing = task.packing >= 0 ? &packings_[task.packing] : nullptr;
     PyObject* entry = hold(check(Py_BuildValue(
-        "(LLOLOO)", static_cast<long long>(origins_[t].group), static_cast<long long>(origins_[t].index),
-        task.device >= 0 ? Py_True : Py_False, static_cast<long long>(moved_nbytes(task, packing)),
+        "(LLOLOO)", static_cast<long long>(origins_[t].group),
+        static_cast<long long>(origins_[t].index), task.device >= 0 ? Py_True : Py_False,
+        static_cast<long long>(moved_nbytes(task, packing)),
         task.streams >> EMA & 1 ? Py_True : Py_False, task.layout >= 0 ? Py_True : Py_False)));
     if (PyList_Append(served, entry) != 0) throw PythonError();
   }
@@ -131,8 +132,9 @@ void warn_of_negative_lr(double lr) {
   if (warned || lr >= -1e-12) return;  // what schedules end with for 0 is rounded to about -1e-18
   warned = true;
   char text[120];
-  std::snprintf(text, sizeof(text),
-                "step() with a negative learning rate, %g, moves uphill, as in torch.optim; said once", lr);
+  std::snprintf(
+      text, sizeof(text),
+      "step() with a negative learning rate, %g, moves uphill, as in torch.optim; said once", lr);
   if (PyErr_WarnEx(PyExc_UserWarning, text, 1) != 0) throw PythonError();
 }
 
@@ -152,8 +154,8 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
     PyObject* grad_write = hold(check(PyLong_FromLong(context.grad_write())));
     PyObject* batches = hold(batch_tasks());
     PyObject* grads = hold(batch_grads(context));
-    PyObject* ready = hold(check(PyObject_CallMethodObjArgs(
-        context.launcher, names.ready, batches, grads, grad_write, nullptr)));
+    PyObject* ready = hold(check(PyObject_CallMethodObjArgs(context.launcher, names.ready, batches,
+                                                            grads, grad_write, nullptr)));
     if (ready != Py_None) {  // why the kernels cannot run
       std::vector<bool> moved;
       for (const Task& task : tasks_) moved.push_back(task.device >= 0);
@@ -170,9 +172,9 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
   Py_ssize_t n_device = 0;
   for (const Task& task : tasks_) n_device += task.device >= 0;
   PyObject* fallbacks = fallbacks_ == nullptr ? Py_None : fallbacks_;
-  PyObject* outcome = hold(check(Py_BuildValue(
-      "(nnOO)", static_cast<Py_ssize_t>(tasks_.size()) - n_device, n_device, fallbacks,
-      hold(not_averaged()))));
+  PyObject* outcome =
+      hold(check(Py_BuildValue("(nnOO)", static_cast<Py_ssize_t>(tasks_.size()) - n_device,
+                               n_device, fallbacks, hold(not_averaged()))));
   commit(state, context);
   Py_INCREF(outcome);
   return outcome;
@@ -180,16 +182,16 @@ PyObject* Plan::step(PyObject* groups, PyObject* state, const StepContext& conte
 
 void Plan::fall_back(int64_t group, int64_t index, const char* reason) {
   if (fallbacks_ == nullptr) fallbacks_ = check(PyList_New(0));
-  PyObject* entry = check(Py_BuildValue("(LLs)", static_cast<long long>(group),
-                                        static_cast<long long>(index), reason));
+  PyObject* entry = check(
+      Py_BuildValue("(LLs)", static_cast<long long>(group), static_cast<long long>(index), reason));
   const int failed = PyList_Append(fallbacks_, entry);
   Py_DECREF(entry);
   if (failed) throw PythonError();
 }
 
-// Tensors that share memory must be stepped one after the other, as stock does, unless the shared memory
-// is only read (two params with one grad). What was compared in the last step and has not moved is not
-// compared again.
+// Tensors that share memory must be stepped one after the other, as stock does, unless the shared
+// memory is only read (two params with one grad). What was compared in the last step and has not
+// moved is not compared again.
 void Plan::move_overlapping_to_stock(bool anew) {
   const auto range_of = [&](size_t t, int s) {
     const Task& task = tasks_[t];
@@ -206,7 +208,8 @@ void Plan::move_overlapping_to_stock(bool anew) {
         written_.add({data, data + (numel + 63) / 64 * 2, t});
       }
     const auto* rest = static_cast<const char*>(tasks_[t].slice.remainder);
-    if (rest != nullptr) written_.add({rest, rest + numel * (packing.storage[PARAM] == SPLIT8 ? 1 : 2), t});
+    if (rest != nullptr)
+      written_.add({rest, rest + numel * (packing.storage[PARAM] == SPLIT8 ? 1 : 2), t});
   };
   std::vector<bool> overlaps;
   const auto mark = [&](size_t task) {
@@ -291,8 +294,8 @@ bool Plan::host_counts() const {
   return false;
 }
 
-// Lets the host wait for the grad scale and for whether to skip, if something it runs needs them. False:
-// the step is skipped.
+// Lets the host wait for the grad scale and for whether to skip, if something it runs needs them.
+// False: the step is skipped.
 bool Plan::resolve(const StepContext& context) {
   bool needed = fallbacks_ != nullptr || (context.skip_on_device && host_counts());
   for (const Task& task : tasks_) needed |= task.device < 0;
@@ -317,15 +320,14 @@ bool Plan::measure(const StepContext& context) {
     if (!is_plain(grads_[t]) && PyList_Append(sharded, grads_[t]) != 0) throw PythonError();
   }
   Sum sum;
-  Py_BEGIN_ALLOW_THREADS
-  sum = sum_of_squares(on_cpu, layouts_, context.num_threads);
-  Py_END_ALLOW_THREADS
-  const bool waits = !on_cpu.empty() ||
-                     (context.skip_on_device && (fallbacks_ != nullptr || host_counts()));
+  Py_BEGIN_ALLOW_THREADS sum = sum_of_squares(on_cpu, layouts_, context.num_threads);
+  Py_END_ALLOW_THREADS const bool waits =
+      !on_cpu.empty() || (context.skip_on_device && (fallbacks_ != nullptr || host_counts()));
   PyObject* clip = hold(check(PyObject_CallFunction(
       context.measured, "dOOOOO", sum.squares, sum.nonfinite ? Py_True : Py_False,
       fallbacks_ == nullptr ? Py_None : fallbacks_,
-      on_cpu.size() == tasks_.size() ? Py_None : context.launcher, waits ? Py_True : Py_False, sharded)));
+      on_cpu.size() == tasks_.size() ? Py_None : context.launcher, waits ? Py_True : Py_False,
+      sharded)));
   if (clip == Py_None) return false;
   const double value = number(clip);
   for (Task& task : tasks_) task.slice.clip = value;
@@ -367,7 +369,8 @@ void Plan::commit(PyObject* state, const StepContext& context) {
     entries.push_back(hold(check(PyObject_GetItem(state, fresh.param))));
     if (!PyDict_Check(entries.back())) raise(PyExc_TypeError, "a param's state must be a dict");
   }
-  // If a launch is interrupted (Ctrl-C), the others and the rest of the step still happen, then it raises.
+  // If a launch is interrupted (Ctrl-C), the others and the rest of the step still happen, then it
+  // raises.
   PyObject *error_type = nullptr, *error = nullptr, *traceback = nullptr;
   if (!device_tasks_.empty()) {
     PyObject* launched = PyObject_CallMethodNoArgs(context.launcher, names.launch);
@@ -384,13 +387,12 @@ void Plan::commit(PyObject* state, const StepContext& context) {
     else
       *static_cast<double*>(step.data) = step.value;
   }
-  Py_BEGIN_ALLOW_THREADS
-  run(tasks_, layouts_, context.num_threads);
-  Py_END_ALLOW_THREADS
-  for (const MovedStep& moved : moved_steps_)
-    if (PyDict_SetItem(moved.states, names.step, moved.step) != 0) throw PythonError();
-  // Only now: another thread must not read a state that is not yet written. The keys are strings, so
-  // no Python code runs here, and Ctrl-C waits.
+  Py_BEGIN_ALLOW_THREADS run(tasks_, layouts_, context.num_threads);
+  Py_END_ALLOW_THREADS for (const MovedStep& moved :
+                            moved_steps_) if (PyDict_SetItem(moved.states, names.step,
+                                                             moved.step) != 0) throw PythonError();
+  // Only now: another thread must not read a state that is not yet written. The keys are strings,
+  // so no Python code runs here, and Ctrl-C waits.
   for (size_t i = 0; i < entries.size(); i++)
     if (PyDict_Update(entries[i], pending_[i].states) != 0 ||
         (pending_[i].converted && !remove_nones(entries[i])))

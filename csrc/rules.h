@@ -1,6 +1,6 @@
-// Every update rule, simplest first. A rule is arithmetic on one element: it knows no pointer, dtype,
-// thread or storage format. Each rule names its options (keys of a param group; "betas.0" is the
-// first item of group["betas"]) and its states (keys of optimizer.state[param]), and has
+// Every update rule, simplest first. A rule is arithmetic on one element: it knows no pointer,
+// dtype, thread or storage format. Each rule names its options (keys of a param group; "betas.0" is
+// the first item of group["betas"]) and its states (keys of optimizer.state[param]), and has
 //   Options   what a param group says, as doubles in the order of option_names
 //   FLAGS     bit i: option i is true or false
 //   variant   the compile-time choices that these options make
@@ -82,8 +82,8 @@ struct SGD {
   }
 };
 
-// Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2, in the order of the
-// authors' PyTorch code.
+// Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2, in the order of
+// the authors' PyTorch code.
 struct Lion {
   static constexpr const char* name = "lion";
   static constexpr const char* option_names[] = {"lr", "betas.0", "betas.1", "weight_decay"};
@@ -227,8 +227,8 @@ struct Adam {
   static constexpr const char* option_names[] = {
       "lr", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"};
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  static constexpr const char* hyper_names[] = {"step_size", "beta1_comp",   "beta2",      "beta2_comp",
-                                                "eps_hat",   "weight_decay", "param_decay"};
+  static constexpr const char* hyper_names[] = {
+      "step_size", "beta1_comp", "beta2", "beta2_comp", "eps_hat", "weight_decay", "param_decay"};
   static constexpr unsigned FLAGS = 0b1100000;
   static constexpr unsigned SQUARES = 0b110;  // states like a second moment
   static constexpr bool has_step = true;

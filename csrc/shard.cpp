@@ -42,9 +42,7 @@ bool is_partial(PyObject* placements) {
 
 }  // namespace
 
-bool is_dtensor(PyObject* tensor) {
-  return !is_plain(tensor) && Py_TYPE(tensor) == dtensor_type();
-}
+bool is_dtensor(PyObject* tensor) { return !is_plain(tensor) && Py_TYPE(tensor) == dtensor_type(); }
 
 PyObject* Plan::part_of(PyObject* tensor, PyObject* param) {
   const bool plain = is_plain(tensor);

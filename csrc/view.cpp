@@ -20,7 +20,7 @@ std::string describe(const int64_t* shape, int ndim) {
 
 const char* name_of(Dtype dtype) {
   constexpr const char* NAMES[] = {"float32", "float64", "bfloat16", "float16",
-                                     "other",   "int8",    "uint8",    "int16"};
+                                   "other",   "int8",    "uint8",    "int16"};
   return NAMES[dtype];
 }
 
@@ -79,19 +79,40 @@ bool storage_holds(PyObject* tensor, const View& view) {
     throw;
   }
   Py_DECREF(storage);
-  return (call_int(tensor, names.storage_offset) + view.reach()) * ITEMSIZE[view.dtype == N_DTYPES ? view.whole : view.dtype] <= nbytes;
+  return (call_int(tensor, names.storage_offset) + view.reach()) *
+             ITEMSIZE[view.dtype == N_DTYPES ? view.whole : view.dtype] <=
+         nbytes;
 }
 
 void bind_torch() {
-  names = {interned("params"),     interned("step"),    interned("maximize"),
-           interned("differentiable"), interned("capturable"), interned("fused"),
-           interned("item"),       interned("untyped_storage"), interned("nbytes"),
-           interned("storage_offset"), interned("stage"), interned("ready"),
-           interned("launch"),     interned("moved"),   interned("waiting"),
-           interned("any_waiting"), interned("ema_decay"), interned("ema_warmup"),
-           interned("counted"), interned("state_dtype"), interned("master"),
-           interned("rounding_seed"), interned("param_remainder"), interned("param_indices"),
-           interned("_local_tensor"), interned("_spec"), interned("placements"), interned("mesh"),
+  names = {interned("params"),
+           interned("step"),
+           interned("maximize"),
+           interned("differentiable"),
+           interned("capturable"),
+           interned("fused"),
+           interned("item"),
+           interned("untyped_storage"),
+           interned("nbytes"),
+           interned("storage_offset"),
+           interned("stage"),
+           interned("ready"),
+           interned("launch"),
+           interned("moved"),
+           interned("waiting"),
+           interned("any_waiting"),
+           interned("ema_decay"),
+           interned("ema_warmup"),
+           interned("counted"),
+           interned("state_dtype"),
+           interned("master"),
+           interned("rounding_seed"),
+           interned("param_remainder"),
+           interned("param_indices"),
+           interned("_local_tensor"),
+           interned("_spec"),
+           interned("placements"),
+           interned("mesh"),
            interned("shape")};
   PyObject* module = check(PyImport_ImportModule("torch"));
   const auto get = [](PyObject* from, const char* name) {
@@ -118,8 +139,8 @@ void bind_torch() {
     PyErr_Clear();
     raise(PyExc_ImportError, "this torch has no DLPack C exchange API (torch >= 2.10 has)");
   }
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule, dlpack::CAPSULE_NAME));
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::CAPSULE_NAME));
   if (api == nullptr) throw PythonError();
   while (api != nullptr && api->header.major != dlpack::MAJOR_VERSION)
     api = static_cast<const dlpack::ExchangeApi*>(api->header.previous);

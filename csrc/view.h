@@ -97,7 +97,8 @@ inline bool View::read(PyObject* tensor) {
   strides = dl.strides;
   ndim = dl.ndim;
   device = {dl.device.type, dl.device.id};
-  if (device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST) device.type = dlpack::CPU;
+  if (device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST)
+    device.type = dlpack::CPU;
   if (device.type == dlpack::CPU) device.index = 0;
   complex = dl.dtype.code == dlpack::COMPLEX;
   dtype = whole = N_DTYPES;
@@ -141,7 +142,7 @@ inline int64_t View::reach() const {
   return last + 1;
 }
 
-bool truth(PyObject* value);  // of a value that may be null
+bool truth(PyObject* value);     // of a value that may be null
 double number(PyObject* value);  // of a number or a tensor with one element
 bool call_bool(PyObject* callable, PyObject* argument = nullptr);
 bool on_one_device(PyObject* a, PyObject* b);

@@ -13,7 +13,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace fused_optim {
-static bool avx2_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+static bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+}
 }  // namespace fused_optim
 
 #if defined(__clang__)

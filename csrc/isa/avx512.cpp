@@ -13,11 +13,16 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace fused_optim {
-static bool avx512_supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c"); }
+static bool avx512_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("f16c");
+}
 }  // namespace fused_optim
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,f16c"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,f16c"))), apply_to = function)
 #else
 // No pop: templates are instantiated at the end of the file and must still be in the region.
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,f16c")
