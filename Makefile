@@ -9,8 +9,8 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 # The bits are compared with those of the C++ kernels, so what is proven of these needs no second proof.
 # `make test INTERPRETED_TESTS=tests` takes hours.
 # In test_amp.py, False has GradScaler unscale by itself: nothing new.
-INTERPRETED_TESTS := $(addprefix tests/test_, triton_bits.py triton_one_pass.py triton_prepare.py \
-  triton_momentum.py triton_formats.py triton_packed.py amp.py default_device.py) -k "not False"
+INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py prepare.py momentum.py formats.py \
+  packed.py) tests/one_pass/test_amp.py tests/step/test_default_device.py -k "not False"
 
 .PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest clean
 
@@ -58,7 +58,7 @@ test-interpreted: $(VENV)/installed
 	$(INTERPRETED) $(BIN)/pytest -n auto -W ignore::RuntimeWarning:triton $(INTERPRETED_TESTS)
 
 # The pages, in build/docs. What Sphinx warns of is an error: links between pages and into the API reference that
-# lead nowhere, docstrings that it cannot read. tests/test_docs_pages.py runs what the pages say.
+# lead nowhere, docstrings that it cannot read. tests/docs/test_docs_pages.py runs what the pages say.
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
@@ -83,10 +83,10 @@ triton-oldest: $(VENV)/installed
 	test -d $(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0"'
 	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -q \
-	  tests/test_triton_launch.py tests/test_registry.py tests/test_codegen.py tests/test_sweep.py \
+	  $(addprefix tests/gpu/test_, triton_launch.py codegen.py sweep.py) tests/rules/test_registry.py \
 	  -k "not sm_80 and not sm_100 and not gfx942"
 	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -n auto -q -W ignore::RuntimeWarning:triton \
-	  tests/test_triton_bits.py tests/test_triton_prepare.py -k "not float16 and not float64"
+	  tests/gpu/test_triton_bits.py tests/gpu/test_triton_prepare.py -k "not float16 and not float64"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
@@ -106,9 +106,11 @@ sanitize: $(VENV)/installed
 	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
 	  'import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__'
 	$(SANITIZER_ENV) $(BIN)/pytest -q -n auto \
-	  tests/test_surgery.py::test_surgery_before_the_first_step tests/test_surgery.py::test_surgery_twice \
-	  tests/test_aliasing.py tests/test_grads.py tests/test_bad_input.py \
-	  tests/test_formats_codec.py tests/test_formats.py::test_layouts_go_to_the_kernels_or_around_them \
-	  tests/test_formats.py::test_a_format_may_be_changed_between_two_steps \
-	  tests/test_formats.py::test_copies_go_on_alike \
-	  tests/test_one_pass.py::test_layouts tests/test_one_pass.py::test_norm_is_exact_to_float64
+	  tests/step/test_surgery.py::test_surgery_before_the_first_step \
+	  tests/step/test_surgery.py::test_surgery_twice \
+	  tests/step/test_aliasing.py tests/step/test_grads.py tests/step/test_bad_input.py \
+	  tests/formats/test_formats_codec.py \
+	  tests/formats/test_formats.py::test_layouts_go_to_the_kernels_or_around_them \
+	  tests/formats/test_formats.py::test_a_format_may_be_changed_between_two_steps \
+	  tests/formats/test_formats.py::test_copies_go_on_alike \
+	  tests/one_pass/test_one_pass.py::test_layouts tests/one_pass/test_one_pass.py::test_norm_is_exact_to_float64

@@ -119,8 +119,8 @@ fi
 on_device() {
   grep -LE '^pytestmark = \[?needs_cpu_kernels|stub_gpu' "$@" | tr '\n' ' '
 }
-stage cuda 75 "$pytest tests/test_cuda.py"
-stage bits 110 "$pytest $(on_device tests/test_triton_*.py)"
+stage cuda 75 "$pytest tests/gpu/test_cuda.py"
+stage bits 110 "$pytest $(on_device tests/gpu/test_triton_*.py)"
 
 stage sweep 130 '"$PYTHON" benchmarks/sweep.py --cases float32 bfloat16 int8 --seconds 45 --json "$OUT/sweep.json"'
 
@@ -133,8 +133,8 @@ stage memcheck 90 'PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "$PYTHON" benchmarks/memcheck.py'
 
 # What makes tensors on cases.py's DEVICE, by itself or with the help of others.
-mapfile -t users < <(grep -lE '^from (twins|surgeries|numerics|phases) import|^from cases import .*DEVICE' \
-  $(ls tests/test_*.py | grep -vE '/test_(cuda|triton_)'))
+mapfile -t users < <(grep -lE '^from support\.(twins|surgeries|numerics|phases) import|^from support\.cases import .*DEVICE' \
+  $(ls tests/*/test_*.py | grep -vE '/test_(cuda|triton_)'))
 stage suite 300 "$pytest $(on_device "${users[@]}")"
 
 stage bench_all "$TOTAL_S" "$bench"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE
 
 from fused_optim import backends
+from support.cases import DEVICE
 
 # A reason is allowed when it starts with one of these: what a machine lacks, never what the code lacks.
 ALLOWED_SKIPS = (

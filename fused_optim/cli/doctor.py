@@ -28,9 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((), (37, 29), (70_001,))
 # Powers of 2, which no dtype rounds. Params of 0.5 to 1 grow to at most 5 (RMSprop moves by 10 * lr).
 LR, WEIGHT_DECAY = 2.0**-3, 2.0**-6
-# Roundings a step, of the rule that makes most (tests/bounds.py has them one by one). In float32, Adam with
-# weight decay: 4 of exp_avg, half of 4 of exp_avg_sq, at most 15 of the update and 3 of the param. In the
-# params' dtype: 1 of the param, 1 and a half of the states, and less than half that weight decay brings back.
+# Roundings a step, of the rule that makes most (tests/support/bounds.py has them one by one). In float32,
+# Adam with weight decay: 4 of exp_avg, half of 4 of exp_avg_sq, at most 15 of the update and 3 of the
+# param. In the params' dtype: 1 of the param, 1 and a half of the states, and less than half that weight
+# decay brings back.
 COMPUTED, STORED = 24, 3
 SERVED = ("cpu", "cuda")  # by kernels; ROCm answers to cuda
 OLDEST_TRITON = "3.6"  # as in pyproject.toml

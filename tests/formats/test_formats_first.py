@@ -1,0 +1,75 @@
+"""First states in other formats: made where the param lies, as converting zeros would make them."""
+
+import itertools
+
+import pytest
+import torch
+from formats.test_formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
+from torch import Tensor, nn
+
+from fused_optim import formats
+from support.cases import SHAPES, Case
+from support.marks import needs_cpu_kernels
+from support.twins import STATE_CASES, by_id
+
+pytestmark = needs_cpu_kernels
+
+CHOSEN = {"scalar", "16385", "large_grad_transposed", "channels_last", "sliced", "grad_expanded"}
+FEW_SHAPES = [shape for shape in SHAPES if shape.id in CHOSEN]
+
+
+def initial_value(case: Case) -> float:
+    return dict(case.options).get("initial_accumulator_value", 0.0)
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@pytest.mark.parametrize("case", STATE_CASES, ids=by_id)
+def test_bits_of_converted_zeros(case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape, dtype, state_dtype, master in itertools.product(
+        FEW_SHAPES, DTYPES, STATE_DTYPES.values(), MASTERS
+    ):
+        param = nn.Parameter(shape.param(dtype, generator))
+        param.grad = shape.grad(dtype, generator)
+        extra = {} if dtype == torch.float32 else {"master": master}
+        opt = case.fused([param], state_dtype=state_dtype, **extra)
+        group = opt.param_groups[0]
+        if not formats.applies(param, group):
+            continue
+        created = opt._create_state(param, group)
+        if initial_value(case) == 0:
+            assert not any(value.any() for value in created.values())
+        key = (0, formats.CONVERTING, 0)
+        expected = formats.encode_states(param, group, created, opt._description(), key)
+        firsts = [opt._create_packed(param, group)]
+        if param in opt.state:  # torch.optim's constructor has made them
+            firsts.append(opt._convert_state(param, group, opt.state[param]))
+        for first in firsts:
+            assert first.keys() == {key for key, value in expected.items() if value is not None}
+            for key, value in first.items():
+                assert value.dtype == expected[key].dtype and value.device == param.device
+                assert value.stride() == expected[key].stride()
+                assert torch.equal(value, expected[key])
+
+
+@pytest.mark.parametrize("case", [c for c in STATE_CASES if not initial_value(c)], ids=by_id)
+@pytest.mark.parametrize("key", ["capturable", "fused", None])
+def test_nothing_is_read_from_the_device(case: Case, key: str | None) -> None:
+    """A meta tensor has nothing that could be read."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, (dtype, state_dtype, master) in itertools.product(FEW_SHAPES, EACH_FORMAT):
+        param = nn.Parameter(on_meta(shape.param(dtype, generator)))
+        param.grad = on_meta(shape.grad(dtype, generator))
+        opt = case.fused([param], state_dtype=state_dtype, master=master)
+        group = opt.param_groups[0]
+        if key in group:
+            group[key] = True
+        first = opt._create_packed(param, group)
+        if "step" in first:
+            assert first["step"].is_meta == (opt._description()["has_step"] and key in group)
+        if param in opt.state:  # torch.optim's constructor has made them
+            first |= opt._convert_state(param, group, opt.state[param])
+        assert all(value.is_meta for name, value in first.items() if name != "step")

@@ -1,0 +1,171 @@
+"""Triton kernels give the C++ kernels' bits, in the interpreter and on a GPU alike.
+
+Compared are all bits of params and states; a NaN is a NaN, whatever its payload and sign.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rules.test_bitwise import Streams, assert_same_bits, bits, one_case_each, wild
+from torch import Tensor
+
+import fused_optim
+from fused_optim import backends
+from support.cases import BACKEND, CASES, DEVICE, DTYPES, SHAPES, Case
+from support.twins import ONE_EACH, STATE_CASES
+
+if BACKEND != "triton":
+    pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
+
+N_STEPS = 2
+# The interpreter takes blocks of 8192 elements and chunks of 16384, a GPU 512 and 2048.
+NUMELS = (0, 1, 8193, 16385)
+MISALIGNED = 1031
+
+
+@contextmanager
+def cpp_kernels() -> Iterator[None]:
+    """In the interpreter's process: CPU tensors go to the C++ kernels meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "device_types", lambda: 0)
+        patch.setattr(backends, "interpreted", lambda: False)
+        yield
+
+
+def params_and_grads(dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list, list[list]]:
+    """CPU tensors: one of each size, one that is not aligned, one whose grad lies transposed."""
+    params = [wild(numel, dtype, seed=0).clone() for numel in NUMELS]
+    params.append(wild(MISALIGNED + 1, dtype, seed=1)[1:])
+    params.append(wild(37 * 29, dtype, seed=2).view(37, 29).clone())
+    grads = []
+    for step in range(1, N_STEPS + 1):
+        now = [wild(p.numel(), grad_dtype, seed=step).view(p.shape).clone() for p in params]
+        now[-1] = now[-1].t().contiguous().t()
+        grads.append(now)
+    return params, grads
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, with the same alignment and strides."""
+    flat = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype, device=device)
+    offset = tensor.storage_offset()
+    copy = flat[offset : offset + tensor.numel()].as_strided(tensor.shape, tensor.stride(), offset)
+    return copy.copy_(tensor)
+
+
+def streams(
+    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device, **options
+) -> Streams:
+    params, grads = params_and_grads(dtype, grad_dtype)
+    params = [moved(param, device) for param in params]
+    for param in params:
+        if grad_dtype != dtype:
+            param.grad_dtype = grad_dtype
+    optimizer = case.fused(params, **options)
+    for now in grads:
+        for param, grad in zip(params, now):
+            param.grad = moved(grad, device)
+        optimizer.step()
+    assert optimizer.last_step.fallbacks == []
+    found = {f"param {i}": bits(param.cpu()) for i, param in enumerate(params)}
+    for i, param in enumerate(params):
+        for key, value in optimizer.state[param].items():
+            found[f"{key} {i}"] = bits(value.cpu())
+    found["backend"] = torch.tensor([optimizer.last_step.tensors.get("triton", 0)])
+    return found
+
+
+def assert_bits_of_cpp(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, **options) -> None:
+    ours = streams(case, dtype, grad_dtype, DEVICE, **options)
+    assert ours.pop("backend").item() == len(NUMELS) + 2
+    with cpp_kernels():
+        reference = streams(case, dtype, grad_dtype, torch.device("cpu"))
+    assert reference.pop("backend").item() == 0
+    assert_same_bits(ours, reference)
+
+
+def with_dtypes(cases: list[Case], computed: Sequence[torch.dtype]) -> pytest.MarkDecorator:
+    """All cases in the dtypes that are computed in; in others, one of each set of states."""
+    pairs = [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}")
+        for case in cases
+        for dtype in DTYPES
+        if dtype in computed or case in STATE_CASES
+    ]
+    return pytest.mark.parametrize(("case", "dtype"), pairs)
+
+
+@with_dtypes(CASES, (torch.float32, torch.float64))
+def test_same_bits(case: Case, dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, dtype)
+
+
+# The device prepares the same float64 numbers whatever the dtype of the params.
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}")
+        for case in CASES
+        if "capturable" in getattr(fused_optim, case.optimizer)([torch.zeros(1)]).defaults
+        for dtype in DTYPES
+        if dtype == torch.float32 or case in ONE_EACH
+    ],
+)
+def test_same_bits_with_hypers_prepared_on_the_device(case: Case, dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, dtype, capturable=True)
+
+
+MIXED = [
+    case
+    for case in CASES
+    if case.optimizer in ("SGD", "RMSprop", "Adagrad") and "centered" not in dict(case.options)
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case", {case.optimizer: case for case in MIXED}.values(), ids=lambda case: case.id
+)
+def test_same_bits_of_mixed_dtypes(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    assert_bits_of_cpp(case, dtype, grad_dtype)
+
+
+@one_case_each
+def test_same_bits_in_every_layout(case: Case) -> None:
+    """Params and grads that are slices, transposed or expanded, against contiguous copies."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape for shape in SHAPES if not shape.id.isdecimal()]
+    params = [shape.param(torch.float32, generator) for shape in shapes]
+    grads = [[shape.grad(torch.float32, generator) for shape in shapes] for _ in range(N_STEPS)]
+
+    def outcome(params: list[Tensor], grads: list[list[Tensor]], backend: str) -> Streams:
+        optimizer = case.fused(params)
+        for now in grads:
+            for param, grad in zip(params, now):
+                param.grad = grad
+            optimizer.step()
+        assert optimizer.last_step.tensors == {backend: len(shapes)}
+        found = {f"param {shape.id}": bits(p.cpu()) for shape, p in zip(shapes, params)}
+        for shape, param in zip(shapes, params):
+            for key, value in optimizer.state[param].items():
+                found[f"{key} {shape.id}"] = bits(value.cpu())
+        return found
+
+    copies = [p.cpu().clone(memory_format=torch.contiguous_format) for p in params]
+    grad_copies = [
+        [g.cpu().clone(memory_format=torch.contiguous_format) for g in now] for now in grads
+    ]
+    ours = outcome(params, grads, "triton")
+    with cpp_kernels():
+        assert_same_bits(ours, outcome(copies, grad_copies, "cpu"))

@@ -1,0 +1,163 @@
+"""Hypers prepared on the device are those that the host prepares, bit for bit."""
+
+import pytest
+import torch
+
+from fused_optim import _C, ema
+from support.cases import BACKEND, DEVICE
+
+if BACKEND != "triton":
+    pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
+
+from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, VARIANT
+from fused_optim.triton_kernels.prepare import (
+    EMA_DECAY,
+    EMA_WARMUP,
+    OPTIONS_ROW,
+    STEP,
+    prepare,
+)
+from fused_optim.triton_kernels.rules import FIRST_STEP
+from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK, prepare_constants
+
+RULES = _C.rules()
+# As float32 counts them (up to 2^24, where it stops) and as float64 does.
+STEPS = [*range(1, 60), 999, 1000, 12345, 2**20 + 1, 2**24 - 1, 2**24, 2**31 + 7, 2**40 + 3]
+WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def random_options(rule: str, generator: torch.Generator) -> list[float]:
+    """Rates of any size, and betas from 0 to just below 1."""
+    values = []
+    for name in RULES[rule]["options"]:
+        drawn = torch.rand((), dtype=torch.float64, generator=generator).item()
+        if name.startswith("betas"):
+            drawn = 1 - 10 ** (-6 * drawn)
+        elif name in ("lr", "eps", "lr_decay"):
+            drawn = 10 ** (-9 * drawn)
+        values.append(drawn)
+    return values
+
+
+def numbers(tensor: torch.Tensor) -> list[int]:
+    """Tagged addresses of all elements."""
+    wide = tensor.dtype == torch.float64
+    return [tensor.data_ptr() + i * tensor.element_size() | wide for i in range(tensor.numel())]
+
+
+def run(
+    rule: str,
+    options: list[list[float]],
+    addresses: list[list[int]],
+    steps: list[int],
+    waiting: list[int],
+    rows: list[int],
+    known_step: float = 0.0,
+    found_inf: torch.Tensor | None = None,
+    n_averaged: list[int] | None = None,
+    decay: float = 0.0,
+    warmup: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Rows of hypers' bits in this dtype, on the CPU."""
+    n_options = len(RULES[rule]["options"])
+    table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
+    table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
+    table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, STEP.value] = 1.0, -1.0, known_step
+    table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
+    tagged = torch.zeros(len(options), 8, dtype=torch.int64)
+    tagged[:, :n_options] = torch.tensor(addresses)
+    hypers = torch.full((len(rows), ROW.value), 7, dtype=WORDS[dtype], device=DEVICE)
+    counts = n_averaged or [0] * len(rows)
+    table_of_steps = torch.tensor([steps, waiting, counts, rows]).t().contiguous()
+    prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
+        table_of_steps.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
+        **prepare_constants(rule, averages=n_averaged is not None),
+        **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
+    )  # fmt: skip
+    return hypers.cpu()
+
+
+def assert_bits(hypers: torch.Tensor, rule: str, options: list[float], step: float) -> None:
+    expected = torch.tensor(_C.prepare(rule, options, step), dtype=torch.float64)
+    if hypers.dtype == torch.int32:
+        expected = expected.float()
+    found = hypers[: len(expected)]
+    assert torch.equal(found, expected.view(hypers.dtype)), (rule, options, step)
+
+
+def values(hypers: torch.Tensor, column: int) -> torch.Tensor:
+    return hypers.view(torch.float32 if hypers.dtype == torch.int32 else torch.float64)[:, column]
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_hypers", [torch.float32, torch.float64], ids=str)
+def test_same_bits_and_steps_advanced(
+    rule: str, dtype: torch.dtype, of_hypers: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = [random_options(rule, generator) for _ in range(7)]
+    before = torch.tensor(STEPS, dtype=torch.float64).sub(1).to(dtype).repeat(3)
+    after = before + 1  # as the CPU adds: float32 stays where it can count no further
+    step = before.to(DEVICE)
+    n = len(step)
+    rows = [i % 7 for i in range(n)]
+    nothing = [[0] * len(options[0])] * 7
+    hypers = run(rule, options, nothing, numbers(step), [0] * n, rows, dtype=of_hypers)
+    assert torch.equal(step.cpu(), after)
+    for i in range(n):
+        assert_bits(hypers[i], rule, options[rows[i]], after[i].item())
+    low, high = hypers[:, STEP.value].long(), hypers[:, STEP.value + 1].long()
+    assert torch.equal((high << 32) + (low & 0xFFFFFFFF), after.long())
+    assert (hypers[:, VARIANT.value] == 1).all()
+    assert (values(hypers, GRAD_SIGN.value) == -1).all()
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    options = random_options(rule, generator)
+    on_device = torch.tensor(options, dtype=torch.float64).to(dtype).to(DEVICE)
+    addresses = [a if o % 2 == 0 else 0 for o, a in enumerate(numbers(on_device))]
+    seen = [v if o % 2 == 0 else options[o] for o, v in enumerate(on_device.double().tolist())]
+    hypers = run(rule, [options], [addresses], [0] * 3, [0] * 3, [0] * 3, known_step=5.0)
+    for row in hypers:
+        assert_bits(row, rule, seen, 5.0)
+
+
+@every_rule
+def test_skipped_step_advances_nothing(rule: str) -> None:
+    options = random_options(rule, torch.Generator().manual_seed(2))
+    step = torch.arange(5.0, device=DEVICE)
+    started = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE)
+    nothing = [[0] * len(options)]
+    for found_inf, advanced in ((1.0, 0), (0.0, 1)):
+        flag = torch.tensor(found_inf, device=DEVICE)
+        before, waiting = step.cpu().clone(), started.cpu() == 0
+        hypers = run(
+            rule, [options], nothing, numbers(step), numbers(started), [0] * 5, found_inf=flag
+        )
+        assert torch.equal(step.cpu(), before + advanced)
+        assert torch.equal(hypers[:, VARIANT.value], 1 + FIRST_STEP.value * waiting)
+    assert started.cpu().tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("warmup", [False, True], ids=["constant", "warmed up"])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
+    count = torch.tensor([0.0, 1.0, 2.0, 7.0, 8889.0, 2.0**24 - 1], device=DEVICE)
+    before, n = count.tolist(), len(count)
+    options, nothing = random_options("sgd", torch.Generator().manual_seed(3)), [0] * n
+    for skip in (1.0, 0.0):
+        hypers = run(
+            "sgd", [options], [[0] * len(options)], nothing, nothing, nothing, known_step=1.0,
+            found_inf=torch.tensor(skip, device=DEVICE), n_averaged=numbers(count), decay=decay,
+            warmup=warmup,
+        )  # fmt: skip
+        group = {"ema_decay": decay, "ema_warmup": warmup}
+        expected = [ema.weight(group, int(averaged)) for averaged in before]
+        assert values(hypers, EMA_WEIGHT.value).tolist() == expected
+        assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

@@ -1,0 +1,123 @@
+"""Table, classes, kernels and torch.optim list the same optimizers, options and states."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from formats import test_formats
+
+import fused_optim
+from fused_optim import _C
+from support import distributed_worker
+from support.cases import CASES, VARIANTS, Case, stock_class
+
+RULES = _C.rules()
+every_optimizer = pytest.mark.parametrize("name", VARIANTS)
+
+# Choose an implementation, not the arithmetic.
+IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
+# Part of the arithmetic, but of no rule: the sign is put on the grad as it is loaded, and the
+# accumulator's first value is written when its state is created.
+OUTSIDE_THE_RULE = {"maximize", "initial_accumulator_value"}
+
+
+def cases_of(name: str) -> list[Case]:
+    return [case for case in CASES if case.optimizer == name]
+
+
+def fused_class(name: str) -> type:
+    return getattr(fused_optim, name)
+
+
+def test_table_package_and_kernels_list_the_same_optimizers() -> None:
+    exported = (getattr(fused_optim, name) for name in fused_optim.__all__)
+    classes = {
+        item.__name__
+        for item in exported
+        if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)
+    }
+    assert classes - {"FusedOptimizer"} == VARIANTS.keys()
+    assert {fused_class(name)._rule for name in VARIANTS} == RULES.keys()
+
+
+def test_every_table_of_tests_lists_all_optimizers() -> None:
+    assert test_formats.OPTIMIZERS.keys() == VARIANTS.keys()
+    assert distributed_worker.OPTIMIZERS.keys() == VARIANTS.keys()
+
+
+@every_optimizer
+def test_class_is_the_stock_class_with_another_step(name: str) -> None:
+    ours, stock = fused_class(name), stock_class(name)
+    assert issubclass(ours, stock) and ours.__name__ == stock.__name__
+    assert ours.step is not stock.step
+    assert issubclass(stock, ours._stock)
+
+
+@every_optimizer
+def test_options_of_the_rule_are_those_of_the_group(name: str) -> None:
+    group = cases_of(name)[0].stock([torch.zeros(1)]).param_groups[0]
+    flattened = set()
+    for key in group.keys() - IMPLEMENTATION - OUTSIDE_THE_RULE:
+        if isinstance(group[key], tuple):
+            flattened |= {f"{key}.{i}" for i in range(len(group[key]))}
+        else:
+            flattened.add(key)
+    options = RULES[fused_class(name)._rule]["options"]
+    assert len(options) == len(set(options))
+    assert set(options) == flattened
+
+
+@every_optimizer
+def test_states_of_the_rule_are_those_stock_creates(name: str) -> None:
+    created = set()
+    for case in cases_of(name):
+        param = torch.zeros(3)
+        param.grad = torch.ones(3)
+        optimizer = case.stock([param])
+        optimizer.step()
+        created |= optimizer.state[param].keys()
+    states = RULES[fused_class(name)._rule]["states"]
+    assert len(states) == len(set(states))
+    assert set(states) == created - {"step"}
+
+
+def test_triton_lists_the_same_rules_states_and_hypers_in_the_same_order() -> None:
+    rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
+    prepare = importlib.import_module("fused_optim.triton_kernels.prepare")
+    assert list(rules.RULES) == list(RULES)
+    for name, rule in rules.RULES.items():
+        assert list(rule.states) == RULES[name]["states"]
+        assert list(rule.options) == RULES[name]["options"]
+        assert list(rule.hypers) == RULES[name]["hypers"]
+        assert sum(rule.deciding) == RULES[name]["deciding"]
+        assert rule.squares == RULES[name]["squares"]
+        assert rule.update.fn.__name__ == getattr(prepare, name).fn.__name__ == name
+
+
+def test_triton_and_cpp_mean_the_same_by_the_bits_of_a_variant() -> None:
+    rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
+    source = Path(__file__).parents[2].joinpath("csrc/rules.h").read_text()
+    found = dict(
+        re.findall(r"\b([A-Z_]+) = (\d+)", " ".join(re.findall(r"enum : unsigned {(.*)}", source)))
+    )
+    named = {name for name, value in vars(rules).items() if type(value).__name__ == "constexpr"}
+    assert named == found.keys() - {"VARIANTS"}
+    for line in re.findall(r"enum : unsigned {(.*)}", source):
+        for name, value in re.findall(r"\b([A-Z_]+) = (\d+)", line):
+            if name != "VARIANTS" and value != "0":  # a rule without a first step of its own
+                assert getattr(rules, name).value == int(value), name
+
+
+@every_optimizer
+def test_table_has_every_option(name: str) -> None:
+    constructor = inspect.signature(stock_class(name)).parameters
+    tried = {key for case in cases_of(name) for key, _ in case.options}
+    assert constructor.keys() - IMPLEMENTATION - tried == {"lr"} - tried
+    assert any("lr" in case.tensor_options for case in cases_of(name))
+
+
+def test_case_names_are_unique() -> None:
+    assert len({case.id for case in CASES}) == len(CASES)
