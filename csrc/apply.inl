@@ -5,9 +5,9 @@ namespace fused_optim {
 namespace {
 
 #include "lanes.h"
+#include "dtypes.h"
 #include "formats.h"
-#include "packed.h"
-#include "packed_kernel.h"
+#include "streams.h"
 #include "rules.h"
 
 // The roof: the same loop and traffic with next to no arithmetic.
@@ -287,20 +287,22 @@ constexpr Kernel kernel_of() {
    kernel_of<RULE, FORM, 9>(),  kernel_of<RULE, FORM, 10>(), kernel_of<RULE, FORM, 11>(), \
    kernel_of<RULE, FORM, 12>(), kernel_of<RULE, FORM, 13>(), kernel_of<RULE, FORM, 14>(), \
    kernel_of<RULE, FORM, 15>()},
-#define FORMATS_OF(RULE)                                                                     \
+#define FORMS_OF(RULE)                                                                       \
   {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)      \
        VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>) VARIANTS_OF(RULE, Mixed) \
            VARIANTS_OF(RULE, Packed) VARIANTS_OF(RULE, PackedPairs)},
 
+// By rule, in the order of the registry, and KernelForm.
+constexpr Kernel kernels[][N_FORMS][MAX_VARIANTS] = {FUSED_OPTIM_RULES(FORMS_OF)};
+
 }  // namespace
 
-// In the order of RuleId and Format.
 #define FUSED_OPTIM_ISA_TABLE(NAME, SUPPORTED)                                            \
   extern const Isa NAME;                                                                  \
   const Isa NAME = {                                                                      \
       #NAME,                                                                              \
       SUPPORTED,                                                                          \
-      {FUSED_OPTIM_RULES(FORMATS_OF)},                                                    \
+      kernels,                                                                            \
       {&sum_of_squares<Uniform<Direct<float>>>, &sum_of_squares<Uniform<Direct<double>>>, \
        &sum_of_squares<Uniform<BFloat16>>, &sum_of_squares<Uniform<Float16>>},            \
       &load_stream,                                                                       \

@@ -385,13 +385,14 @@ void Plan::gather_param(Group& group, int64_t index, uint64_t ordinal, PyObject*
     if (task.layout >= 0) std::copy(parts, parts + MAX_STREAMS, to_stage_[task.device].begin());
   } else {
     const bool all_bf16 = all_same && p.dtype == BF16;
-    const Format format = task.packing >= 0 ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED
-                          : !all_same       ? MIXED
-                          : p.dtype == F32  ? ALL_F32
-                          : p.dtype == F64  ? ALL_F64
-                          : p.dtype == BF16 ? ALL_BF16
-                                            : ALL_F16;
-    task.kernel = current_isa().kernels[rule_index_][format][variant];
+    const KernelForm form = task.packing >= 0
+                                ? all_bf16 && packing.in_pairs() ? PACKED_BF16 : PACKED
+                            : !all_same       ? MIXED
+                            : p.dtype == F32  ? ALL_F32
+                            : p.dtype == F64  ? ALL_F64
+                            : p.dtype == BF16 ? ALL_BF16
+                                              : ALL_F16;
+    task.kernel = current_isa().kernels[rule_index_][form][variant];
     task.hypers = group.hypers;
   }
   if (task.packing >= 0)

@@ -11,6 +11,9 @@ constexpr int MAX_STREAMS = EMA + 1;
 constexpr int MAX_HYPERS = 8;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
+// States of 8 bits: elements of one scale; elements of the smallest state that has 8 bits, others
+// stay float32.
+constexpr int SCALE_BLOCK = 64, SMALLEST_INT8 = 4096;
 
 // The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams
 // only.
@@ -19,7 +22,7 @@ constexpr int ITEMSIZE[] = {4, 8, 2, 2, 0, 1, 1, 2};
 
 // How a kernel reads its streams: all of one dtype, or any mix of the three that compute in
 // float32; with some of them packed, of any dtypes or bfloat16 all of them.
-enum Format : uint8_t {
+enum KernelForm : uint8_t {
   ALL_F32,
   ALL_F64,
   ALL_BF16,
@@ -27,17 +30,17 @@ enum Format : uint8_t {
   MIXED,
   PACKED,
   PACKED_BF16,
-  N_FORMATS
+  N_FORMS
 };
 
-// What a stream's bits mean (packed.h): its dtype alone says it; it is rounded stochastically; 8
+// What a stream's bits mean (formats.h): its dtype alone says it; it is rounded stochastically; 8
 // bits with a scale; a param with a remainder of 8 or 16 bits.
 enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 
 // For all of a tensor.
 struct Packing {
   Storage storage[MAX_STREAMS];
-  uint16_t* scales[MAX_STREAMS];  // bfloat16, one for 64 elements
+  uint16_t* scales[MAX_STREAMS];  // bfloat16, one for each scale block
   uint64_t seeds[MAX_STREAMS];    // of the keys, of which the step makes others each time
   uint32_t keys[MAX_STREAMS][2];  // of the random bits
   int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
@@ -62,7 +65,7 @@ struct Slice {
   double ema_weight;       // ema = lerp(ema, param, ema_weight); 1 copies
   const Packing* packing;  // null: all streams are PLAIN
   void* remainder;         // the param's; a stream of its own
-  int64_t first;  // the run's first element is this one of the tensor; if packed, a multiple of 64
+  int64_t first;  // index of the run's first element in the tensor; packed: starts a scale block
 };
 
 using Kernel = void (*)(const Slice&);
@@ -86,13 +89,10 @@ inline void prefetch(const void* base, int64_t offset = 0) {
 #endif
 }
 
-enum RuleId : int;
-constexpr int MAX_RULES = 8;
-
 struct Isa {
   const char* name;
   bool (*supported)();
-  Kernel kernels[MAX_RULES][N_FORMATS][MAX_VARIANTS];  // null where the variant is not valid
+  const Kernel (*kernels)[N_FORMS][MAX_VARIANTS];  // of each rule; null: the variant is not valid
   NormKernel norm[N_DTYPES];
   void (*load_stream)(const Slice&, int stream, float* values);
   void (*store_stream)(const Slice&, int stream, const float* values);

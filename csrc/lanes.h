@@ -1,7 +1,7 @@
 // A register of 32-bit numbers and how several are packed into narrower ones. GCC 12 vectorises
-// arithmetic well but not what narrows in the same loop, so the formats of packed.h say it register
+// arithmetic well but not what narrows in the same loop, so the codecs of formats.h say it register
 // by register, in the vector types that GCC and Clang have for every instruction set. Included
-// inside a namespace, like formats.h. (16 lanes instead of 8 take 11% off AdamW with int8 states
+// inside a namespace, like dtypes.h. (16 lanes instead of 8 take 11% off AdamW with int8 states
 // and 15% with bfloat16 ones, in the cache of an AMD EPYC.)
 #if defined(FUSED_OPTIM_AVX512)
 constexpr int LANES = 16;

@@ -8,9 +8,6 @@ namespace fused_optim {
 
 namespace {
 
-constexpr int64_t GROUP = 64;            // elements of one scale, packed.h
-constexpr int64_t SMALLEST_INT8 = 4096;  // elements; smaller states stay float32
-
 uint64_t splitmix(uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -134,7 +131,7 @@ bool Plan::read_packing(const Group& group, PyObject* param, const View& p, cons
       View scales;
       if (view.whole != (is_square ? U8 : I8) || !lies_alike(view) || !is_plain(scale) ||
           !scales.read(scale) || scales.dtype != BF16 || scales.ndim != 1 || !scales.contiguous() ||
-          scales.shape[0] != (numel + GROUP - 1) / GROUP || scales.device != p.device ||
+          scales.shape[0] != (numel + SCALE_BLOCK - 1) / SCALE_BLOCK || scales.device != p.device ||
           !has_memory(scale, scales))
         return false;
       packing.storage[STATES + s] = is_square ? ROOT8 : SIGNED8;
@@ -173,16 +170,16 @@ void Plan::enter_packing(Group& group, int64_t index, uint64_t ordinal, double s
 
 namespace {
 
-// Calls work(part, values) for parts of the stream that are whole groups, the last one in buffers.
+// Calls work(part, values) for parts of the stream that are whole blocks, the last one in buffers.
 template <class Work>
 void for_parts(const Slice& slice, int stream, float* values, bool stores, int num_threads,
                Work work) {
-  constexpr int64_t PART = 256 * GROUP;
+  constexpr int64_t PART = 256 * SCALE_BLOCK;
   const int itemsize = ITEMSIZE[slice.dtypes[stream]];
   const int rest_size = slice.remainder == nullptr                ? 0
                         : slice.packing->storage[PARAM] == SPLIT8 ? 1
                                                                   : 2;
-  const int64_t whole = slice.numel / GROUP * GROUP;
+  const int64_t whole = slice.numel / SCALE_BLOCK * SCALE_BLOCK;
   const auto at = [](void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; };
   const size_t n_parts = static_cast<size_t>((whole + PART - 1) / PART);
   spread(n_parts, whole, num_threads, [&](size_t p) {
@@ -195,11 +192,11 @@ void for_parts(const Slice& slice, int stream, float* values, bool stores, int n
   });
   const int64_t rest = slice.numel - whole;
   if (rest == 0) return;
-  unsigned char codes[GROUP * 4] = {}, remainders[GROUP * 2] = {};
-  float tile[GROUP] = {};
+  unsigned char codes[SCALE_BLOCK * 4] = {}, remainders[SCALE_BLOCK * 2] = {};
+  float tile[SCALE_BLOCK] = {};
   Slice part = slice;
   part.first = whole;
-  part.numel = GROUP;
+  part.numel = SCALE_BLOCK;
   part.streams[stream] = codes;
   if (rest_size != 0) part.remainder = remainders;
   char* const stream_end = at(slice.streams[stream], whole * itemsize);

@@ -1,6 +1,6 @@
 """Storage formats of states and params: what a param group asks for, and between them and float32.
 
-The kernels read and write these formats themselves (csrc/packed.h); here is what happens outside of a step.
+The kernels read and write these formats themselves (csrc/formats.h); here is what happens outside of a step.
 """
 
 from __future__ import annotations

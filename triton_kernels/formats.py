@@ -1,6 +1,6 @@
 """Storage formats of less than 32 bits: how float32 becomes codes, and codes float32.
 
-csrc/packed.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16), as the scales are, of
+csrc/formats.h's formats, bit for bit. Codes of 16 bits are bit patterns (uint16), as the scales are, of
 a bfloat16. `random` are 16 random bits for each element (uint32). What is not finite is rare and takes many
 instructions: with SPECIAL false the functions do without it, and the caller has made sure that there is none.
 

@@ -1,17 +1,17 @@
-// Formats of a kernel in which some stream is packed, and of one packed stream by itself. Included
-// inside a namespace, like packed.h.
+// Streams between memory and float32, whatever their storage: forms of a kernel in which some
+// stream is packed, and one packed stream by itself. Included inside a namespace, like formats.h.
 
-// How a stream is read and written, GROUP elements from the slice's element i on: functions out of
-// line, once per instruction set, chosen once per slice.
-using LoadGroup = void (*)(const Slice& slice, int s, int64_t i, float* to);
-using StoreGroup = void (*)(const Slice& slice, int s, int64_t i, const float* from);
+// How a stream is read and written, SCALE_BLOCK elements from the slice's element i on: functions
+// out of line, once per instruction set, chosen once per slice.
+using LoadTile = void (*)(const Slice& slice, int s, int64_t i, float* to);
+using StoreTile = void (*)(const Slice& slice, int s, int64_t i, const float* from);
 
 template <class S>
 inline S* at(const Slice& slice, int s, int64_t i) {
   return static_cast<S*>(slice.streams[s]) + i;
 }
 inline uint16_t& scale_at(const Slice& slice, int s, int64_t i) {
-  return slice.packing->scales[s][(slice.first + i) / GROUP];
+  return slice.packing->scales[s][(slice.first + i) / SCALE_BLOCK];
 }
 template <class Draw>
 inline Draw random_at(const Slice& slice, int s, int64_t i) {
@@ -20,13 +20,13 @@ inline Draw random_at(const Slice& slice, int s, int64_t i) {
 
 inline void load_float(const Slice& slice, int s, int64_t i, float* to) {
   const float* const from = at<float>(slice, s, i);
-  for (int k = 0; k < GROUP; k += LANES) {  // GCC would call memmove for all
+  for (int k = 0; k < SCALE_BLOCK; k += LANES) {  // GCC would call memmove for all
     const Floats some = load_floats(from + k);
     std::memcpy(to + k, &some, sizeof(some));
   }
 }
 inline void store_float(const Slice& slice, int s, int64_t i, const float* from) {
-  for (int k = 0; k < GROUP; k += LANES) {
+  for (int k = 0; k < SCALE_BLOCK; k += LANES) {
     const Floats some = load_floats(from + k);
     std::memcpy(at<float>(slice, s, i + k), &some, sizeof(some));
   }
@@ -34,16 +34,17 @@ inline void store_float(const Slice& slice, int s, int64_t i, const float* from)
 inline void load_bf16(const Slice& slice, int s, int64_t i, float* __restrict to) {
   const uint16_t* const from = at<uint16_t>(slice, s, i);
 #pragma GCC unroll 1
-  for (int k = 0; k < GROUP; k++) to[k] = bf16_to_float(from[k]);
+  for (int k = 0; k < SCALE_BLOCK; k++) to[k] = bf16_to_float(from[k]);
 }
 inline void store_bf16(const Slice& slice, int s, int64_t i, const float* from) {
   store_nearest_bf16(from, at<uint16_t>(slice, s, i));
 }
 inline void load_f16(const Slice& slice, int s, int64_t i, float* to) {
-  for (int k = 0; k < GROUP; k += TILE) Float16::load(at<uint16_t>(slice, s, i + k), to + k);
+  for (int k = 0; k < SCALE_BLOCK; k += TILE) Float16::load(at<uint16_t>(slice, s, i + k), to + k);
 }
 inline void store_f16(const Slice& slice, int s, int64_t i, const float* from) {
-  for (int k = 0; k < GROUP; k += TILE) Float16::store(from + k, at<uint16_t>(slice, s, i + k));
+  for (int k = 0; k < SCALE_BLOCK; k += TILE)
+    Float16::store(from + k, at<uint16_t>(slice, s, i + k));
 }
 template <class Draw>
 void store_random_bf16(const Slice& slice, int s, int64_t i, const float* from) {
@@ -82,15 +83,15 @@ struct Packed {
   using compute = float;
   static constexpr bool rounds = true;
   static constexpr bool roots = true;
-  static constexpr int tile = GROUP;
-  LoadGroup loads[MAX_STREAMS];
-  StoreGroup stores[MAX_STREAMS];
+  static constexpr int tile = SCALE_BLOCK;
+  LoadTile loads[MAX_STREAMS];
+  StoreTile stores[MAX_STREAMS];
 
   explicit Packed(const Slice& slice) {
     const Packing& packing = *slice.packing;
     for (int s = 0; s < MAX_STREAMS; s++) {
       loads[s] = load_of(packing.storage[s], slice.dtypes[s]);
-      stores[s] = packing.offset % GROUP == 0
+      stores[s] = packing.offset % SCALE_BLOCK == 0
                       ? store_of<Random>(packing.storage[s], slice.dtypes[s])
                       : store_of<RandomFromAnywhere>(packing.storage[s], slice.dtypes[s]);
     }
@@ -116,7 +117,7 @@ struct Packed {
   }
 
  private:
-  static LoadGroup load_of(Storage storage, Dtype dtype) {
+  static LoadTile load_of(Storage storage, Dtype dtype) {
     const bool bf16 = dtype == BF16;
     switch (storage) {
       case SIGNED8:
@@ -132,7 +133,7 @@ struct Packed {
     }
   }
   template <class Draw>
-  static StoreGroup store_of(Storage storage, Dtype dtype) {
+  static StoreTile store_of(Storage storage, Dtype dtype) {
     const bool bf16 = dtype == BF16;
     switch (storage) {
       case STOCHASTIC:
@@ -230,16 +231,16 @@ struct PackedPairs : Pairs {
 // step.
 inline void load_stream(const Slice& slice, int s, float* values) {
   const Packed form(slice);
-  for (int64_t i = 0; i < slice.numel; i += GROUP) form.load(slice, s, i, values + i);
+  for (int64_t i = 0; i < slice.numel; i += SCALE_BLOCK) form.load(slice, s, i, values + i);
 }
 inline void store_stream(const Slice& slice, int s, const float* values) {
   const Packed form(slice);
-  alignas(64) float roots[GROUP];
-  for (int64_t i = 0; i < slice.numel; i += GROUP) {
+  alignas(64) float roots[SCALE_BLOCK];
+  for (int64_t i = 0; i < slice.numel; i += SCALE_BLOCK) {
     const float* from = values + i;
     if (slice.packing->storage[s] == ROOT8) {
 #pragma GCC unroll 1
-      for (int k = 0; k < GROUP; k++) roots[k] = std::sqrt(from[k]);
+      for (int k = 0; k < SCALE_BLOCK; k++) roots[k] = std::sqrt(from[k]);
       from = roots;
     }
     form.store(slice, s, i, from);
