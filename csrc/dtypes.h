@@ -21,7 +21,7 @@ inline float from_bits(uint32_t bits) {
 }
 
 // bfloat16 is the upper half of a float32; rounded to nearest even, NaN kept (and made quiet).
-inline float bf16_to_float(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
+inline float decode_bf16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline uint32_t round_bits_to_bf16(uint32_t bits) {  // the result in the upper half
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -31,7 +31,7 @@ inline uint32_t round_bits_to_bf16(uint32_t bits) {  // the result in the upper 
 
 // The plain twins of F16C. Subnormal halves go through float arithmetic that is exact: a multiple
 // of 2^-24 below 2^-14 has at most 10 bits.
-inline float f16_to_float(uint16_t half) {
+inline float decode_f16(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
   uint32_t bits;
@@ -45,7 +45,7 @@ inline float f16_to_float(uint16_t half) {
   return from_bits(bits | sign);
 }
 
-inline uint16_t float_to_f16(float value) {
+inline uint16_t encode_f16(float value) {
   const uint32_t bits = bits_of(value);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -76,7 +76,7 @@ struct BFloat16 {
   using storage = uint16_t;
   using compute = float;
   static inline void load(const uint16_t* from, float* to) {
-    for (int i = 0; i < TILE; i++) to[i] = bf16_to_float(from[i]);
+    for (int i = 0; i < TILE; i++) to[i] = decode_bf16(from[i]);
   }
   static inline void store(const float* from, uint16_t* to) {
     uint32_t bits[TILE];
@@ -115,10 +115,10 @@ struct Float16 {
   }
 #else
   static inline void load(const uint16_t* from, float* to) {
-    for (int i = 0; i < TILE; i++) to[i] = f16_to_float(from[i]);
+    for (int i = 0; i < TILE; i++) to[i] = decode_f16(from[i]);
   }
   static inline void store(const float* from, uint16_t* to) {
-    for (int i = 0; i < TILE; i++) to[i] = float_to_f16(from[i]);
+    for (int i = 0; i < TILE; i++) to[i] = encode_f16(from[i]);
   }
 #endif
 };

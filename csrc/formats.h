@@ -117,7 +117,7 @@ inline void finite_of(const float* values, float* finite) {
 
 // Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
 struct Signed8 {
-  static inline void load(const int8_t* __restrict codes, float scale, float* __restrict to) {
+  static inline void decode(const int8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
 #pragma GCC unroll 1
     for (int k = 0; k < SCALE_BLOCK; k++) to[k] = float(int32_t(codes[k])) * size;
@@ -129,14 +129,14 @@ struct Signed8 {
       }
   }
   // Returns the scale.
-  static inline float store(const float* from, int8_t* codes) {
+  static inline float encode(const float* from, int8_t* codes) {
     const uint32_t largest = largest_of(from);
-    if (largest >= INF) return store_special(from, codes);
-    return store_finite(from, from_bits(largest), codes);
+    if (largest >= INF) return encode_special(from, codes);
+    return encode_finite(from, from_bits(largest), codes);
   }
 
  private:
-  static inline float store_finite(const float* from, float largest, int8_t* codes) {
+  static inline float encode_finite(const float* from, float largest, int8_t* codes) {
     const float scale = scale_of(largest, 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
     const float inverse = scale == 0 ? 0 : 1 / scale;
 #pragma GCC unroll 4
@@ -154,10 +154,10 @@ struct Signed8 {
     }
     return scale;
   }
-  __attribute__((noinline)) static float store_special(const float* from, int8_t* codes) {
+  __attribute__((noinline)) static float encode_special(const float* from, int8_t* codes) {
     alignas(64) float finite[SCALE_BLOCK];
     finite_of(from, finite);
-    const float scale = store_finite(finite, from_bits(largest_of(finite)), codes);
+    const float scale = encode_finite(finite, from_bits(largest_of(finite)), codes);
     for (int k = 0; k < SCALE_BLOCK; k++) {
       const uint32_t bits = bits_of(from[k]), magnitude = bits & MAGNITUDE;
       if (magnitude >= INF) codes[k] = magnitude > INF ? -128 : bits >> 31 ? -127 : 127;
@@ -170,7 +170,7 @@ struct Signed8 {
 // NaN (of a negative number too: so is its root), 255 infinity; what is not 0 has a code that is
 // not 0. Stored are roots that someone has taken, in a step the rule.
 struct Root8 {
-  static inline void load(const uint8_t* __restrict codes, float scale, float* __restrict to) {
+  static inline void decode(const uint8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
 #pragma GCC unroll 1
     for (int k = 0; k < SCALE_BLOCK; k++) {
@@ -184,16 +184,16 @@ struct Root8 {
       }
   }
   template <class Draw>
-  static inline float store(const float* roots, const Draw& random, uint8_t* codes) {
+  static inline float encode(const float* roots, const Draw& random, uint8_t* codes) {
     const uint32_t largest = largest_of(roots);
-    if (largest >= INF) return store_special(roots, random, codes);
-    return store_finite(roots, from_bits(largest), random, codes);
+    if (largest >= INF) return encode_special(roots, random, codes);
+    return encode_finite(roots, from_bits(largest), random, codes);
   }
 
  private:
   template <class Draw>
-  static inline float store_finite(const float* roots, float largest, const Draw& random,
-                                   uint8_t* codes) {
+  static inline float encode_finite(const float* roots, float largest, const Draw& random,
+                                    uint8_t* codes) {
     const float scale = scale_of(largest, 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
     const float inverse = scale == 0 ? 0 : 1 / scale;
 #pragma GCC unroll 4
@@ -215,11 +215,11 @@ struct Root8 {
     return scale;
   }
   template <class Draw>
-  __attribute__((noinline)) static float store_special(const float* roots, const Draw& random,
-                                                       uint8_t* codes) {
+  __attribute__((noinline)) static float encode_special(const float* roots, const Draw& random,
+                                                        uint8_t* codes) {
     alignas(64) float finite[SCALE_BLOCK];
     finite_of(roots, finite);
-    const float scale = store_finite(finite, from_bits(largest_of(finite)), random, codes);
+    const float scale = encode_finite(finite, from_bits(largest_of(finite)), random, codes);
     for (int k = 0; k < SCALE_BLOCK; k++) {
       const uint32_t magnitude = bits_of(roots[k]) & MAGNITUDE;
       if (magnitude >= INF) codes[k] = magnitude == INF ? 255 : 254;
@@ -229,7 +229,7 @@ struct Root8 {
 };
 
 // The upper halves, rounded as round_bits_to_bf16 does.
-inline void store_nearest_bf16(const float* from, uint16_t* to) {
+inline void encode_nearest_bf16(const float* from, uint16_t* to) {
   const auto nearest = [from](int k) {
     const Floats value = load_floats(from + k);
     const Bits exact = Bits(value);
@@ -241,7 +241,7 @@ inline void store_nearest_bf16(const float* from, uint16_t* to) {
 
 // Rounded up with the probability of the part that is cut off.
 template <class Draw>
-inline void store_stochastic_bf16(const float* from, const Draw& random, uint16_t* to) {
+inline void encode_stochastic_bf16(const float* from, const Draw& random, uint16_t* to) {
   const auto rounded = [&](int k) {
     const Floats value = load_floats(from + k);
     const Bits exact = Bits(value);
@@ -266,7 +266,7 @@ inline int32_t randomly(float y, uint32_t random) {
 }
 
 template <class Draw>
-inline void store_stochastic_f16(const float* from, const Draw& draw, uint16_t* to) {
+inline void encode_stochastic_f16(const float* from, const Draw& draw, uint16_t* to) {
   alignas(64) uint32_t random[SCALE_BLOCK];
   draw.fill(random);
   for (int k = 0; k < SCALE_BLOCK; k++) {
@@ -295,8 +295,8 @@ inline Shorts valid_rest(Shorts upper, Shorts rest) {
 template <class Remainder>
 struct SplitBF16 {
   static constexpr int cut = 16 - 8 * sizeof(Remainder);  // bits that are not kept
-  static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
-                          float* __restrict to) {
+  static inline void decode(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
+                            float* __restrict to) {
     // In 16 bits first: a register holds twice as many. (By valid_rest, AdamW with split8 and int8
     // is 5% slower.)
     alignas(64) int16_t rest[SCALE_BLOCK];
@@ -311,8 +311,8 @@ struct SplitBF16 {
       to[k] = from_bits((uint32_t(upper[k]) << 16) + uint32_t(int32_t(rest[k]) * (1 << cut)));
   }
   template <class Draw>
-  static inline void store(const float* from, const Draw& random, uint16_t* upper,
-                           Remainder* remainder) {
+  static inline void encode(const float* from, const Draw& random, uint16_t* upper,
+                            Remainder* remainder) {
 #pragma GCC unroll 4
     for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
       Bits highs[4], rests[4];
@@ -345,8 +345,8 @@ struct SplitF16 {
   static constexpr bool is_short = sizeof(Remainder) == 1;
   static constexpr int32_t unit = is_short ? 256 : 65536;  // of the remainder, in a step of 2^-24
   static constexpr float steps = is_short ? 4294967296.0f : 1099511627776.0f;  // 2^32, 2^40
-  static inline void load(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
-                          float* __restrict to) {
+  static inline void decode(const uint16_t* __restrict upper, const Remainder* __restrict remainder,
+                            float* __restrict to) {
     for (int k = 0; k < SCALE_BLOCK; k++) {
       const uint32_t sign = uint32_t(upper[k] & 0x8000u) << 16;
       const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
@@ -365,8 +365,8 @@ struct SplitF16 {
     }
   }
   template <class Draw>
-  static inline void store(const float* from, const Draw& draw, uint16_t* upper,
-                           Remainder* remainder) {
+  static inline void encode(const float* from, const Draw& draw, uint16_t* upper,
+                            Remainder* remainder) {
     alignas(64) uint32_t random[SCALE_BLOCK];
     if (is_short) draw.fill(random);
     for (int k = 0; k < SCALE_BLOCK; k++) {

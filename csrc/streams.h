@@ -34,10 +34,10 @@ inline void store_float(const Slice& slice, int s, int64_t i, const float* from)
 inline void load_bf16(const Slice& slice, int s, int64_t i, float* __restrict to) {
   const uint16_t* const from = at<uint16_t>(slice, s, i);
 #pragma GCC unroll 1
-  for (int k = 0; k < SCALE_BLOCK; k++) to[k] = bf16_to_float(from[k]);
+  for (int k = 0; k < SCALE_BLOCK; k++) to[k] = decode_bf16(from[k]);
 }
 inline void store_bf16(const Slice& slice, int s, int64_t i, const float* from) {
-  store_nearest_bf16(from, at<uint16_t>(slice, s, i));
+  encode_nearest_bf16(from, at<uint16_t>(slice, s, i));
 }
 inline void load_f16(const Slice& slice, int s, int64_t i, float* to) {
   for (int k = 0; k < SCALE_BLOCK; k += TILE) Float16::load(at<uint16_t>(slice, s, i + k), to + k);
@@ -48,35 +48,35 @@ inline void store_f16(const Slice& slice, int s, int64_t i, const float* from) {
 }
 template <class Draw>
 void store_random_bf16(const Slice& slice, int s, int64_t i, const float* from) {
-  store_stochastic_bf16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
+  encode_stochastic_bf16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
 }
 template <class Draw>
 void store_random_f16(const Slice& slice, int s, int64_t i, const float* from) {
-  store_stochastic_f16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
+  encode_stochastic_f16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
 }
 inline void load_signed8(const Slice& slice, int s, int64_t i, float* to) {
-  Signed8::load(at<int8_t>(slice, s, i), bf16_to_float(scale_at(slice, s, i)), to);
+  Signed8::decode(at<int8_t>(slice, s, i), decode_bf16(scale_at(slice, s, i)), to);
 }
 inline void store_signed8(const Slice& slice, int s, int64_t i, const float* from) {
-  scale_at(slice, s, i) = uint16_t(bits_of(Signed8::store(from, at<int8_t>(slice, s, i))) >> 16);
+  scale_at(slice, s, i) = uint16_t(bits_of(Signed8::encode(from, at<int8_t>(slice, s, i))) >> 16);
 }
 inline void load_root8(const Slice& slice, int s, int64_t i, float* to) {
-  Root8::load(at<uint8_t>(slice, s, i), bf16_to_float(scale_at(slice, s, i)), to);
+  Root8::decode(at<uint8_t>(slice, s, i), decode_bf16(scale_at(slice, s, i)), to);
 }
 template <class Draw>
 void store_root8(const Slice& slice, int s, int64_t i, const float* roots) {
-  const float scale = Root8::store(roots, random_at<Draw>(slice, s, i), at<uint8_t>(slice, s, i));
+  const float scale = Root8::encode(roots, random_at<Draw>(slice, s, i), at<uint8_t>(slice, s, i));
   scale_at(slice, s, i) = uint16_t(bits_of(scale) >> 16);
 }
 template <template <class> class Split, class Remainder>
 void load_split(const Slice& slice, int s, int64_t i, float* to) {
-  Split<Remainder>::load(at<uint16_t>(slice, s, i),
-                         static_cast<const Remainder*>(slice.remainder) + i, to);
+  Split<Remainder>::decode(at<uint16_t>(slice, s, i),
+                           static_cast<const Remainder*>(slice.remainder) + i, to);
 }
 template <class Draw, template <class> class Split, class Remainder>
 void store_split(const Slice& slice, int s, int64_t i, const float* from) {
-  Split<Remainder>::store(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i),
-                          static_cast<Remainder*>(slice.remainder) + i);
+  Split<Remainder>::encode(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i),
+                           static_cast<Remainder*>(slice.remainder) + i);
 }
 
 struct Packed {

@@ -15,13 +15,13 @@ import triton.language as tl
 
 from .rules import divide
 
-GROUP = tl.constexpr(64)  # elements of one scale
+SCALE_BLOCK = tl.constexpr(64)  # elements of one scale
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(0x7F800000)
 QUIET = tl.constexpr(0x400000)
 F16_INF = tl.constexpr(0x7C00)
-F16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
-F16_REBIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
+F16_NORMAL = tl.constexpr(0x38800000)  # 2**-14 as a float32
+F16_BIAS = tl.constexpr(0x38000000)  # (127 - 15) << 23
 # Magnitudes, 2**127 and 65504: below them, what becomes a bfloat16 or float16, and what is beside it, is
 # neither special nor rounded to what is.
 SAFE = tl.constexpr(0x7F000000)
@@ -31,16 +31,42 @@ UNIT_128 = tl.constexpr(0x43000000)
 # Added to a float32 below 2**22, leaves its nearest integer in the low bits.
 ROUNDING = tl.constexpr(12582912.0)
 # Signed codes, up to 126; those of what is not finite.
-S8_INVERSE = tl.constexpr(1 / 126)
-S8_SMALLEST_SCALE = tl.constexpr(2.0**-120)
-S8_INF = tl.constexpr(127)
-S8_NAN = tl.constexpr(-128)
+SIGNED8_INVERSE = tl.constexpr(1 / 126)
+SIGNED8_SMALLEST_SCALE = tl.constexpr(2.0**-120)
+SIGNED8_INF = tl.constexpr(127)
+SIGNED8_NAN = tl.constexpr(-128)
 # Codes of square roots, from 1 on if not of zero. The smallest scale has a square that is not zero.
-U8_LARGEST = tl.constexpr(253)
-U8_INVERSE = tl.constexpr(1 / 253)
-U8_SMALLEST_SCALE = tl.constexpr(2.0**-74)
-U8_NAN = tl.constexpr(254)
-U8_INF = tl.constexpr(255)
+ROOT8_LARGEST = tl.constexpr(253)
+ROOT8_INVERSE = tl.constexpr(1 / 253)
+ROOT8_SMALLEST_SCALE = tl.constexpr(2.0**-74)
+ROOT8_NAN = tl.constexpr(254)
+ROOT8_INF = tl.constexpr(255)
+
+
+@triton.jit
+def bits_of(value):
+    return value.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def from_bits(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude(value):
+    """The bits without the sign."""
+    return bits_of(value) & MAGNITUDE
+
+
+@triton.jit
+def decode_bf16(codes):
+    return from_bits(codes.to(tl.uint32) << 16)
+
+
+@triton.jit
+def decode_f16(codes):
+    return codes.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -54,7 +80,7 @@ def random_key(seed, step):
 
 
 @triton.jit
-def mixed(x, key1):
+def mix(x, key1):
     """ "lowbias32" (C. Wellons) with a key in it, but for the last of its steps."""
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -75,7 +101,7 @@ def pair_hashes(first, numbers, key0, key1):
     """
     number = first.to(tl.uint64) // 2
     start = number.to(tl.uint32) + (key0 + (number >> 32).to(tl.uint32) * 0x9E3779B9)
-    return mixed(start + numbers.to(tl.uint32), key1)
+    return mix(start + numbers.to(tl.uint32), key1)
 
 
 @triton.jit
@@ -97,30 +123,14 @@ def random16(first, offsets, key0, key1):
     lane = (first % 32).to(tl.uint32) + offsets.to(tl.uint32)
     x = lower + ((lane >> 5 << 4) | (lane & 15))
     upper = (start >> 32).to(tl.uint32) * 0x9E3779B9
-    x = mixed(x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper), key1)
+    x = mix(x + key0 + tl.where(x < lower, upper + 0x9E3779B9, upper), key1)
     return tl.where((lane & 16) == 0, first_half(x), second_half(x))
-
-
-@triton.jit
-def bits_of(value):
-    return value.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def float_of(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def magnitude(value):
-    """The bits without the sign."""
-    return bits_of(value) & MAGNITUDE
 
 
 @triton.jit
 def fraction(random):
     """random / 2**16 as a float32."""
-    return float_of(random | UNIT_128) - 128.0
+    return from_bits(random | UNIT_128) - 128.0
 
 
 @triton.jit
@@ -132,7 +142,66 @@ def randomly(y, random):
 
 
 @triton.jit
-def encode_bf16(value):
+def scale_of(largest, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale as a float32, rounded up to a bfloat16, and its inverse; largest: finite."""
+    up = from_bits((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
+    up = tl.where(up > SMALLEST, up, SMALLEST)
+    one = tl.full(up.shape, 1.0, tl.float32)
+    # Where all are zeros, their code is 0 whatever the inverse.
+    return tl.where(largest > 0, up, 0.0), divide(one, up)
+
+
+@triton.jit
+def decode_signed8(codes, scale, SPECIAL: tl.constexpr):
+    """scale: each element's own, not negative."""
+    value = codes.to(tl.float32) * scale
+    if SPECIAL:
+        value = tl.where(codes == SIGNED8_INF, float("inf"), value)
+        value = tl.where(codes == -SIGNED8_INF, float("-inf"), value)
+        value = tl.where(codes == SIGNED8_NAN, float("nan"), value)
+    return value
+
+
+@triton.jit
+def encode_signed8(value, inverse, SPECIAL: tl.constexpr):
+    """Linear codes, int8. inverse: of each element's scale."""
+    # The nearest integer is in the last byte. It is at most 126 and a few roundings, which is 126 again.
+    codes = bits_of(value * inverse + ROUNDING).to(tl.int8)
+    if SPECIAL:
+        m = magnitude(value)
+        codes = tl.where(
+            m == INF, tl.where(value > 0, SIGNED8_INF, -SIGNED8_INF).to(tl.int8), codes
+        )
+        codes = tl.where(m > INF, SIGNED8_NAN, codes).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def decode_root8(codes, scale, SPECIAL: tl.constexpr):
+    """scale: each element's own, not negative."""
+    root = codes.to(tl.float32) * scale
+    value = root * root
+    if SPECIAL:
+        value = tl.where(codes == ROOT8_INF, float("inf"), value)
+        value = tl.where(codes == ROOT8_NAN, float("nan"), value)
+    return value
+
+
+@triton.jit
+def encode_root8(root, inverse, random, SPECIAL: tl.constexpr):
+    """Codes of square roots, uint8, rounded stochastically, never to 0."""
+    codes = (root * inverse + fraction(random)).to(tl.int32)
+    codes = tl.minimum(codes, ROOT8_LARGEST)
+    # As integers, positive numbers are at least 1. A root is not negative but for -0.
+    codes = tl.maximum(codes, tl.minimum(root.to(tl.int32, bitcast=True), 1))
+    if SPECIAL:
+        m = magnitude(root)
+        codes = tl.where(m >= INF, tl.where(m == INF, ROOT8_INF, ROOT8_NAN), codes)
+    return codes.to(tl.uint8)
+
+
+@triton.jit
+def encode_nearest_bf16(value):
     """Rounded to nearest even."""
     bits = bits_of(value)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -140,7 +209,7 @@ def encode_bf16(value):
 
 
 @triton.jit
-def encode_bf16_stochastic(value, random, SPECIAL: tl.constexpr):
+def encode_stochastic_bf16(value, random, SPECIAL: tl.constexpr):
     bits = bits_of(value)
     rounded = bits + random
     if SPECIAL:
@@ -149,22 +218,17 @@ def encode_bf16_stochastic(value, random, SPECIAL: tl.constexpr):
 
 
 @triton.jit
-def decode_bf16(codes):
-    return float_of(codes.to(tl.uint32) << 16)
-
-
-@triton.jit
 def f16_nan(bits):
     return 0x7E00 | ((bits >> 13) & 0x3FF)
 
 
 @triton.jit
-def encode_f16_stochastic(value, random, SPECIAL: tl.constexpr):
+def encode_stochastic_f16(value, random, SPECIAL: tl.constexpr):
     bits = bits_of(value)
     m = bits & MAGNITUDE
-    half = (m + (random >> 3) - F16_REBIAS) >> 13
-    subnormal = randomly(float_of(m) * 2.0**24, random).to(tl.uint32)
-    half = tl.where(m < F16_SMALLEST_NORMAL, subnormal, half)
+    half = (m + (random >> 3) - F16_BIAS) >> 13
+    subnormal = randomly(from_bits(m) * 2.0**24, random).to(tl.uint32)
+    half = tl.where(m < F16_NORMAL, subnormal, half)
     if SPECIAL:
         half = tl.minimum(half, F16_INF)
         half = tl.where(m > INF, f16_nan(bits), half)
@@ -172,69 +236,21 @@ def encode_f16_stochastic(value, random, SPECIAL: tl.constexpr):
 
 
 @triton.jit
-def decode_f16(codes):
-    return codes.to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def scale_of(largest, INVERSE: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale as a float32, rounded up to a bfloat16, and its inverse; largest: finite."""
-    up = float_of((bits_of(largest * INVERSE) + 0xFFFF) & 0xFFFF0000)
-    up = tl.where(up > SMALLEST, up, SMALLEST)
-    one = tl.full(up.shape, 1.0, tl.float32)
-    # Where all are zeros, their code is 0 whatever the inverse.
-    return tl.where(largest > 0, up, 0.0), divide(one, up)
-
-
-@triton.jit
-def encode_s8(value, inverse, SPECIAL: tl.constexpr):
-    """Linear codes, int8. inverse: of each element's scale."""
-    # The nearest integer is in the last byte. It is at most 126 and a few roundings, which is 126 again.
-    codes = bits_of(value * inverse + ROUNDING).to(tl.int8)
+def decode_split_bf16(upper, remainder, SPECIAL: tl.constexpr):
+    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE."""
+    upper = upper.to(tl.uint32)
+    DROPPED: tl.constexpr = 8 if remainder.dtype == tl.int8 else 0
+    rest = (remainder.to(tl.int32) << DROPPED).to(tl.uint32, bitcast=True)
     if SPECIAL:
-        m = magnitude(value)
-        codes = tl.where(m == INF, tl.where(value > 0, S8_INF, -S8_INF).to(tl.int8), codes)
-        codes = tl.where(m > INF, S8_NAN, codes).to(tl.int8)
-    return codes
+        m = upper & 0x7FFF
+        # A zero beside a negative remainder has been written by someone else.
+        alone = (m >= (INF >> 16)) | ((m == 0) & (remainder < 0))
+        rest = tl.where(alone, 0, rest)
+    return from_bits((upper << 16) + rest)
 
 
 @triton.jit
-def decode_s8(codes, scale, SPECIAL: tl.constexpr):
-    """scale: each element's own, not negative."""
-    value = codes.to(tl.float32) * scale
-    if SPECIAL:
-        value = tl.where(codes == S8_INF, float("inf"), value)
-        value = tl.where(codes == -S8_INF, float("-inf"), value)
-        value = tl.where(codes == S8_NAN, float("nan"), value)
-    return value
-
-
-@triton.jit
-def encode_u8(root, inverse, random, SPECIAL: tl.constexpr):
-    """Codes of square roots, uint8, rounded stochastically, never to 0."""
-    codes = (root * inverse + fraction(random)).to(tl.int32)
-    codes = tl.minimum(codes, U8_LARGEST)
-    # As integers, positive numbers are at least 1. A root is not negative but for -0.
-    codes = tl.maximum(codes, tl.minimum(root.to(tl.int32, bitcast=True), 1))
-    if SPECIAL:
-        m = magnitude(root)
-        codes = tl.where(m >= INF, tl.where(m == INF, U8_INF, U8_NAN), codes)
-    return codes.to(tl.uint8)
-
-
-@triton.jit
-def decode_u8(codes, scale, SPECIAL: tl.constexpr):
-    """scale: each element's own, not negative."""
-    root = codes.to(tl.float32) * scale
-    value = root * root
-    if SPECIAL:
-        value = tl.where(codes == U8_INF, float("inf"), value)
-        value = tl.where(codes == U8_NAN, float("nan"), value)
-    return value
-
-
-@triton.jit
-def encode_bf16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
+def encode_split_bf16(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
     """The nearest bfloat16, and what remains (int16); int8: rounded stochastically to 24 bits before."""
     bits = bits_of(value)
     rounded = bits
@@ -251,52 +267,7 @@ def encode_bf16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.conste
 
 
 @triton.jit
-def decode_bf16_split(upper, remainder, SPECIAL: tl.constexpr):
-    """Without SPECIAL, what had to be decoded with it comes out as no less than SAFE."""
-    upper = upper.to(tl.uint32)
-    DROPPED: tl.constexpr = 8 if remainder.dtype == tl.int8 else 0
-    rest = (remainder.to(tl.int32) << DROPPED).to(tl.uint32, bitcast=True)
-    if SPECIAL:
-        m = upper & 0x7FFF
-        # A zero beside a negative remainder has been written by someone else.
-        alone = (m >= (INF >> 16)) | ((m == 0) & (remainder < 0))
-        rest = tl.where(alone, 0, rest)
-    return float_of((upper << 16) + rest)
-
-
-@triton.jit
-def encode_f16_split(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
-    """The nearest float16, and what remains (int16); int8: rounded stochastically to 8 more bits before.
-
-    Below 2**-14 the remainder counts steps of 2**-40 (int8: 2**-32).
-    """
-    bits = bits_of(value)
-    m = bits & MAGNITUDE
-    subnormal = m < F16_SMALLEST_NORMAL
-    if REMAINDER == tl.int8:
-        # The bits of a float16, and 8 more, count such steps below 2**-14 too.
-        normal = (m + (random >> 11) - F16_REBIAS) >> 5
-        steps = randomly(float_of(m) * 2.0**32, random).to(tl.uint32)
-        remainder = tl.where(subnormal, steps, normal)
-        upper = (remainder + 0x80) >> 8
-    else:
-        t = float_of(m) * 2.0**40
-        steps = t.to(tl.int32)
-        steps += tl.where(t - steps.to(tl.float32) >= 0.5, 1, 0)
-        steps = steps.to(tl.uint32)
-        nearest = (m + 0x1000) & 0xFFFFE000
-        upper = tl.where(subnormal, (steps + 0x8000) >> 16, (nearest - F16_REBIAS) >> 13)
-        remainder = tl.where(subnormal, steps, m - nearest)
-    if SPECIAL:
-        remainder = tl.where(upper >= F16_INF, 0, remainder)
-        upper = tl.where(upper >= F16_INF, F16_INF, upper)
-        upper = tl.where(m > INF, f16_nan(bits), upper)
-    # Below the nearest upper part, the remainder counts down from it: two's complement.
-    return (upper | ((bits >> 16) & 0x8000)).to(tl.uint16), remainder.to(REMAINDER)
-
-
-@triton.jit
-def decode_f16_split(upper, remainder, SPECIAL: tl.constexpr):
+def decode_split_f16(upper, remainder, SPECIAL: tl.constexpr):
     """Without SPECIAL, what had to be decoded with it comes out as no less than F16_SAFE."""
     h = upper.to(tl.int32) & 0x7FFF
     rest = remainder.to(tl.int32)
@@ -306,15 +277,46 @@ def decode_f16_split(upper, remainder, SPECIAL: tl.constexpr):
         m = (h << 13) + rest * 32
         if SPECIAL:
             m = tl.maximum(m, 0)
-        m = bits_of(float_of(m) * 2.0**112)
+        m = bits_of(from_bits(m) * 2.0**112)
     else:
         of_normal = tl.minimum(tl.maximum(rest, -0x1000), 0xFFF)
         of_subnormal = tl.minimum(rest, 0x7FFF - (h >> 8))
-        normal = (h << 13) + F16_REBIAS + of_normal
+        normal = (h << 13) + F16_BIAS + of_normal
         subnormal = tl.maximum(h * 65536 + of_subnormal, 0).to(tl.float32) * 2.0**-40
         is_normal = (h > 0x400) | ((h == 0x400) & (rest >= 0))
-        m = bits_of(tl.where(is_normal, float_of(normal), subnormal))
-    value = float_of(m | ((upper.to(tl.uint32) & 0x8000) << 16))
+        m = bits_of(tl.where(is_normal, from_bits(normal), subnormal))
+    value = from_bits(m | ((upper.to(tl.uint32) & 0x8000) << 16))
     if SPECIAL:
         value = tl.where(h < F16_INF, value, decode_f16(upper))
     return value
+
+
+@triton.jit
+def encode_split_f16(value, random, REMAINDER: tl.constexpr, SPECIAL: tl.constexpr):
+    """The nearest float16, and what remains (int16); int8: rounded stochastically to 8 more bits before.
+
+    Below 2**-14 the remainder counts steps of 2**-40 (int8: 2**-32).
+    """
+    bits = bits_of(value)
+    m = bits & MAGNITUDE
+    subnormal = m < F16_NORMAL
+    if REMAINDER == tl.int8:
+        # The bits of a float16, and 8 more, count such steps below 2**-14 too.
+        normal = (m + (random >> 11) - F16_BIAS) >> 5
+        steps = randomly(from_bits(m) * 2.0**32, random).to(tl.uint32)
+        remainder = tl.where(subnormal, steps, normal)
+        upper = (remainder + 0x80) >> 8
+    else:
+        t = from_bits(m) * 2.0**40
+        steps = t.to(tl.int32)
+        steps += tl.where(t - steps.to(tl.float32) >= 0.5, 1, 0)
+        steps = steps.to(tl.uint32)
+        nearest = (m + 0x1000) & 0xFFFFE000
+        upper = tl.where(subnormal, (steps + 0x8000) >> 16, (nearest - F16_BIAS) >> 13)
+        remainder = tl.where(subnormal, steps, m - nearest)
+    if SPECIAL:
+        remainder = tl.where(upper >= F16_INF, 0, remainder)
+        upper = tl.where(upper >= F16_INF, F16_INF, upper)
+        upper = tl.where(m > INF, f16_nan(bits), upper)
+    # Below the nearest upper part, the remainder counts down from it: two's complement.
+    return (upper | ((bits >> 16) & 0x8000)).to(tl.uint16), remainder.to(REMAINDER)

@@ -28,8 +28,8 @@ from .streams import (
     PLAIN,
     RUN,
     decode,
-    decoded,
-    encode,
+    decode_plain,
+    encode_plain,
     has_special_codes,
     is_odd,
     largest_of,
@@ -76,7 +76,7 @@ def decode_block(
     values = ()
     for s in tl.static_range(len(DTYPES)):
         if DTYPES[s] is not None:
-            value = decoded(
+            value = decode(
                 codes[s], extras[s], SPECIAL, STORAGES[s], DTYPES[s], COMPUTE, PARTS, BLOCK,
                 INTERPRETED,
             )  # fmt: skip
@@ -108,12 +108,12 @@ def store_block(
                 for p in tl.static_range(PARTS):
                     mask = mask_of(indices[p], numel, WHOLE)
                     if STORAGES[0] == PLAIN:
-                        param = decode(stored[p], COMPUTE, INTERPRETED)
+                        param = decode_plain(stored[p], COMPUTE, INTERPRETED)
                     else:
                         param = without_remainder(stored[p], DTYPES[0])
                     # An average of what is not finite would keep that: the first one copies.
                     average = tl.where(ema_weight == 1, param, lerp(ema[p], param, ema_weight))
-                    code = encode(average, DTYPES[EMA], INTERPRETED)
+                    code = encode_plain(average, DTYPES[EMA], INTERPRETED)
                     tl.store(streams[EMA] + indices[p], code, mask=mask)
 
 
@@ -121,7 +121,7 @@ def store_block(
 def update_block(
     streams, extras, keys, first, first_random, numel, hypers, variant, grad_sign, grad_scale,
     clip, ema_weight, WHOLE: tl.constexpr,
-    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
+    RULE: tl.constexpr, DECIDING: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
     COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -167,17 +167,17 @@ def update_block(
             states = states + (values[s][p],)
         if GRAD_WRITE == UNSCALED:
             grad = divide(grad, grad_scale)
-            tl.store(streams[1] + index, encode(grad, DTYPES[1], INTERPRETED), mask=mask)
+            tl.store(streams[1] + index, encode_plain(grad, DTYPES[1], INTERPRETED), mask=mask)
         if clip is not None:
             if GRAD_WRITE == CLIPPED:
-                code = encode(clip * grad, DTYPES[1], INTERPRETED)
+                code = encode_plain(clip * grad, DTYPES[1], INTERPRETED)
                 tl.store(streams[1] + index, code, mask=mask)
             grad = grad_sign * clip * grad
         else:
             grad = grad_sign * grad
         if GRAD_WRITE == ZEROED:
             zero(streams[1] + index, mask, BLOCK // PARTS)
-        param, states = RULE(values[0][p], grad, states, hypers, variant, OPTIONS)
+        param, states = RULE(values[0][p], grad, states, hypers, variant, DECIDING)
         stepped = stepped + ((param, grad) + states,)
     to_store = ()
     sizes = ()
@@ -254,7 +254,7 @@ def multi_tensor(
     word11,
     word12,
     RULE: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    DECIDING: tl.constexpr,
     N_HYPERS: tl.constexpr,
     DTYPES: tl.constexpr,
     CODES: tl.constexpr,
@@ -351,7 +351,7 @@ def multi_tensor(
             update_block(
                 aligned, aligned_extras, keys, first, whole + first, numel, rule_hypers, variant,
                 grad_sign, scale, factor, ema_weight, True,
-                RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, PARTS, BLOCK, INTERPRETED,
+                RULE, DECIDING, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
         elif first < tl.abs(numel):
             # In smaller blocks: a mask and 64-bit numbers for each element take registers.
@@ -359,5 +359,5 @@ def multi_tensor(
                 update_block(
                     streams, extras, keys, first + part, whole + first + part, tl.abs(numel),
                     rule_hypers, variant, grad_sign, scale, factor, ema_weight, False,
-                    RULE, OPTIONS, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, 1, BLOCK // PARTS, INTERPRETED,
+                    RULE, DECIDING, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, 1, BLOCK // PARTS, INTERPRETED,
                 )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .streams import decode
+from .streams import decode_plain
 
 # As in csrc/kernel.h: a chunk is cut into parts, and lane l of a part sums every NORM_LANES-th element.
 NORM_PARTS = tl.constexpr(4)
@@ -67,7 +67,7 @@ def add_squares(sums, bad, grad, index, numel, INTERPRETED: tl.constexpr):
         else:
             loaded = loaded + (tl.load(grad + there, mask=there < numel, other=0.0),)
     for i in tl.static_range(AHEAD):
-        value = decode(loaded[i], tl.float64, INTERPRETED)
+        value = decode_plain(loaded[i], tl.float64, INTERPRETED)
         sums += value * value
         if grad.dtype.element_ty == tl.float64:
             bad = bad | ~(tl.abs(value) <= LARGEST)
@@ -112,7 +112,9 @@ def norm(
         while first < end:
             index = lane + first
             mask = (index >= whole) & (index < rest)
-            value = decode(tl.load(grad + index, mask=mask, other=0.0), tl.float64, INTERPRETED)
+            value = decode_plain(
+                tl.load(grad + index, mask=mask, other=0.0), tl.float64, INTERPRETED
+            )
             sums += value * value
             if DTYPE == tl.float64:
                 bad = bad | ~(tl.abs(value) <= LARGEST)

@@ -1,12 +1,12 @@
 """Every update rule, simplest first: csrc/rules.h's, in the same order with the same names.
 
 A rule is arithmetic on one block of elements of one tensor; grad is already unscaled and, if
-maximizing, negated. It takes ``(param, grad, states, hypers, variant, OPTIONS)`` and returns
-``(param, states)``. OPTIONS are the bits of the variant that decide which states there are, known when
+maximizing, negated. It takes ``(param, grad, states, hypers, variant, DECIDING)`` and returns
+``(param, states)``. DECIDING are the bits of the variant that decide which states there are, known when
 the kernel is compiled (a state that there is not is any number and comes back as it was). The other
 choices are bits of `variant`, a number that is the same for a whole tensor: tensors with other options
-need no other kernel. (In ``BIT & OPTIONS`` the bit comes first because the interpreter, which hands
-over OPTIONS as a plain int, cannot take them the other way round.)
+need no other kernel. (In ``BIT & DECIDING`` the bit comes first because the interpreter, which hands
+over DECIDING as a plain int, cannot take them the other way round.)
 
 Nothing here may round otherwise than the C++ does: no fused multiply-add, correctly rounded roots and
 quotients, the same order of operations.
@@ -57,13 +57,13 @@ def lerp(start, end, weight):
 
 
 @triton.jit
-def sgd(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def sgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Sutskever et al. 2013, in torch.optim's form: the learning rate multiplies the buffer."""
     momentum_buffer = states[0]
     lr, momentum, dampening_comp, weight_decay = hypers
     if variant & WEIGHT_DECAY:
         grad = grad + weight_decay * param
-    if MOMENTUM & OPTIONS:
+    if MOMENTUM & DECIDING:
         if variant & FIRST_STEP:
             momentum_buffer = grad
         else:
@@ -77,7 +77,7 @@ def sgd(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def lion(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def lion(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Chen et al. 2023, algorithm 2, in the order of the authors' PyTorch code."""
     exp_avg = states[0]
     lr, beta1, beta1_comp, beta2, beta2_comp, param_decay = hypers
@@ -91,7 +91,7 @@ def lion(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def adagrad(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def adagrad(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Duchi, Hazan, Singer 2011, diagonal form."""
     sum = states[0]
     decayed_lr, eps, weight_decay = hypers
@@ -103,7 +103,7 @@ def adagrad(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def rmsprop(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Hinton's lecture 6e (2012); centered as in Graves 2013; eps is added after the square root."""
     square_avg, momentum_buffer, grad_avg = states
     lr, alpha, alpha_comp, eps, weight_decay, momentum = hypers
@@ -111,11 +111,11 @@ def rmsprop(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
         grad = grad + weight_decay * param
     square_avg = alpha * square_avg + alpha_comp * grad * grad
     variance = square_avg
-    if CENTERED & OPTIONS:
+    if CENTERED & DECIDING:
         grad_avg = lerp(grad_avg, grad, alpha_comp)
         variance = square_avg - grad_avg * grad_avg
     denom = square_root(variance) + eps
-    if MOMENTUM & OPTIONS:
+    if MOMENTUM & DECIDING:
         momentum_buffer = momentum * momentum_buffer + divide(grad, denom)
         param = param - lr * momentum_buffer
     else:
@@ -124,7 +124,7 @@ def rmsprop(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def adam(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Kingma, Ba 2015, with the bias corrections folded into step_size and eps; DECOUPLED is AdamW.
 
     Loshchilov, Hutter 2019, algorithm 2; amsgrad: Reddi, Kale, Kumar 2018.
@@ -138,7 +138,7 @@ def adam(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
     exp_avg = lerp(exp_avg, grad, beta1_comp)
     exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
     second_moment = exp_avg_sq
-    if AMSGRAD & OPTIONS:
+    if AMSGRAD & DECIDING:
         # torch.maximum: a NaN on either side stays.
         keep = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
         max_exp_avg_sq = tl.where(keep, max_exp_avg_sq, exp_avg_sq)
@@ -156,7 +156,7 @@ class Rule:
         options: names of the options that prepare takes; "betas.0" is an item of group["betas"].
         hypers: names of the numbers that one element needs, in the order of `hypers`.
         states: names of the states, in the order of `states`.
-        deciding: option -> bits of the states that there are only with it.
+        deciding: bit of the variant -> bits of the states that there are only with it.
         squares: bits of the states that are like a second moment.
     """
 
@@ -167,11 +167,11 @@ class Rule:
     deciding: dict[int, int]
     squares: int
 
-    def states_with(self, options: int) -> list[bool]:
-        """Whether each state is there, given the deciding options."""
+    def states_with(self, deciding: int) -> list[bool]:
+        """Whether each state is there; deciding: as the function above takes it."""
         absent = 0
-        for option, states in self.deciding.items():
-            if not option & options:
+        for bit, states in self.deciding.items():
+            if not bit & deciding:
                 absent |= states
         return [not absent >> s & 1 for s in range(len(self.states))]
 

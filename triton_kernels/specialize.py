@@ -42,7 +42,7 @@ class Specialization:
 
     Attributes:
         rule: key of RULES.
-        options: the deciding options, see rules.py.
+        deciding: the variant's deciding bits, see rules.py.
         dtypes: names of the storage types of param, grad, all states of the rule, and the EMA; None:
             there is no such state, or no EMA.
         storages: of the same streams, see streams.py; what is packed has the dtype that it stands for, or
@@ -53,7 +53,7 @@ class Specialization:
     """
 
     rule: str
-    options: int
+    deciding: int
     dtypes: tuple[str | None, ...]
     storages: tuple[str, ...]
     grad_write: int = KEPT.value
@@ -61,7 +61,7 @@ class Specialization:
     interpreted: bool = False
 
     def __post_init__(self) -> None:
-        there = RULES[self.rule].states_with(self.options)
+        there = RULES[self.rule].states_with(self.deciding)
         assert [dtype is not None for dtype in self.dtypes[:-1]] == [True, True, *there], self
 
     @property
@@ -135,7 +135,7 @@ class Specialization:
         n_streams = len(dtypes)
         return {
             "RULE": rule.update,
-            "OPTIONS": self.options,
+            "DECIDING": self.deciding,
             "N_HYPERS": len(rule.hypers),
             "DTYPES": tuple(dtypes),
             "CODES": tuple(codes),

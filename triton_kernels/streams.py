@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import formats
-from .formats import F16_SAFE, GROUP, INF, SAFE
+from .formats import F16_SAFE, INF, SAFE, SCALE_BLOCK
 from .rules import square_root
 
 STORAGES = ("plain", "stochastic", "signed8", "root8", "split8", "split16")
@@ -41,9 +41,9 @@ def offsets_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def groups_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """int32, of each run's group within the block."""
-    return tl.arange(0, BLOCK // PARTS // RUN) // (GROUP // RUN // PARTS)
+def scale_blocks_of(PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """int32, of each run's scale block within the block."""
+    return tl.arange(0, BLOCK // PARTS // RUN) // (SCALE_BLOCK // RUN // PARTS)
 
 
 @triton.jit
@@ -73,9 +73,9 @@ def load_extra(
 ):  # fmt: skip
     """The scales, one of each run; or the remainders of all parts; else nothing of use."""
     if has_scales(STORAGE):
-        group = groups_of(PARTS, BLOCK)
-        mask = mask_of(group * GROUP, numel - first, WHOLE)
-        found = (tl.load(extra + first // GROUP + group, mask=mask),)
+        scale_block = scale_blocks_of(PARTS, BLOCK)
+        mask = mask_of(scale_block * SCALE_BLOCK, numel - first, WHOLE)
+        found = (tl.load(extra + first // SCALE_BLOCK + scale_block, mask=mask),)
     elif has_remainder(STORAGE):
         found = load(extra, indices, numel, WHOLE, PARTS)
     else:
@@ -100,17 +100,17 @@ def largest_of_runs(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def largest_of_groups(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The bits of the largest magnitude of each run's group."""
+def largest_of_scale_blocks(values, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The bits of the largest magnitude of each run's scale block."""
     runs = largest_of_runs(values, PARTS, BLOCK)
-    WIDTH: tl.constexpr = GROUP // RUN // PARTS
-    GROUPS: tl.constexpr = BLOCK // GROUP
-    largest = tl.max(tl.reshape(runs, (GROUPS, WIDTH)), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(largest, (GROUPS, WIDTH)), (GROUPS * WIDTH,))
+    WIDTH: tl.constexpr = SCALE_BLOCK // RUN // PARTS
+    SCALE_BLOCKS: tl.constexpr = BLOCK // SCALE_BLOCK
+    largest = tl.max(tl.reshape(runs, (SCALE_BLOCKS, WIDTH)), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(largest, (SCALE_BLOCKS, WIDTH)), (SCALE_BLOCKS * WIDTH,))
 
 
 @triton.jit
-def decode(value, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
+def decode_plain(value, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED and value.dtype == tl.bfloat16:
         # The interpreter's own cast is wrong for subnormals (Triton 3.6 and 3.9).
         value = formats.decode_bf16(value.to(tl.uint16, bitcast=True))
@@ -118,10 +118,10 @@ def decode(value, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def encode(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def encode_plain(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED and DTYPE == tl.bfloat16:
         # The interpreter's own cast truncates.
-        value = formats.encode_bf16(value).to(tl.bfloat16, bitcast=True)
+        value = formats.encode_nearest_bf16(value).to(tl.bfloat16, bitcast=True)
     return value.to(DTYPE)
 
 
@@ -162,7 +162,7 @@ def safe(DTYPE):
 
 
 @triton.jit
-def decoded(
+def decode(
     codes, extra, SPECIAL: tl.constexpr, STORAGE: tl.constexpr, DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -172,17 +172,17 @@ def decoded(
     values = ()
     for p in tl.static_range(PARTS):
         if STORAGE == PLAIN:
-            value = decode(codes[p], COMPUTE, INTERPRETED)
+            value = decode_plain(codes[p], COMPUTE, INTERPRETED)
         elif STORAGE == SIGNED8:
-            value = formats.decode_s8(codes[p], scale, SPECIAL)
+            value = formats.decode_signed8(codes[p], scale, SPECIAL)
         elif STORAGE == ROOT8:
-            value = formats.decode_u8(codes[p], scale, SPECIAL)
+            value = formats.decode_root8(codes[p], scale, SPECIAL)
         elif STORAGE == STOCHASTIC:
             value = without_remainder(codes[p], DTYPE)
         elif DTYPE == tl.bfloat16:
-            value = formats.decode_bf16_split(codes[p], extra[p], SPECIAL)
+            value = formats.decode_split_bf16(codes[p], extra[p], SPECIAL)
         else:
-            value = formats.decode_f16_split(codes[p], extra[p], SPECIAL)
+            value = formats.decode_split_f16(codes[p], extra[p], SPECIAL)
         values = values + (value,)
     return values
 
@@ -215,7 +215,7 @@ def to_encode(values, STORAGE: tl.constexpr, PARTS: tl.constexpr):
 def largest_of(values, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """What decides on scales, and whether values have to be encoded with SPECIAL, for each run."""
     if has_scales(STORAGE):
-        largest = largest_of_groups(values, PARTS, BLOCK)
+        largest = largest_of_scale_blocks(values, PARTS, BLOCK)
     else:
         largest = largest_of_runs(values, PARTS, BLOCK)
     return largest
@@ -256,28 +256,32 @@ def store(
         key: of the random bits, drawn as for the elements from first_random on.
     """
     if has_scales(STORAGE):
-        INVERSE: tl.constexpr = formats.S8_INVERSE if STORAGE == SIGNED8 else formats.U8_INVERSE
+        INVERSE: tl.constexpr = (
+            formats.SIGNED8_INVERSE if STORAGE == SIGNED8 else formats.ROOT8_INVERSE
+        )
         SMALLEST: tl.constexpr = (
-            formats.S8_SMALLEST_SCALE if STORAGE == SIGNED8 else formats.U8_SMALLEST_SCALE
+            formats.SIGNED8_SMALLEST_SCALE if STORAGE == SIGNED8 else formats.ROOT8_SMALLEST_SCALE
         )
         if SPECIAL:
             finite = ()
             for p in tl.static_range(PARTS):
                 finite = finite + (tl.where(formats.magnitude(values[p]) < INF, values[p], 0.0),)
             sign = tl.where(largest >= INF, 0x8000, 0).to(tl.uint32)
-            largest = largest_of_groups(finite, PARTS, BLOCK)
-        scale, inverse = formats.scale_of(formats.float_of(largest), INVERSE, SMALLEST)
+            largest = largest_of_scale_blocks(finite, PARTS, BLOCK)
+        scale, inverse = formats.scale_of(formats.from_bits(largest), INVERSE, SMALLEST)
         scale_bits = formats.bits_of(scale) >> 16
         if SPECIAL:
             scale_bits = scale_bits | sign
         inverse = spread(inverse, PARTS, BLOCK)
         # One thread stores what others have read: none is late, since the scale depends on all of them.
         run = tl.arange(0, BLOCK // PARTS // RUN)
-        group = groups_of(PARTS, BLOCK)
-        is_first = run % (GROUP // RUN // PARTS) == 0
+        scale_block = scale_blocks_of(PARTS, BLOCK)
+        is_first = run % (SCALE_BLOCK // RUN // PARTS) == 0
         if not WHOLE:
-            is_first = is_first & (group * GROUP < numel - first)
-        tl.store(extra + first // GROUP + group, scale_bits.to(tl.uint16), mask=is_first)
+            is_first = is_first & (scale_block * SCALE_BLOCK < numel - first)
+        tl.store(
+            extra + first // SCALE_BLOCK + scale_block, scale_bits.to(tl.uint16), mask=is_first
+        )
     if draws_random(STORAGE):
         random = random_bits(first_random, key, WHOLE, PARTS, BLOCK)
     else:
@@ -286,23 +290,23 @@ def store(
     for p in tl.static_range(PARTS):
         mask = mask_of(indices[p], numel, WHOLE)
         if STORAGE == PLAIN:
-            code = encode(values[p], DTYPE, INTERPRETED)
+            code = encode_plain(values[p], DTYPE, INTERPRETED)
         elif STORAGE == SIGNED8:
-            code = formats.encode_s8(values[p], inverse, SPECIAL)
+            code = formats.encode_signed8(values[p], inverse, SPECIAL)
         elif STORAGE == ROOT8:
-            code = formats.encode_u8(values[p], inverse, random[p], SPECIAL)
+            code = formats.encode_root8(values[p], inverse, random[p], SPECIAL)
         elif STORAGE == STOCHASTIC:
             if DTYPE == tl.bfloat16:
-                code = formats.encode_bf16_stochastic(values[p], random[p], SPECIAL)
+                code = formats.encode_stochastic_bf16(values[p], random[p], SPECIAL)
             else:
-                code = formats.encode_f16_stochastic(values[p], random[p], SPECIAL)
+                code = formats.encode_stochastic_f16(values[p], random[p], SPECIAL)
         else:
             if DTYPE == tl.bfloat16:
-                code, remainder = formats.encode_bf16_split(
+                code, remainder = formats.encode_split_bf16(
                     values[p], random[p], extra.dtype.element_ty, SPECIAL
                 )
             else:
-                code, remainder = formats.encode_f16_split(
+                code, remainder = formats.encode_split_f16(
                     values[p], random[p], extra.dtype.element_ty, SPECIAL
                 )
             tl.store(extra + indices[p], remainder, mask=mask)

@@ -92,14 +92,14 @@ class Kernel:
 
     Attributes:
         rule: key of RULES; or "norm" or "finish", the kernels that measure the grads.
-        options: the deciding options, see triton_kernels/rules.py.
+        deciding: the variant's deciding bits, see triton_kernels/rules.py.
         dtypes: key of DTYPES or PACKED; None: this is the rule's `prepare`, or `finish`.
         scaled: with grad_scale and found_inf (`prepare`: with found_inf, and an EMA).
         one_pass: clips, averages and leaves zeros in the grads; grad_scale is part of clipping then.
     """
 
     rule: str
-    options: int
+    deciding: int
     dtypes: str | None
     scaled: bool
     one_pass: bool = False
@@ -112,7 +112,7 @@ class Kernel:
             return f"{self.rule} prepare{', found_inf' if self.scaled else ''}"
         rule = RULES[self.rule]
         optional = [not there for there in rule.states_with(0)]
-        there = rule.states_with(self.options)
+        there = rule.states_with(self.deciding)
         extra = [s for s, o, t in zip(rule.states, optional, there) if o and t]
         words = [self.rule, *(f"+{state}" for state in extra), self.dtypes]
         name = " ".join(words) + (", scaled" if self.scaled else "")
@@ -121,7 +121,7 @@ class Kernel:
     def specialization(self, target: str) -> specialize.Specialization:
         """Raises KeyError for `prepare` and `finish`, which have none."""
         rule = RULES[self.rule]
-        there = rule.states_with(self.options)
+        there = rule.states_with(self.deciding)
         squares = [bool(rule.squares >> s & 1) for s in range(len(there))]
         param_storage, storages = "plain", ["plain"] * len(there)
         if self.dtypes in PACKED:
@@ -140,7 +140,7 @@ class Kernel:
         grad_write = ZEROED if self.one_pass else UNSCALED if self.scaled else KEPT
         return specialize.Specialization(
             self.rule,
-            self.options,
+            self.deciding,
             (param, grad, *states, param if self.one_pass else None),
             (param_storage, "plain", *storages, "plain"),
             grad_write.value,
@@ -215,7 +215,7 @@ class Kernel:
     def max_instructions(self, specialization: specialize.Specialization) -> float:
         """Per element, with some more than was measured."""
         rule = RULES[self.rule]
-        there = [s for s, t in zip(rule.states, rule.states_with(self.options)) if t]
+        there = [s for s, t in zip(rule.states, rule.states_with(self.deciding)) if t]
         n = INSTRUCTIONS[self.rule]
         n += sum(INSTRUCTIONS_OF_STATE.get(state, {}).get(self.rule, 0) for state in there)
         if specialization.compute is tl.float64:
@@ -251,12 +251,12 @@ def select(
     targets = targets or [t for t in TARGETS if gpu_target(t).backend in _backends()]
     kernels = []
     for name in rules or RULES:
-        deciding = RULES[name].deciding
-        for chosen in itertools.product((False, True), repeat=len(deciding)):
-            options = sum(option for option, is_chosen in zip(deciding, chosen) if is_chosen)
+        bits = RULES[name].deciding
+        for chosen in itertools.product((False, True), repeat=len(bits)):
+            deciding = sum(bit for bit, is_chosen in zip(bits, chosen) if is_chosen)
             for dtypes, scaled in itertools.product(DTYPES, (False, True)):
-                kernels.append(Kernel(name, options, dtypes, scaled))
-            kernels += [Kernel(name, options, packed, False) for packed in PACKED]
+                kernels.append(Kernel(name, deciding, dtypes, scaled))
+            kernels += [Kernel(name, deciding, packed, False) for packed in PACKED]
         kernels += [Kernel(name, 0, None, scaled) for scaled in (False, True)]
         kernels.append(Kernel(name, 0, "float32", True, one_pass=True))
     if rules is None:

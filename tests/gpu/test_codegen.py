@@ -23,8 +23,8 @@ from fused_optim.triton_kernels.rules import RULES
 
 
 def has_all_states(kernel: Kernel) -> bool:
-    return kernel.rule in RULES and kernel.options == max(
-        other.options for other in KERNELS if other.rule == kernel.rule
+    return kernel.rule in RULES and kernel.deciding == max(
+        other.deciding for other in KERNELS if other.rule == kernel.rule
     )
 
 
@@ -94,7 +94,7 @@ def is_known_defect(kernel, target, complaint):
     packed products into additions, against --fmad=false: the same PTX through ptxas 13.4 is healthy, and so
     are kernels compiled under DISABLE_LLVM_OPT=nvptx-no-f32x2.
     """
-    is_amsgrad = kernel.rule == "adam" and kernel.options != 0
+    is_amsgrad = kernel.rule == "adam" and kernel.deciding != 0
     is_large = is_amsgrad and kernel.dtypes == "float32, states int8"
     if is_large and complaint in ("16 bytes of stack", "6 spills"):
         return True
@@ -388,7 +388,7 @@ def test_fused_arithmetic_is_reported(own_cache, monkeypatch, dtypes, target):
 
 
 @triton.jit
-def approximate(param, grad, states, hypers, variant, OPTIONS: tl.constexpr):
+def approximate(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     return param - grad / (tl.sqrt(states[1]) + hypers[4]), states
 
 

@@ -90,7 +90,7 @@ def both_ways(
         indices = indices + (first + offsets[p],)  # noqa: RUF005 (not in Triton)
     old = streams.load(old_codes, indices, numel, True, PARTS)
     beside = streams.load_extra(old_extra, first, indices, 0, True, STORAGE, PARTS, BLOCK)
-    found = streams.decoded(old, beside, SPECIAL, STORAGE, DTYPE, tl.float32, PARTS, BLOCK, False)
+    found = streams.decode(old, beside, SPECIAL, STORAGE, DTYPE, tl.float32, PARTS, BLOCK, False)
     if streams.has_special_codes(STORAGE):
         odd = streams.is_odd(found, beside, STORAGE, DTYPE, PARTS, BLOCK)
         tl.store(odd_codes + program, tl.max(odd.to(tl.int32), axis=0))
@@ -248,7 +248,7 @@ def test_without_special_the_bits_are_the_same_or_a_block_says_that_it_needs_it(
 @triton.jit
 def nearest(values, codes, decoded, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    code = formats.encode_bf16(tl.load(values + index))
+    code = formats.encode_nearest_bf16(tl.load(values + index))
     tl.store(codes + index, code)
     tl.store(decoded + index, formats.decode_bf16(code))
 
