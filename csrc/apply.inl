@@ -11,9 +11,8 @@ namespace {
 #include "rules.h"
 
 // The roof: the same loop and traffic with next to no arithmetic.
-struct Probe {
+struct Probe : Rule {
   enum : unsigned { VARIANTS = MAX_STATES + 1 };
-  static constexpr bool valid(unsigned) { return true; }
   static constexpr unsigned states(unsigned variant) { return (1u << variant) - 1; }
   template <class T>
   struct Hypers {

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <sstream>
 #include <stdexcept>
 
 namespace fused_optim {
@@ -11,17 +13,27 @@ namespace fused_optim {
 
 namespace {
 
+// The names in "lr, beta1", kept for good; as keys of a param group they are "lr" and "betas.0".
+std::vector<const char*> names_in(const char* list, bool as_keys) {
+  static std::deque<std::string> kept;
+  std::vector<const char*> names;
+  std::istringstream words(list);
+  for (std::string name; words >> name;) {
+    if (name.back() == ',') name.pop_back();
+    if (as_keys && name.back() >= '1' && name.back() <= '9') {
+      name.back()--;
+      name.insert(name.size() - 1, "s.");
+    }
+    names.push_back(kept.emplace_back(name).c_str());
+  }
+  return names;
+}
+
 template <class Rule>
 RuleInfo describe() {
   static_assert(Rule::VARIANTS <= MAX_VARIANTS, "raise MAX_VARIANTS");
   static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
                 "raise MAX_HYPERS");
-  static_assert(sizeof(typename Rule::template Hypers<double>) ==
-                    sizeof(Rule::hyper_names) / sizeof(char*) * sizeof(double),
-                "one name per hyper");
-  static_assert(
-      sizeof(typename Rule::Options) == sizeof(Rule::option_names) / sizeof(char*) * sizeof(double),
-      "one name per option");
   const auto options_of = [](const double* values) {
     typename Rule::Options options;
     std::memcpy(&options, values, sizeof(options));
@@ -33,9 +45,9 @@ RuleInfo describe() {
     for (unsigned variant = 0; variant < MAX_VARIANTS; variant++)
       if (Rule::states(variant) != Rule::states(variant ^ bit)) deciding |= bit;
   return {Rule::name,
-          {std::begin(Rule::option_names), std::end(Rule::option_names)},
+          names_in(Rule::option_names, true),
           {std::begin(Rule::state_names), std::end(Rule::state_names)},
-          {std::begin(Rule::hyper_names), std::end(Rule::hyper_names)},
+          names_in(Rule::hyper_names, false),
           Rule::FLAGS,
           Rule::has_step,
           Rule::FIRST_STEP,

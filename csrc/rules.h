@@ -1,11 +1,11 @@
 // Every update rule, simplest first. A rule is arithmetic on one element: it knows no pointer,
-// dtype, thread or storage format. Each rule names its options (keys of a param group; "betas.0" is
-// the first item of group["betas"]) and its states (keys of optimizer.state[param]), and has
-//   Options   what a param group says, as doubles in the order of option_names
-//   FLAGS     bit i: option i is true or false
+// dtype, thread or storage format. Each rule names its states (keys of optimizer.state[param]) and
+// has
+//   OPTIONS   what a param group says, as doubles
 //   variant   the compile-time choices that these options make
-//   Hypers    the numbers one element needs, all of type T, in the order of hyper_names
+//   HYPERS    the numbers one element needs, all of type T
 //   prepare   Options and step -> Hypers, in double, once per tensor
+//   states    bit i: the variant has state i
 //   update    one element; grad is already unscaled and, if maximizing, negated
 //
 // Included inside a namespace: each instruction set compiles its own copy (see apply.inl).
@@ -29,16 +29,40 @@ inline T lerp(T start, T end, T weight) {
   return (near_start ? start : end) + (near_start ? weight : weight - T(1)) * (end - start);
 }
 
+// Defaults, which a rule replaces where it differs. The functions take a variant.
+struct Rule {
+  static constexpr unsigned FLAGS = 0;       // bit i: option i is true or false
+  static constexpr unsigned SQUARES = 0;     // bit i: state i is like a second moment
+  static constexpr unsigned FIRST_STEP = 0;  // bit of the variant in a tensor's first step
+  static constexpr bool has_step = true;     // the states count steps
+  static constexpr bool valid(unsigned) { return true; }
+  static constexpr unsigned lerped_states(unsigned) { return 0; }  // bit i: torch.lerp_ writes it
+  static constexpr bool decays_grad(unsigned) { return false; }    // adds weight_decay * param
+};
+
+// Keys of a param group, and numbers that an element needs: a struct of these members, and their
+// names in one string. The option beta1 is the first item of group["betas"].
+#define OPTIONS(...)    \
+  struct Options {      \
+    double __VA_ARGS__; \
+  };                    \
+  static constexpr const char* option_names = #__VA_ARGS__
+
+#define HYPERS(...)  \
+  template <class T> \
+  struct Hypers {    \
+    T __VA_ARGS__;   \
+  };                 \
+  static constexpr const char* hyper_names = #__VA_ARGS__
+
 // SGD with momentum as in Sutskever et al. 2013, "On the importance of initialization and momentum
 // in deep learning", in torch.optim's form: the learning rate multiplies the buffer, not the grad.
-struct SGD {
+struct SGD : Rule {
   static constexpr const char* name = "sgd";
-  static constexpr const char* option_names[] = {"lr", "momentum", "dampening", "weight_decay",
-                                                 "nesterov"};
+  OPTIONS(lr, momentum, dampening, weight_decay, nesterov);
   static constexpr const char* state_names[] = {"momentum_buffer"};
-  static constexpr const char* hyper_names[] = {"lr", "momentum", "dampening_comp", "weight_decay"};
+  HYPERS(lr, momentum, dampening_comp, weight_decay);
   static constexpr unsigned FLAGS = 0b10000;
-  static constexpr unsigned SQUARES = 0;  // states like a second moment
   static constexpr bool has_step = false;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, NESTEROV = 4, FIRST_STEP = 8, VARIANTS = 16 };
@@ -46,21 +70,11 @@ struct SGD {
     return (variant & MOMENTUM) || !(variant & (NESTEROV | FIRST_STEP));
   }
   static constexpr unsigned states(unsigned variant) { return variant & MOMENTUM ? 0b1 : 0; }
-  static constexpr unsigned lerped_states(unsigned) { return 0; }
   static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
-
-  struct Options {
-    double lr, momentum, dampening, weight_decay, nesterov;
-  };
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum != 0 ? MOMENTUM : 0u) |
            (o.momentum != 0 && o.nesterov != 0 ? NESTEROV : 0u);
   }
-
-  template <class T>
-  struct Hypers {
-    T lr, momentum, dampening_comp, weight_decay;
-  };
   static Hypers<double> prepare(const Options& o, double /*step*/) {
     return {o.lr, o.momentum, 1 - o.dampening, o.weight_decay};
   }
@@ -84,31 +98,16 @@ struct SGD {
 
 // Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2, in the order of
 // the authors' PyTorch code.
-struct Lion {
+struct Lion : Rule {
   static constexpr const char* name = "lion";
-  static constexpr const char* option_names[] = {"lr", "betas.0", "betas.1", "weight_decay"};
+  OPTIONS(lr, beta1, beta2, weight_decay);
   static constexpr const char* state_names[] = {"exp_avg"};
-  static constexpr const char* hyper_names[] = {"lr",    "beta1",      "beta1_comp",
-                                                "beta2", "beta2_comp", "param_decay"};
-  static constexpr unsigned FLAGS = 0;
-  static constexpr unsigned SQUARES = 0;  // states like a second moment
+  HYPERS(lr, beta1, beta1_comp, beta2, beta2_comp, param_decay);
   static constexpr bool has_step = false;
 
-  enum : unsigned { WEIGHT_DECAY = 1, FIRST_STEP = 0, VARIANTS = 2 };
-  static constexpr bool valid(unsigned) { return true; }
+  enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
   static constexpr unsigned states(unsigned) { return 0b1; }
-  static constexpr unsigned lerped_states(unsigned) { return 0; }
-  static constexpr bool decays_grad(unsigned) { return false; }
-
-  struct Options {
-    double lr, beta1, beta2, weight_decay;
-  };
   static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
-
-  template <class T>
-  struct Hypers {
-    T lr, beta1, beta1_comp, beta2, beta2_comp, param_decay;
-  };
   static Hypers<double> prepare(const Options& o, double /*step*/) {
     return {o.lr, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.lr * o.weight_decay};
   }
@@ -124,30 +123,17 @@ struct Lion {
 };
 
 // Duchi, Hazan, Singer 2011, "Adaptive subgradient methods", diagonal form.
-struct Adagrad {
+struct Adagrad : Rule {
   static constexpr const char* name = "adagrad";
-  static constexpr const char* option_names[] = {"lr", "lr_decay", "eps", "weight_decay"};
+  OPTIONS(lr, lr_decay, eps, weight_decay);
   static constexpr const char* state_names[] = {"sum"};
-  static constexpr const char* hyper_names[] = {"decayed_lr", "eps", "weight_decay"};
-  static constexpr unsigned FLAGS = 0;
-  static constexpr unsigned SQUARES = 0b1;  // states like a second moment
-  static constexpr bool has_step = true;
+  HYPERS(decayed_lr, eps, weight_decay);
+  static constexpr unsigned SQUARES = 0b1;
 
-  enum : unsigned { WEIGHT_DECAY = 1, FIRST_STEP = 0, VARIANTS = 2 };
-  static constexpr bool valid(unsigned) { return true; }
+  enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
   static constexpr unsigned states(unsigned) { return 0b1; }
-  static constexpr unsigned lerped_states(unsigned) { return 0; }
   static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
-
-  struct Options {
-    double lr, lr_decay, eps, weight_decay;
-  };
   static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
-
-  template <class T>
-  struct Hypers {
-    T decayed_lr, eps, weight_decay;
-  };
   static Hypers<double> prepare(const Options& o, double step) {
     return {o.lr / (1 + (step - 1) * o.lr_decay), o.eps, o.weight_decay};
   }
@@ -162,19 +148,15 @@ struct Adagrad {
 
 // Hinton's lecture 6e (2012); centered as in Graves 2013, "Generating sequences with recurrent
 // neural networks"; eps is added after the square root, as in torch.optim.
-struct RMSprop {
+struct RMSprop : Rule {
   static constexpr const char* name = "rmsprop";
-  static constexpr const char* option_names[] = {"lr",           "alpha",    "eps",
-                                                 "weight_decay", "momentum", "centered"};
+  OPTIONS(lr, alpha, eps, weight_decay, momentum, centered);
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
-  static constexpr const char* hyper_names[] = {"lr",  "alpha",        "alpha_comp",
-                                                "eps", "weight_decay", "momentum"};
+  HYPERS(lr, alpha, alpha_comp, eps, weight_decay, momentum);
   static constexpr unsigned FLAGS = 0b100000;
-  static constexpr unsigned SQUARES = 0b001;  // states like a second moment
-  static constexpr bool has_step = true;
+  static constexpr unsigned SQUARES = 0b001;
 
-  enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, FIRST_STEP = 0, VARIANTS = 8 };
-  static constexpr bool valid(unsigned) { return true; }
+  enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, VARIANTS = 8 };
   static constexpr unsigned states(unsigned variant) {
     return 0b1 | (variant & MOMENTUM ? 0b10 : 0) | (variant & CENTERED ? 0b100 : 0);
   }
@@ -182,19 +164,10 @@ struct RMSprop {
     return variant & CENTERED ? 0b100 : 0;
   }
   static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
-
-  struct Options {
-    double lr, alpha, eps, weight_decay, momentum, centered;
-  };
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum > 0 ? MOMENTUM : 0u) |
            (o.centered != 0 ? CENTERED : 0u);
   }
-
-  template <class T>
-  struct Hypers {
-    T lr, alpha, alpha_comp, eps, weight_decay, momentum;
-  };
   static Hypers<double> prepare(const Options& o, double /*step*/) {
     return {o.lr, o.alpha, 1 - o.alpha, o.eps, o.weight_decay, o.momentum};
   }
@@ -222,18 +195,15 @@ struct RMSprop {
 // Adam: Kingma, Ba 2015, algorithm 1 in the form of the end of section 2 (the bias corrections are
 // folded into step_size and eps: one division and one rounding less per element than torch.optim).
 // DECOUPLED is AdamW: Loshchilov, Hutter 2019, algorithm 2. AMSGRAD: Reddi, Kale, Kumar 2018.
-struct Adam {
+struct Adam : Rule {
   static constexpr const char* name = "adam";
-  static constexpr const char* option_names[] = {
-      "lr", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"};
+  OPTIONS(lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay);
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  static constexpr const char* hyper_names[] = {
-      "step_size", "beta1_comp", "beta2", "beta2_comp", "eps_hat", "weight_decay", "param_decay"};
+  HYPERS(step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay);
   static constexpr unsigned FLAGS = 0b1100000;
-  static constexpr unsigned SQUARES = 0b110;  // states like a second moment
-  static constexpr bool has_step = true;
+  static constexpr unsigned SQUARES = 0b110;
 
-  enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, FIRST_STEP = 0, VARIANTS = 8 };
+  enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, VARIANTS = 8 };
   static constexpr bool valid(unsigned variant) {
     return (variant & WEIGHT_DECAY) || !(variant & DECOUPLED);
   }
@@ -242,20 +212,11 @@ struct Adam {
   static constexpr bool decays_grad(unsigned variant) {
     return (variant & (WEIGHT_DECAY | DECOUPLED)) == WEIGHT_DECAY;
   }
-
-  struct Options {
-    double lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay;
-  };
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) |
            (o.weight_decay != 0 && o.decoupled_weight_decay != 0 ? DECOUPLED : 0u) |
            (o.amsgrad != 0 ? AMSGRAD : 0u);
   }
-
-  template <class T>
-  struct Hypers {
-    T step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay;
-  };
   static Hypers<double> prepare(const Options& o, double step) {
     const double bias_correction1 = 1 - integer_power(o.beta1, step);
     const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, step));
