@@ -76,8 +76,8 @@ inline void add_squares(const T* tile, double* sums) {
   for (int k = 0; k < TILE; k++) sums[k] += wide[k] * wide[k];
 }
 
-// ROOTS: of states like a second moment the square root is left, which their format stores. Most
-// rules have taken it, and the compiler sees that.
+// ROOTS: leaves the square root of each state like a second moment, because root8 stores roots.
+// Most rules have computed that root already, and the compiler reuses it.
 template <class Rule, unsigned VARIANT, bool ROOTS, int N, class T, class H>
 inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
                         T* __restrict state0, T* __restrict state1, T* __restrict state2,
@@ -108,7 +108,7 @@ void apply(const Slice& slice) {
   using T = typename Form::compute;
   constexpr unsigned states = Rule::states(VARIANT);
   const auto h = convert_hypers<typename Rule::template Hypers<T>, T>(slice.hypers);
-  // Where unscaled grads are not asked for, one factor unscales, clips and negates.
+  // One factor unscales, clips and negates, unless the grad is to be left unscaled.
   const bool divides = slice.grad_scale != 0 && slice.grad_write == UNSCALED;
   const double unscaling = slice.grad_scale != 0 && !divides ? 1 / slice.grad_scale : 1;
   const T clip = to_compute<T>(slice.clip * unscaling);

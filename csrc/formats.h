@@ -17,14 +17,14 @@ struct Random {
     start = uint32_t(n) + key[0] + uint32_t(n >> 32) * 0x9e3779b9u;
     key1 = key[1];
   }
-  // Those of LANES elements from the k-th on. Where k is known, the compiler sees that k + 16 has
+  // Bits for LANES elements from the k-th on. If k is constant, the compiler sees that k + 16 has
   // the same hash.
   inline Bits operator()(int k) const {
     static constexpr uint32_t index[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Bits x = hash(index, k / 32 * 16 + k % 16);
     return k & 16 ? x >> 16 : x & 0xffffu;
   }
-  // Those of 32 elements in the order of pairs: the first of each pair of neighbours, the second of
+  // Bits for 32 elements in the order of pairs: the first of each pair of neighbours, the second of
   // each.
   inline void pairs(Bits* firsts, Bits* seconds) const {
 #if defined(FUSED_OPTIM_AVX512)
@@ -69,7 +69,7 @@ struct Random {
   }
 };
 
-// The same from any element on: a shard may begin within a scale block.
+// Random, from any element on: a shard may begin within a scale block.
 struct RandomFromAnywhere {
   alignas(64) uint32_t drawn[2 * SCALE_BLOCK];
   int within;
@@ -95,7 +95,7 @@ inline float scale_of(float largest, float share, float smallest) {
   return scale > smallest ? scale : smallest;
 }
 
-// Of the magnitudes; INF or more if some element is not finite.
+// The largest magnitude's bits; INF or more if some element is not finite.
 inline uint32_t largest_of(const float* values) {
   uint32_t largest = 0;
 #pragma GCC unroll 1
@@ -106,14 +106,14 @@ inline uint32_t largest_of(const float* values) {
   return largest;
 }
 
-// What is finite, and 0 for the rest.
+// Copies the values, with 0 for those that are not finite.
 inline void finite_of(const float* values, float* finite) {
   for (int k = 0; k < SCALE_BLOCK; k++)
     finite[k] = (bits_of(values[k]) & MAGNITUDE) < INF ? values[k] : 0.0f;
 }
 
-// A scale's sign says that some codes of its block stand for NaN or an infinity: of the others,
-// which is to say almost all, nothing need be looked for.
+// A scale's sign says that some codes of its block stand for NaN or an infinity. Almost no block
+// has them, and the others need no search.
 
 // Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
 struct Signed8 {
@@ -168,7 +168,7 @@ struct Signed8 {
 
 // The square root, unsigned, rounded stochastically, for what is like a second moment. Codes: 254
 // NaN (of a negative number too: so is its root), 255 infinity; what is not 0 has a code that is
-// not 0. Stored are roots that someone has taken, in a step the rule.
+// not 0. `encode` takes roots: in a step, the rule has computed them.
 struct Root8 {
   static inline void decode(const uint8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
@@ -282,8 +282,8 @@ inline void encode_stochastic_f16(const float* from, const Draw& draw, uint16_t*
   }
 }
 
-// What a bfloat16's remainder adds: nothing if it is not finite, or a 0 that someone else wrote,
-// where bits would be borrowed from nowhere.
+// A bfloat16's remainder, or 0 where it must add nothing: beside a number that is not finite, and
+// if negative beside a 0, which other code has written: no bits are left to borrow from.
 inline Shorts valid_rest(Shorts upper, Shorts rest) {
   const Shorts magnitude = upper & 0x7fff;
   return rest & ~((magnitude >= 0x7f80) | ((magnitude == 0) & (rest < 0)));
@@ -339,7 +339,7 @@ struct SplitBF16 {
   }
 };
 
-// The same of float16, which lacks 13 bits; below 2^-14 both parts count steps of 2^-24.
+// SplitBF16's twin for float16, which lacks 13 bits; below 2^-14 both parts count steps of 2^-24.
 template <class Remainder>
 struct SplitF16 {
   static constexpr bool is_short = sizeof(Remainder) == 1;
@@ -352,8 +352,8 @@ struct SplitF16 {
       const int32_t half = upper[k] & 0x7fff, rest = remainder[k];
       const int32_t within = rest < -0x1000 ? -0x1000 : rest > 0xfff ? 0xfff : rest;
       const int32_t normal = (half << 13) + int32_t(F16_BIAS) + (is_short ? rest * 32 : within);
-      // Of a remainder that belongs to another value no more than the nearest float32 keeps below
-      // the half.
+      // A remainder that belongs to another value is cut: the nearest float32 stays below the next
+      // half.
       const int32_t below = 0x7fff - (half >> 8);
       int32_t subnormal = half * unit + (rest < below ? rest : below);
       subnormal = subnormal < 0 ? 0 : subnormal;

@@ -1,4 +1,4 @@
-// What the loop (apply.inl) is called with, and the kernels of one instruction set.
+// Arguments of the loop (apply.inl), and the kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -33,23 +33,23 @@ enum KernelForm : uint8_t {
   N_FORMS
 };
 
-// What a stream's bits mean (formats.h): its dtype alone says it; it is rounded stochastically; 8
-// bits with a scale; a param with a remainder of 8 or 16 bits.
+// Meaning of a stream's bits (formats.h): the dtype's own; the same, rounded stochastically; 8 bits
+// with a scale, of the value or of its root; a param with a remainder of 8 or 16 bits.
 enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 
 // For all of a tensor.
 struct Packing {
   Storage storage[MAX_STREAMS];
   uint16_t* scales[MAX_STREAMS];  // bfloat16, one for each scale block
-  uint64_t seeds[MAX_STREAMS];    // of the keys, of which the step makes others each time
-  uint32_t keys[MAX_STREAMS][2];  // of the random bits
-  int64_t offset;  // for the random bits, the tensor's first element is this one of the whole param
+  uint64_t seeds[MAX_STREAMS];    // a seed and the step make a stream's key
+  uint32_t keys[MAX_STREAMS][2];  // of this step's random bits
+  int64_t offset;  // index of the tensor's first element in the whole param, for the random bits
 
-  // Whether PackedPairs can serve it, if all streams are bfloat16.
+  // True if PackedPairs can serve it, provided that all streams are bfloat16.
   bool in_pairs() const { return offset % (4 * TILE) == 0; }
 };
 
-// What a step leaves in the grad: as it was, divided by the grad scale, clipped on top, or zeros.
+// A step leaves the grad: as it was, divided by the grad scale, clipped on top, or zeros.
 enum GradWrite : uint8_t { KEPT, UNSCALED, CLIPPED, ZEROED };
 
 // A run of elements of one tensor, contiguous in every stream.

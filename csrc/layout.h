@@ -48,7 +48,7 @@ class Layout {
   bool whole_blocks_;  // the other streams are contiguous over a block, not only over its rows
 };
 
-// Whether two elements of the tensor may share memory (exact for what strided views produce).
+// True if two elements of the tensor may share memory (exact for what strided views produce).
 bool may_overlap_itself(int ndim, const int64_t* shape, const int64_t* strides);
 
 }  // namespace fused_optim

@@ -17,8 +17,9 @@ struct NormTask {
   int layout;  // index into the layouts; -1: dense
 };
 
-// Sums each chunk as NormKernel does; then lane l of NORM_PARTS * NORM_LANES sums every so manieth
-// chunk of all tasks in order, and the lanes are added up by halves. Never throws.
+// Sums each chunk as NormKernel does. Chunk c of all tasks goes to lane c % (NORM_PARTS *
+// NORM_LANES); then the upper half of the lanes is added to the lower one, until one is left. The
+// order is fixed, so threads do not change the bits. Never throws.
 Sum sum_of_squares(const std::vector<NormTask>& tasks, const std::vector<Layout>& layouts,
                    int num_threads);
 

@@ -1,4 +1,4 @@
-// Which tensors of a step share memory that one of them writes.
+// Finds the tensors of a step that share memory which one of them writes.
 #pragma once
 
 #include <algorithm>

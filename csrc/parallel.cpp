@@ -36,7 +36,7 @@ struct Unit {
   int64_t begin, end;
 };
 
-// What the caller set with torch.set_flush_denormal, so that bits do not depend on the thread.
+// The caller's torch.set_flush_denormal, for all threads, so that bits do not depend on the thread.
 #if defined(__x86_64__)
 using FloatMode = unsigned;
 FloatMode float_mode() { return _mm_getcsr(); }

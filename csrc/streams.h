@@ -98,8 +98,8 @@ struct Packed {
   }
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
 
-  // Where the kernel works on a stream: where it lies, if that is a float32 param, or a grad that
-  // is only read. (For the states, copies are faster.)
+  // Memory in which the kernel works on a stream: the stream's own for a float32 param, and for a
+  // float32 grad that is only read; else the buffer. (For the states, copies are faster.)
   static inline float* place(const Slice& slice, int s, int64_t i, float* buffer) {
     const bool in_place =
         slice.dtypes[s] == F32 && (s == PARAM || (s == GRAD && slice.grad_write == KEPT));
@@ -111,7 +111,7 @@ struct Packed {
   inline void store(const Slice& slice, int s, int64_t i, const float* from) const {
     stores[s](slice, s, i, from);
   }
-  // What someone sees who does not know of remainders.
+  // The param as other code reads it, without its remainder.
   static inline void load_stored(const Slice& slice, int s, int64_t i, float* to) {
     load_of(PLAIN, slice.dtypes[s])(slice, s, i, to);
   }

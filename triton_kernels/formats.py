@@ -243,7 +243,7 @@ def decode_split_bf16(upper, remainder, SPECIAL: tl.constexpr):
     rest = (remainder.to(tl.int32) << DROPPED).to(tl.uint32, bitcast=True)
     if SPECIAL:
         m = upper & 0x7FFF
-        # A zero beside a negative remainder has been written by someone else.
+        # Other code has written a zero beside a negative remainder.
         alone = (m >= (INF >> 16)) | ((m == 0) & (remainder < 0))
         rest = tl.where(alone, 0, rest)
     return from_bits((upper << 16) + rest)
@@ -271,9 +271,9 @@ def decode_split_f16(upper, remainder, SPECIAL: tl.constexpr):
     """Without SPECIAL, what had to be decoded with it comes out as no less than F16_SAFE."""
     h = upper.to(tl.int32) & 0x7FFF
     rest = remainder.to(tl.int32)
-    # A remainder outside of these bounds is that of a param that someone else has overwritten.
+    # A remainder outside of these bounds belongs to a param that other code has overwritten.
     if remainder.dtype == tl.int8:
-        # Of a float16 with 8 more bits, the bits are those of a float32 with another bias.
+        # A float16 with 8 more bits has the bits of a float32 with another bias.
         m = (h << 13) + rest * 32
         if SPECIAL:
             m = tl.maximum(m, 0)

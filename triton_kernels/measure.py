@@ -183,7 +183,7 @@ class Totals(OnDevice):
             kernel(n_programs, args, self.stream)
 
     def finish(self, extra: Tensor | None = None) -> None:
-        """What follows from the sums.
+        """Find the norm, the coefficient and whether the step is skipped.
 
         Args:
             extra: float64 [2]: the sum of the squares of other grads, and whether one is not finite.
@@ -209,7 +209,7 @@ class Totals(OnDevice):
         self.is_finished = True
 
     def held(self) -> list[Any]:
-        """What a captured graph needs as long as it is replayed."""
+        """Memory that a captured graph needs as long as it is replayed."""
         copies = [copy.tensor for copy in self.copies()]
         return [self._partials, self._no_extra, self._finish_args, *copies]
 

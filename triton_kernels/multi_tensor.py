@@ -55,7 +55,7 @@ ROW = tl.constexpr(13)
 NUMEL = tl.constexpr(0)
 HYPERS_ROW = tl.constexpr(1)
 STREAMS = tl.constexpr(2)
-# What a step leaves in the grad, as csrc/kernel.h has it.
+# A step leaves the grad: as it was, unscaled, clipped on top, or zeros (csrc/kernel.h).
 KEPT = tl.constexpr(0)
 UNSCALED = tl.constexpr(1)
 CLIPPED = tl.constexpr(2)

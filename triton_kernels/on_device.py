@@ -1,4 +1,4 @@
-"""What every launch needs: its device, the stream that uploads went to, compiled kernels."""
+"""Things that every launch needs: its device, the stream that uploads went to, compiled kernels."""
 
 from __future__ import annotations
 

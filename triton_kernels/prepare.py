@@ -111,7 +111,7 @@ def store_word(hypers, whole, mask):
 
 @triton.jit
 def store_bits(hypers, value, mask):
-    """Of the compute type, whose size the table's has."""
+    """Store a number of the compute type, which is as wide as the table's elements."""
     if hypers.dtype.element_ty == tl.int32:
         value = value.to(tl.float32)
     tl.store(hypers, value.to(hypers.dtype.element_ty, bitcast=True), mask=mask)

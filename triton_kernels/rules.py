@@ -149,7 +149,7 @@ def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 @dataclass(frozen=True)
 class Rule:
-    """What the tables and the kernel have to know about a rule.
+    """A rule, as the tables and the kernel have to know it.
 
     Attributes:
         update: the function above.
@@ -168,7 +168,7 @@ class Rule:
     squares: int
 
     def states_with(self, deciding: int) -> list[bool]:
-        """Whether each state is there; deciding: as the function above takes it."""
+        """True for each state that is there; deciding: the variant's bits, as `update` takes them."""
         absent = 0
         for bit, states in self.deciding.items():
             if not bit & deciding:

@@ -1,4 +1,4 @@
-"""What one compilation of `multi_tensor` is made for, and the numbers it is tuned with."""
+"""Constants of one compilation of `multi_tensor`, and the numbers it is tuned with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DTYPES = {
     "float16": tl.float16,
 }
 NBITS = {"float32": 32, "float64": 64, "bfloat16": 16, "float16": 16, "int8": 8, "uint8": 8}
-# Of what is packed: the dtype of its elements in memory (None: of those with the bits of its own), and of its
-# scales or remainder.
+# Storage -> (dtype of its elements in memory, or None: the stream's own, as bit patterns; dtype of its scales
+# or remainder).
 PACKED = {
     "stochastic": (None, None),
     "signed8": (tl.int8, tl.uint16),
@@ -70,7 +70,7 @@ class Specialization:
 
     @property
     def word(self) -> tl.dtype:
-        """Of the bits of a hyper."""
+        """The dtype that holds the bits of a hyper."""
         return tl.int64 if self.compute is tl.float64 else tl.int32
 
     @property
@@ -167,7 +167,7 @@ FINISH_WARPS = 4
 
 
 def norm_warps(dtype: str, warp_size: int) -> int:
-    """Of `norm`, whose blocks have 512 elements: 128 bits a thread, or twice that in float64."""
+    """Warps of `norm`, whose blocks have 512 elements: 128 bits a thread, or twice that in float64."""
     return (64 if dtype in ("bfloat16", "float16") else 128) // warp_size
 
 

@@ -151,7 +151,7 @@ def draws_random(STORAGE):
 
 @triton.constexpr_function
 def has_special_codes(STORAGE):
-    """Whether what some codes stand for is not what the arithmetic of the others gives."""
+    """True if the arithmetic that decodes most codes gives the wrong value for some."""
     return STORAGE not in (PLAIN, STOCHASTIC)
 
 
@@ -192,7 +192,7 @@ def is_odd(
     values, extra, STORAGE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each run, whether it has to be decoded with SPECIAL; values: decoded without."""
+    """True for each run that has to be decoded with SPECIAL; values: decoded without."""
     if has_scales(STORAGE):
         odd = extra[0] >= 0x8000  # the sign says so
     else:
@@ -202,7 +202,7 @@ def is_odd(
 
 @triton.jit
 def to_encode(values, STORAGE: tl.constexpr, PARTS: tl.constexpr):
-    """What is encoded: the values, or their roots, which are the rule's own."""
+    """The values to encode: these, or their roots, which are the rule's own."""
     if STORAGE == ROOT8:
         roots = ()
         for p in tl.static_range(PARTS):
@@ -213,7 +213,7 @@ def to_encode(values, STORAGE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def largest_of(values, STORAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """What decides on scales, and whether values have to be encoded with SPECIAL, for each run."""
+    """The bits that decide on each run's scale, and whether it has to be encoded with SPECIAL."""
     if has_scales(STORAGE):
         largest = largest_of_scale_blocks(values, PARTS, BLOCK)
     else:
