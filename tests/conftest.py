@@ -113,7 +113,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For small models: several threads would wait for each other, and for other tests."""
+    """For small tensors, where more only wait. test_bitwise shows that they change nothing."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -10,8 +10,7 @@ from torch import Tensor
 import fused_optim
 from fused_optim import backends, explain
 from support.cases import DEVICE, SHAPES, STOCK_SHAPES, Case
-from support.marks import needs_cpu_kernels, not_interpreted
-from support.twins import FEW_CASES, ONE_EACH, by_id
+from support.marks import each_optimizer, few_cases, needs_cpu_kernels, not_interpreted
 
 NUMEL = 5000  # more than an 8-bit state needs, and no multiple of the 64 elements of a scale
 N_SCALES = math.ceil(NUMEL / 64)
@@ -37,7 +36,7 @@ def build(case: Case, shapes: list, **extra: object):
 
 
 @not_interpreted
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_step_does_what_was_explained(case: Case) -> None:
     shapes = [*SHAPES, *(s for s in STOCK_SHAPES if s.id != "grad_sparse")]
     optimizer, params, grads = build(case, shapes)
@@ -58,7 +57,7 @@ def test_step_does_what_was_explained(case: Case) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_missing_grads_count_as_if_like_their_params(case: Case) -> None:
     shapes = [shape for shape in SHAPES if not shape.id.startswith("grad_")]
     optimizer, params, _ = build(case, shapes)
@@ -113,7 +112,7 @@ def test_formats_and_options_count_in_bytes(dtype: torch.dtype, options: dict, m
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
+@each_optimizer
 @pytest.mark.parametrize("master", [None, "split8"])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, "int8"])
 def test_every_optimizer_in_every_format(
@@ -145,7 +144,7 @@ def test_formats_switched_on_midway_count_as_they_will_be() -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
+@each_optimizer
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5, "max_grad_norm": 1.0}], ids=str)
 def test_nothing_changes(case: Case, options: dict) -> None:
     results = []

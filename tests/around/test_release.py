@@ -12,12 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_optim
 from fused_optim import release_gradients
-from support.cases import BACKEND, CASES, DEVICE, Case
-from support.twins import FEW_CASES, ONE_EACH, by_id
+from support.cases import BACKEND, DEVICE, ONE_EACH, Case
+from support.marks import all_cases, each_optimizer, few_cases
 
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
 # Of the 600 elements of Model: each param by itself, a few at a time, all at the end.
 all_bucket_sizes = pytest.mark.parametrize("bucket_numel", [1, 150, 10**6])
 

@@ -8,9 +8,8 @@ from formats.test_formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from torch import Tensor, nn
 
 from fused_optim import formats
-from support.cases import SHAPES, Case
-from support.marks import needs_cpu_kernels
-from support.twins import STATE_CASES, by_id
+from support.cases import SHAPES, STATE_CASES, Case
+from support.marks import each_state, needs_cpu_kernels, over
 
 pytestmark = needs_cpu_kernels
 
@@ -26,7 +25,7 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-@pytest.mark.parametrize("case", STATE_CASES, ids=by_id)
+@each_state
 def test_bits_of_converted_zeros(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape, dtype, state_dtype, master in itertools.product(
@@ -55,7 +54,7 @@ def test_bits_of_converted_zeros(case: Case) -> None:
                 assert torch.equal(value, expected[key])
 
 
-@pytest.mark.parametrize("case", [c for c in STATE_CASES if not initial_value(c)], ids=by_id)
+@over([c for c in STATE_CASES if not initial_value(c)])
 @pytest.mark.parametrize("key", ["capturable", "fused", None])
 def test_nothing_is_read_from_the_device(case: Case, key: str | None) -> None:
     """A meta tensor has nothing that could be read."""

@@ -12,6 +12,7 @@ import torch
 
 from support.cases import BACKEND
 from support.processes import fresh_python
+from support.stub_gpu import stub_gpu
 
 if BACKEND != "cpu":
     pytest.skip("needs CPU kernels, and Triton as a compiler", allow_module_level=True)
@@ -22,7 +23,6 @@ from fused_optim.cli.timing import HostTimer, Schedule
 from fused_optim.triton_kernels import streams
 from fused_optim.triton_kernels.multi_tensor import multi_tensor
 from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS
-from support.stub_gpu import stub_gpu
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")

@@ -3,18 +3,17 @@
 Compared are all bits of params and states; a NaN is a NaN, whatever its payload and sign.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from rules.test_bitwise import Streams, assert_same_bits, bits, one_case_each, wild
 from torch import Tensor
 
-import fused_optim
-from fused_optim import backends
-from support.cases import BACKEND, CASES, DEVICE, DTYPES, SHAPES, Case
-from support.twins import ONE_EACH, STATE_CASES
+from support.cases import BACKEND, CAPTURABLE, CASES, DTYPES, ONE_EACH, SHAPES, STATE_CASES, Case
+from support.kernels import assert_bits_of_cpp, cpp_kernels
+from support.marks import each_optimizer
+from support.program import Program, Streams, assert_same_bits, wild
 
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
@@ -23,15 +22,6 @@ N_STEPS = 2
 # The interpreter takes blocks of 8192 elements and chunks of 16384, a GPU 512 and 2048.
 NUMELS = (0, 1, 8193, 16385)
 MISALIGNED = 1031
-
-
-@contextmanager
-def cpp_kernels() -> Iterator[None]:
-    """In the interpreter's process: CPU tensors go to the C++ kernels meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "device_types", lambda: 0)
-        patch.setattr(backends, "interpreted", lambda: False)
-        yield
 
 
 def params_and_grads(dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list, list[list]]:
@@ -47,43 +37,11 @@ def params_and_grads(dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[list,
     return params, grads
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, with the same alignment and strides."""
-    flat = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype, device=device)
-    offset = tensor.storage_offset()
-    copy = flat[offset : offset + tensor.numel()].as_strided(tensor.shape, tensor.stride(), offset)
-    return copy.copy_(tensor)
-
-
-def streams(
-    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device, **options
-) -> Streams:
+def assert_same(
+    case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, **only_device: Any
+) -> None:
     params, grads = params_and_grads(dtype, grad_dtype)
-    params = [moved(param, device) for param in params]
-    for param in params:
-        if grad_dtype != dtype:
-            param.grad_dtype = grad_dtype
-    optimizer = case.fused(params, **options)
-    for now in grads:
-        for param, grad in zip(params, now):
-            param.grad = moved(grad, device)
-        optimizer.step()
-    assert optimizer.last_step.fallbacks == []
-    found = {f"param {i}": bits(param.cpu()) for i, param in enumerate(params)}
-    for i, param in enumerate(params):
-        for key, value in optimizer.state[param].items():
-            found[f"{key} {i}"] = bits(value.cpu())
-    found["backend"] = torch.tensor([optimizer.last_step.tensors.get("triton", 0)])
-    return found
-
-
-def assert_bits_of_cpp(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype, **options) -> None:
-    ours = streams(case, dtype, grad_dtype, DEVICE, **options)
-    assert ours.pop("backend").item() == len(NUMELS) + 2
-    with cpp_kernels():
-        reference = streams(case, dtype, grad_dtype, torch.device("cpu"))
-    assert reference.pop("backend").item() == 0
-    assert_same_bits(ours, reference)
+    assert_bits_of_cpp(case.fused, params, grads, only_device=only_device)
 
 
 def with_dtypes(cases: list[Case], computed: Sequence[torch.dtype]) -> pytest.MarkDecorator:
@@ -99,7 +57,7 @@ def with_dtypes(cases: list[Case], computed: Sequence[torch.dtype]) -> pytest.Ma
 
 @with_dtypes(CASES, (torch.float32, torch.float64))
 def test_same_bits(case: Case, dtype: torch.dtype) -> None:
-    assert_bits_of_cpp(case, dtype, dtype)
+    assert_same(case, dtype, dtype)
 
 
 # The device prepares the same float64 numbers whatever the dtype of the params.
@@ -108,13 +66,13 @@ def test_same_bits(case: Case, dtype: torch.dtype) -> None:
     [
         pytest.param(case, dtype, id=f"{case.id}-{dtype}")
         for case in CASES
-        if "capturable" in getattr(fused_optim, case.optimizer)([torch.zeros(1)]).defaults
+        if case.optimizer in CAPTURABLE
         for dtype in DTYPES
         if dtype == torch.float32 or case in ONE_EACH
     ],
 )
 def test_same_bits_with_hypers_prepared_on_the_device(case: Case, dtype: torch.dtype) -> None:
-    assert_bits_of_cpp(case, dtype, dtype, capturable=True)
+    assert_same(case, dtype, dtype, capturable=True)
 
 
 MIXED = [
@@ -138,10 +96,10 @@ MIXED = [
     "case", {case.optimizer: case for case in MIXED}.values(), ids=lambda case: case.id
 )
 def test_same_bits_of_mixed_dtypes(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    assert_bits_of_cpp(case, dtype, grad_dtype)
+    assert_same(case, dtype, grad_dtype)
 
 
-@one_case_each
+@each_optimizer
 def test_same_bits_in_every_layout(case: Case) -> None:
     """Params and grads that are slices, transposed or expanded, against contiguous copies."""
     generator = torch.Generator().manual_seed(0)
@@ -150,17 +108,10 @@ def test_same_bits_in_every_layout(case: Case) -> None:
     grads = [[shape.grad(torch.float32, generator) for shape in shapes] for _ in range(N_STEPS)]
 
     def outcome(params: list[Tensor], grads: list[list[Tensor]], backend: str) -> Streams:
-        optimizer = case.fused(params)
-        for now in grads:
-            for param, grad in zip(params, now):
-                param.grad = grad
-            optimizer.step()
-        assert optimizer.last_step.tensors == {backend: len(shapes)}
-        found = {f"param {shape.id}": bits(p.cpu()) for shape, p in zip(shapes, params)}
-        for shape, param in zip(shapes, params):
-            for key, value in optimizer.state[param].items():
-                found[f"{key} {shape.id}"] = bits(value.cpu())
-        return found
+        program = Program(case.fused(params), params, lambda step: grads[step])
+        program.step(N_STEPS)
+        assert program.opt.last_step.tensors == {backend: len(shapes)}
+        return program.harvest()
 
     copies = [p.cpu().clone(memory_format=torch.contiguous_format) for p in params]
     grad_copies = [

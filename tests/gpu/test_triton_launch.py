@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from support.cases import BACKEND, CASES, Case
-from support.twins import ONE_EACH, Run, assert_untouched, by_id, run_both, snapshot
+from support.marks import each_capturable, each_optimizer
+from support.stub_gpu import StubGpu, stub_gpu
+from support.twins import Run, assert_untouched, run_both, snapshot
 
 if BACKEND != "cpu":
     pytest.skip("needs CPU kernels, and Triton as a compiler", allow_module_level=True)
@@ -17,9 +19,6 @@ from triton import knobs
 
 from fused_optim import backends
 from fused_optim.triton_kernels import launch, multi_tensor, tables
-from support.stub_gpu import StubGpu, stub_gpu
-
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 
 
 @pytest.fixture
@@ -73,9 +72,7 @@ def test_nothing_is_compiled_again(gpu: StubGpu, case: Case) -> None:
     assert gpu.compiled == ["multi_tensor"], "nor for another optimizer"
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in ONE_EACH if case.optimizer in ("Adam", "AdamW", "RMSprop")], ids=by_id
-)
+@each_capturable
 def test_capturable_adds_one_launch_that_prepares(gpu: StubGpu, case: Case) -> None:
     run = Run(case, case.fused, extra={"capturable": True, "lr": torch.tensor(0.1)})
     for i in range(3):

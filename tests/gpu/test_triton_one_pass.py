@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.test_triton_bits import cpp_kernels, moved
-from rules.test_bitwise import Streams, assert_same_bits, bits, wild
 from torch import Tensor
 
 import fused_optim
-from support.cases import BACKEND, DEVICE, DTYPES
-from support.twins import ONE_EACH, by_id
+from support.cases import BACKEND, DEVICE, Case
+from support.kernels import assert_bits_of_cpp, cpp_kernels
+from support.marks import each_capturable, each_optimizer, every_dtype
+from support.program import bits, tame, wild
 
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
@@ -28,11 +28,6 @@ ALL = {
     "ema_decay": 0.9,
     "ema_warmup": True,
 }
-
-
-def tame(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(numel, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def params_of(dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -53,55 +48,22 @@ def grads_of(params: Sequence[Tensor], step: int, bad: float | None) -> list[Ten
     return grads
 
 
-def outcome(
+def assert_same(
     build: Any,
     options: dict[str, Any],
-    device: torch.device,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     steps: Sequence[float | None] = (None, None),
-    scale: float | None = None,
-    backend: str = "triton",
-) -> Streams:
-    """All that steps with such grads leave behind; a number in `steps` is put into a grad."""
-    params = [moved(param, device) for param in params_of(dtypes)]
-    opt = build(params, **options)
-    found: Streams = {}
-    for step, bad in enumerate(steps):
-        for param, grad in zip(params, grads_of(params, step, bad)):
-            param.grad = moved(grad, device)
-        if scale is not None:
-            opt.grad_scale = torch.tensor(scale, device=device)
-            opt.found_inf = torch.zeros((), device=device)
-        opt.step()
-        if opt.last_step is not None:  # the host has skipped the first
-            assert opt.last_step.tensors in ({}, {backend: len(params)})
-        if opt.grad_norm is not None:
-            found[f"norm {step}"] = bits(opt.grad_norm.cpu())
-        found[f"skipped {step}"] = opt.skipped_steps.cpu()
-        for i, param in enumerate(params):
-            found[f"param {i} {step}"] = bits(param.cpu())
-            found[f"grad {i} {step}"] = bits(param.grad.cpu())
-    for i, param in enumerate(params):
-        for key, value in opt.state[param].items():
-            found[f"{key} {i}"] = bits(value.cpu())
-    if "ema_decay" in options:
-        for i, average in enumerate(opt.ema_params()):
-            found[f"ema {i}"] = bits(average.cpu())
-        saved = opt.state_dict()["ema"]
-        found["averaged"] = torch.tensor([entry["n_averaged"] for entry in saved.values()])
-    return found
-
-
-def assert_bits_of_cpp(build: Any, options: dict[str, Any], **program: Any) -> None:
-    ours = outcome(build, options, DEVICE, **program)
-    with cpp_kernels():
-        host = {key: value for key, value in options.items() if key != "capturable"}
-        cpu = torch.device("cpu")
-        assert_same_bits(ours, outcome(build, host, cpu, backend="cpu", **program))
+    **program: Any,
+) -> None:
+    """Over as many `steps`; a number there is put into a grad, and the step is skipped."""
+    params = params_of(dtypes)
+    grads = [grads_of(params, step, bad) for step, bad in enumerate(steps)]
+    skips = [step for step, bad in enumerate(steps) if bad is not None]
+    assert_bits_of_cpp(build, params, grads, options, skips=skips, **program)
 
 
 @pytest.mark.parametrize("values", [tame, wild])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_norm_has_the_same_bits(dtype: torch.dtype, values: Any) -> None:
     def norm(device: torch.device, sizes: Sequence[int]) -> Tensor:
         params = [torch.zeros(n, dtype=dtype, device=device) for n in sizes]
@@ -140,12 +102,12 @@ def test_norm_of_more_chunks_than_finish_has_lanes() -> None:
     assert result[0].item() == lanes.item()
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
+@each_optimizer
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_all_in_one_pass(case: Any, bad: float) -> None:
     """The second step is skipped, or the first one."""
     steps = (None, bad, None) if bad == bad else (bad, None)
-    assert_bits_of_cpp(case.fused, ALL, steps=steps)
+    assert_same(case.fused, ALL, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -165,18 +127,18 @@ def test_what_is_left_in_the_grads(dtype: torch.dtype, write: str) -> None:
     if write == "zeroed":
         options |= {"zero_grads": True, "max_grad_norm": None, "ema_dtype": torch.float32}
     scale = None if write == "kept" else SCALE
-    assert_bits_of_cpp(fused_optim.AdamW, options, dtypes=(dtype,), scale=scale)
+    assert_same(fused_optim.AdamW, options, dtypes=(dtype,), scale=scale)
 
 
 def test_dtypes_in_one_norm() -> None:
     dtypes = (torch.bfloat16, torch.float32, torch.float64)
-    assert_bits_of_cpp(fused_optim.Adagrad, ALL, dtypes=dtypes, steps=(None, float("inf")))
+    assert_same(fused_optim.Adagrad, ALL, dtypes=dtypes, steps=(None, float("inf")))
 
 
-@pytest.mark.parametrize("name", ["Adam", "RMSprop"])
-def test_capturable(name: str) -> None:
-    options = {**ALL, "skip_nonfinite": False, "capturable": True}
-    assert_bits_of_cpp(getattr(fused_optim, name), options, steps=(None, None, None))
+@each_capturable
+def test_capturable(case: Case) -> None:
+    options = {**ALL, "skip_nonfinite": False}
+    assert_same(case.fused, options, steps=(None, None, None), only_device={"capturable": True})
 
 
 def test_momentum_starts_with_the_first_step_that_is_not_skipped() -> None:
@@ -184,7 +146,7 @@ def test_momentum_starts_with_the_first_step_that_is_not_skipped() -> None:
         return fused_optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **options)
 
     options = {"skip_nonfinite": True, "max_grad_norm": None}
-    assert_bits_of_cpp(build, options, steps=(float("nan"), float("nan"), None, None))
+    assert_same(build, options, steps=(float("nan"), float("nan"), None, None))
 
 
 def test_large_float64_squares_overflow_without_a_skip() -> None:

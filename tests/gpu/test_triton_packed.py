@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.test_triton_bits import cpp_kernels, moved
-from gpu.test_triton_one_pass import tame
-from rules.test_bitwise import Streams, assert_same_bits, bits, wild
 from torch import Tensor
 
-from support.cases import BACKEND, CASES, DEVICE, Case
-from support.twins import by_id
+from support.cases import BACKEND, CASES, Case
+from support.kernels import assert_bits_of_cpp
+from support.marks import over
+from support.program import tame, wild
 
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
@@ -43,60 +42,30 @@ ADAMW = next(case for case in FULLEST if case.optimizer == "AdamW")
 SGD = next(case for case in FULLEST if case.optimizer == "SGD")
 
 
-def outcome(
+def assert_same(
     case: Case,
     dtype: torch.dtype,
     options: dict[str, Any],
-    device: torch.device,
-    backend: str,
-    skips: tuple[bool, ...] = (False, False),
-    scaled: bool = False,
     numbers: Callable[[int, torch.dtype, int], Tensor] = wild,
-) -> Streams:
-    """All that steps leave behind; a skipped one is said to have found an infinity, if `scaled`."""
+    n_steps: int = 2,
+    **program: Any,
+) -> None:
     params: list[Tensor] = [wild(numel, dtype, seed=numel).clone() for numel in NUMELS]
     params.append(wild(MISALIGNED + 1, dtype, seed=1)[1:])
     params.append(wild(67 * 71, dtype, seed=2).view(67, 71).t())
-    params = [moved(param, device) for param in params]
-    optimizer = case.fused(params, **options)
-    found: Streams = {}
-    for step, skipped in enumerate(skips):
-        for i, param in enumerate(params):
-            grad = numbers(param.numel(), dtype, 100 * step + i).view(param.shape)
-            if backend == "cpu":  # C++ kernels take none in another order than a packed param
-                grad = torch.empty_like(param).copy_(grad)
-            param.grad = moved(grad, device)
-        if scaled:
-            optimizer.grad_scale = torch.tensor(3.0, device=device)
-            optimizer.found_inf = torch.tensor(float(skipped), device=device)
-        optimizer.step()
-        report = optimizer.last_step
-        assert (report is None and skipped) or report.tensors in ({}, {backend: len(params)})
-        for i, param in enumerate(params):
-            found[f"param {i} {step}"] = bits(param.cpu())
-            found[f"grad {i} {step}"] = bits(param.grad.cpu())
-            for key, value in optimizer.state[param].items():
-                found[f"{key} {i} {step}"] = bits(value.cpu())
-    if "ema_decay" in options:
-        for i, average in enumerate(optimizer.ema_params()):
-            found[f"ema {i}"] = bits(average.cpu())
-    return found
-
-
-def assert_bits_of_cpp(
-    case: Case, dtype: torch.dtype, options: dict[str, Any], only_device: Any = (), **program: Any
-) -> None:
-    ours = outcome(case, dtype, {**options, **dict(only_device)}, DEVICE, "triton", **program)
-    with cpp_kernels():
-        cpu = torch.device("cpu")
-        params = outcome(case, dtype, options, cpu, "cpu", **program)
-    assert_same_bits(ours, params)
+    grads = [
+        [numbers(p.numel(), dtype, 100 * step + i).view(p.shape) for i, p in enumerate(params)]
+        for step in range(n_steps)
+    ]
+    # C++ kernels take none in another order than a packed param.
+    relaid = [[torch.empty_like(p).copy_(g) for p, g in zip(params, now)] for now in grads]
+    assert_bits_of_cpp(case.fused, params, grads, options, grads_for_cpp=relaid, **program)
 
 
 @pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=FORMAT_IDS)
-@pytest.mark.parametrize("case", FULLEST, ids=by_id)
+@over(FULLEST)
 def test_same_bits(case: Case, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    assert_bits_of_cpp(case, dtype, options)
+    assert_same(case, dtype, options)
 
 
 ONE_PASS = {
@@ -112,16 +81,16 @@ ONE_PASS = {
 )
 def test_same_bits_in_one_pass(dtype: torch.dtype, options: dict[str, Any]) -> None:
     # Grads that are not finite would skip the steps.
-    assert_bits_of_cpp(ADAMW, dtype, {**options, **ONE_PASS}, numbers=tame)
+    assert_same(ADAMW, dtype, {**options, **ONE_PASS}, numbers=tame)
 
 
-@pytest.mark.parametrize("case", [ADAMW, SGD], ids=by_id)
+@over([ADAMW, SGD])
 @pytest.mark.parametrize(("dtype", "options"), [FORMATS[0], FORMATS[3]], ids=["float32", "split8"])
 def test_same_bits_where_the_device_counts_steps(
     case: Case, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    assert_bits_of_cpp(case, dtype, options, skips=(False, True, False), scaled=True)
+    assert_same(case, dtype, options, n_steps=3, skips=[1], scale=3.0)
 
 
 def test_same_bits_with_capturable() -> None:
-    assert_bits_of_cpp(ADAMW, *FORMATS[3], only_device={"capturable": True})
+    assert_same(ADAMW, *FORMATS[3], only_device={"capturable": True})

@@ -10,28 +10,16 @@ import torch
 from torch import Tensor
 
 import fused_optim
-from support.cases import BACKEND, CASES, DEVICE, Case
-from support.twins import (
-    FEW_CASES,
-    ONE_EACH,
-    SHAPES,
-    STATE_CASES,
-    Run,
-    assert_untouched,
-    by_id,
-    run_both,
-    snapshot,
-)
+from support.cases import BACKEND, CASES, DEVICE, STATE_CASES, Case
+from support.marks import each_optimizer, each_state, few_cases, over
+from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
 # Powers of 2, so that scaling and unscaling are exact.
 SCALE = 2.0**10
 
 # The interpreter is slow; what the numbers do in its kernels is proven in test_triton_bits.
 interpreted = BACKEND == "triton" and DEVICE.type == "cpu"
-all_cases = pytest.mark.parametrize("case", STATE_CASES if interpreted else CASES, ids=by_id)
-each_state = pytest.mark.parametrize("case", STATE_CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+all_cases = over(STATE_CASES if interpreted else CASES)
 either_way = pytest.mark.parametrize("scales_itself", [False, True])
 
 

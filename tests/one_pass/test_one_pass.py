@@ -4,7 +4,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,20 +13,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_optim
 from fused_optim import backends
-from support.cases import BACKEND, CASES, DEVICE, DTYPES, STOCK_SHAPES, Case, Shape
+from support.cases import BACKEND, CASES, DEVICE, ONE_EACH, STOCK_SHAPES, Case, Shape
 from support.cases import SHAPES as LAYOUTS
-from support.marks import needs_cpu_kernels
-from support.phases import Phase, PhaseRun, run_phases
-from support.twins import FEW_CASES, ONE_EACH, Run, assert_close, assert_untouched, by_id, snapshot
-
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
-# Without options: weight decay takes no sparse grads, a centered variance cancels in 16 bits.
-plain_optimizers = pytest.mark.parametrize(
-    "case", {case.optimizer: case for case in reversed(CASES)}.values(), ids=by_id
+from support.marks import (
+    all_cases,
+    each_optimizer,
+    every_dtype,
+    few_cases,
+    needs_cpu_kernels,
+    plain_optimizers,
 )
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+from support.phases import Phase, PhaseRun, run_phases
+from support.twins import Run, assert_close, assert_untouched, snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL_ON = Phase({"max_grad_norm": 0.5, "skip_nonfinite": True, "zero_grads": True, "ema_decay": 0.9})
 PHASES = [
@@ -670,11 +670,3 @@ def test_grad_scaler_with_an_option_set_later_and_without_grads(scaler_class: ty
         amp.update()
     assert opts[0].skipped_steps.item() == 1
     assert params[0].tolist() == [0.5, 0.5] and params[1].tolist() == [1.0, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

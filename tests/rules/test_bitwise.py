@@ -12,25 +12,16 @@ import torch
 from torch import Tensor
 
 from fused_optim import _C
-from support.cases import CASE_IDS, CASES, DEVICE, DTYPES, Case
-from support.marks import needs_cpu_kernels
+from support.cases import CASES, DEVICE, DTYPES, Case
+from support.marks import all_cases, each_optimizer, every_dtype, needs_cpu_kernels
 from support.processes import python
-
-every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-one_case_each = pytest.mark.parametrize(
-    "case",
-    {case.optimizer: case for case in CASES if not case.tensor_options}.values(),
-    ids=lambda case: case.id,
-)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+from support.program import Program, Streams, assert_same_bits, bits, joined, wild
 
 # More elements than stay on the calling thread (64 K), several chunks, and an odd rest.
 ROWS, COLUMNS = 277, 257
 NUMEL = ROWS * COLUMNS
 SMALL = 1009
 N_STEPS = 2  # the first, which creates the states, and one more
-Streams = dict[str, Tensor]
-BITS = {1: torch.int8, 8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @pytest.fixture(autouse=True)
@@ -43,36 +34,6 @@ def restore_switches() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-@functools.lru_cache(maxsize=32)
-def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of all sizes; every 13th a subnormal, and now and then 0, -0, Inf, NaN, max."""
-    generator = torch.Generator().manual_seed(seed)
-    info = torch.finfo(dtype)
-    values = torch.randn(numel, dtype=torch.float64, generator=generator)
-    values *= torch.exp2(torch.randint(-12, 6, (numel,), generator=generator).double())
-    values[::13] = info.tiny * torch.randn(values[::13].shape, generator=generator).double()
-    specials = (
-        0.0,
-        -0.0,
-        float("inf"),
-        -float("inf"),
-        float("nan"),
-        info.max,
-        info.tiny * info.eps,
-    )
-    for i, special in enumerate(specials):
-        values[seed % 7 + 5 + i :: 211] = special
-    return values.to(dtype).to(DEVICE)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bits of every element in logical order, with one NaN for all."""
-    tensor = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
-    if tensor.is_floating_point():
-        tensor[tensor.isnan()] = float("nan")
-    return tensor.view(BITS[tensor.dtype.itemsize])
-
-
 def run(
     case: Case,
     dtype: torch.dtype,
@@ -81,23 +42,19 @@ def run(
     cut_grad: Callable[[Tensor], list[Tensor]] | None = None,
     move_state: Callable[[Tensor], Tensor] | None = None,
 ) -> Streams:
-    """Bits of params and states after N_STEPS on the kernels, pieces joined in order."""
+    """Params and states after N_STEPS on the kernels, pieces joined in order."""
     params = cut(wild(numel, dtype, seed=0))
-    optimizer = case.fused(params)
-    for step in range(1, N_STEPS + 1):
-        grads = (cut_grad or cut)(wild(numel, dtype, seed=step))
-        for param, grad in zip(params, grads):
-            param.grad = grad
-        optimizer.step()
-        assert optimizer.last_step.tensors == {case.backend: len(params)}
+    program = Program(
+        case.fused(params), params, lambda step: (cut_grad or cut)(wild(numel, dtype, step + 1))
+    )
+    for _ in range(N_STEPS):
+        program.step()
+        assert program.opt.last_step.tensors == {case.backend: len(params)}
         if move_state:
-            for state in optimizer.state.values():
+            for state in program.opt.state.values():
                 for key in state.keys() - {"step"}:
                     state[key] = move_state(state[key])
-    found = {"param": torch.cat([bits(param) for param in params])}
-    for key in sorted(set().union(*(optimizer.state[param] for param in params)) - {"step"}):
-        found[key] = torch.cat([bits(optimizer.state[param][key]) for param in params])
-    return found
+    return joined(program.harvest())
 
 
 @functools.lru_cache(maxsize=2 * len(CASES) * len(DTYPES))
@@ -108,13 +65,6 @@ def reference(case: Case, dtype: torch.dtype, numel: int = NUMEL) -> Streams:
     found = run(case, dtype, numel)
     torch.set_num_threads(threads)
     return found
-
-
-def assert_same_bits(left: Streams, right: Streams) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        differ = (left[key] != right[key]).nonzero().flatten()
-        assert len(differ) == 0, f"{key}: {len(differ)} elements differ, first {differ[0]}"
 
 
 def test_the_data_can_tell() -> None:
@@ -131,7 +81,7 @@ def test_the_data_can_tell() -> None:
 
 @needs_cpu_kernels
 @every_dtype
-@every_case
+@all_cases
 def test_thread_count(case: Case, dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
     assert_same_bits(run(case, dtype), reference(case, dtype))
@@ -148,7 +98,7 @@ def _pieces(values: Tensor) -> list[Tensor]:
 
 
 @every_dtype
-@every_case
+@all_cases
 def test_chunk_boundaries_and_tails(case: Case, dtype: torch.dtype) -> None:
     assert_same_bits(run(case, dtype, cut=_pieces), reference(case, dtype))
 
@@ -162,7 +112,7 @@ def _misaligned(values: Tensor) -> Tensor:
 
 
 @every_dtype
-@every_case
+@all_cases
 def test_alignment(case: Case, dtype: torch.dtype) -> None:
     def cut(values: Tensor) -> list[Tensor]:
         return [_misaligned(piece) for piece in values.split((SMALL, SMALL + 1, SMALL + 2, 2, 3))]
@@ -192,7 +142,7 @@ LAYOUTS = [_matrix, _transposed, _sliced]
 @pytest.mark.parametrize("cut_grad", LAYOUTS)
 @pytest.mark.parametrize("cut", LAYOUTS)
 @every_dtype
-@one_case_each
+@each_optimizer
 def test_layout(
     case: Case,
     dtype: torch.dtype,
@@ -205,7 +155,7 @@ def test_layout(
 
 @needs_cpu_kernels
 @every_dtype
-@every_case
+@all_cases
 def test_every_isa(case: Case, dtype: torch.dtype) -> None:
     isas = _C.isas()
     assert "baseline" in isas or "neon" in isas
@@ -218,7 +168,7 @@ def test_every_isa(case: Case, dtype: torch.dtype) -> None:
 
 @needs_cpu_kernels
 @every_dtype
-@one_case_each
+@each_optimizer
 def test_flush_denormal_reaches_every_thread_and_isa(case: Case, dtype: torch.dtype) -> None:
     """torch.set_flush_denormal is per thread: workers must take over the caller's setting."""
     torch.set_num_threads(2)
@@ -231,7 +181,7 @@ def test_flush_denormal_reaches_every_thread_and_isa(case: Case, dtype: torch.dt
         _C.set_isa(isa)
         assert_same_bits(run(case, dtype), flushed)
     if dtype == torch.float32:
-        assert not torch.equal(kept["param"], flushed["param"]), "nothing was flushed"
+        assert not torch.equal(bits(kept["param"]), bits(flushed["param"])), "nothing was flushed"
 
 
 def digest() -> str:
@@ -240,7 +190,7 @@ def digest() -> str:
     for dtype in DTYPES:
         for case in CASES:
             for stream in run(case, dtype, SMALL).values():
-                whole.update(stream.numpy().tobytes())
+                whole.update(bits(stream).numpy().tobytes())
     return whole.hexdigest()
 
 

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from support.cases import CASES, DEVICE, Case
-from support.twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, run_both
-
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+from support.cases import DEVICE, Case
+from support.marks import all_cases, each_optimizer, few_cases
+from support.twins import SHAPES, Run, run_both
 
 
 def cycles(opt: torch.optim.Optimizer) -> bool:
@@ -99,7 +97,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_id)
+@all_cases
 def test_every_option_written_between_steps(case: Case) -> None:
     def program(run: Run) -> None:
         run.step(2)

@@ -7,23 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import CASES, DTYPES, Case
+from support.cases import CASES, Case
+from support.marks import every_dtype, plain_optimizers
 from support.numerics import check_close_to_stock, check_float64_update, check_rms_against_oracle
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: more threads only wait. test_bitwise shows that they change nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# First case of each optimizer: its defaults.
-PLAIN = list({case.optimizer: case for case in reversed(CASES)}.values())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _with(case: Case, key: str, value: Any) -> Case:
@@ -69,13 +57,13 @@ def test_one_option_wrong(case: Case, wrong: Case) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+@plain_optimizers
 def test_sign_wrong(case: Case, dtype: torch.dtype) -> None:
     with pytest.raises(AssertionError, match="too far apart"):
         check_close_to_stock(case, dtype, build=_with(case, "maximize", True).fused)
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+@plain_optimizers
 def test_one_element_wrong(case: Case) -> None:
     """The last element of one tensor 100 units off."""
 
@@ -91,7 +79,7 @@ def test_one_element_wrong(case: Case) -> None:
         check_close_to_stock(case, torch.float32, build=build)
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+@plain_optimizers
 def test_rms_and_float64_checks_see_a_wrong_lr(case: Case) -> None:
     lr = case.hypers()["lr"]
     with pytest.raises(AssertionError, match="RMS error"):
@@ -101,7 +89,7 @@ def test_rms_and_float64_checks_see_a_wrong_lr(case: Case) -> None:
         check_float64_update(case, build=wrong.fused)
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+@plain_optimizers
 def test_silent_fallback(case: Case) -> None:
     """Stock's own code passes every comparison of numbers, but not the check of the backend."""
     with pytest.raises(AssertionError, match="stock"):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from support.cases import Case
-from support.twins import FEW_CASES, Run, by_id, run_both
-
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+from support.marks import few_cases
+from support.twins import Run, run_both
 
 # Three such tensors are enough for the kernels to share a step between threads; one is not enough for
 # stock to do so, whose threads would only slow the tests down.

@@ -6,22 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.cases import CASES, DEVICE, Case, stock_class
+from support.cases import DEVICE, ONE_EACH, Case, stock_class
+from support.marks import all_cases, few_cases, over
 from support.surgeries import tensors_of
-from support.twins import (
-    FEW_CASES,
-    ONE_EACH,
-    SHAPES,
-    Run,
-    assert_untouched,
-    by_id,
-    run_both,
-    snapshot,
-    step_or_leave_untouched,
-)
-
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot, step_or_leave_untouched
 
 
 def assert_refused(run: Run, error: type[Exception], match: str) -> None:
@@ -255,7 +243,7 @@ FUSED = [
 ]
 
 
-@pytest.mark.parametrize("case", FUSED, ids=by_id)
+@over(FUSED)
 def test_fused_asks_for_more_than_the_meta_device(case: Case) -> None:
     def meta_param() -> torch.nn.Parameter:
         param = torch.nn.Parameter(torch.ones(3, device="meta"))

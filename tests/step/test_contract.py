@@ -12,13 +12,9 @@ from torch.optim.optimizer import (
 
 import fused_optim
 from support.cases import BACKEND, CASES, DEVICE, OF_TORCH, VARIANTS, Case, stock_class
-from support.marks import not_interpreted
+from support.marks import all_cases, each_optimizer, few_cases, not_interpreted
 from support.processes import python
-from support.twins import FEW_CASES, ONE_EACH, SHAPES, Run, by_id, run_both
-
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+from support.twins import SHAPES, Run, run_both
 
 # Values that some constructor refuses, by the name of its argument.
 REFUSED = {

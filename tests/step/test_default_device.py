@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from rules.test_bitwise import Streams, assert_same_bits, bits
 
 import fused_optim
 from support.cases import BACKEND, DEVICE
+from support.program import Program, Streams, assert_same_bits
 
 SHAPES = ((7,), (3, 70), (1,), (8193,))
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,13 +52,7 @@ def outcome(name: str, default: contextlib.AbstractContextManager) -> Streams:
                 opt.found_inf = torch.full((), float(n_grads == 3), device=DEVICE)
             opt.step()
             assert opt.last_step is not None and "stock" not in opt.last_step.tensors
-    streams = {f"param {i}": bits(param) for i, param in enumerate(params)}
-    if opt.grad_norm is not None:
-        streams["norm"] = bits(opt.grad_norm)
-        streams["skipped"] = bits(opt.skipped_steps)
-    for i, state in enumerate(opt.state.values()):
-        streams |= {f"{key} {i}": bits(value) for key, value in state.items()}
-    return streams
+    return Program(opt, params).harvest_all()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

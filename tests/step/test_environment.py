@@ -5,14 +5,15 @@ import importlib.util
 import pytest
 import torch
 
+from support.cases import ONE_EACH
 from support.marks import needs_cpu_kernels
 from support.processes import fresh_python, python
-from support.twins import ONE_EACH
 
 PREAMBLE = """
 import torch
 from support.cases import CASES
-from support.twins import Run, run_both, ONE_EACH
+from support.cases import ONE_EACH
+from support.twins import Run, run_both
 """
 
 USES = {

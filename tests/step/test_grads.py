@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 import fused_optim
-from support.cases import CASES, DEVICE, STOCK_SHAPES, Case
-from support.twins import FEW_CASES, SHAPES, Run, assert_untouched, by_id, run_both, snapshot
-
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+from support.cases import DEVICE, STOCK_SHAPES, Case
+from support.marks import all_cases, few_cases
+from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
 
 @all_cases

@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from support.cases import BACKEND, CASES, DEVICE, Case
-from support.marks import needs_8_gib, needs_cpu_kernels, not_interpreted
+from support.cases import BACKEND, CASES, DEVICE, ONE_EACH, Case
+from support.marks import each_optimizer, needs_8_gib, needs_cpu_kernels, not_interpreted
 from support.processes import fresh_python, python
-from support.twins import ONE_EACH, Run
+from support.twins import Run
 
 # 16 Mi elements: a temporary of one tensor's size would take 64 MiB, 8 times what is allowed.
 MEASURE = """
@@ -43,7 +43,7 @@ def growth_mib(case: Case, build: str, layout: str = "contiguous()") -> int:
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+@each_optimizer
 def test_a_step_allocates_nothing_of_the_params_size(case: Case) -> None:
     assert growth_mib(case, "fused", "t()") < 8
 

@@ -11,11 +11,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from support.cases import Case
+from support.marks import each_optimizer, few_cases
 from support.processes import python
-from support.twins import FEW_CASES, ONE_EACH, Run, by_id, run_both, step_or_leave_untouched
-
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+from support.twins import Run, run_both, step_or_leave_untouched
 
 FLAGS = {"nesterov", "amsgrad", "centered", "decoupled_weight_decay", "maximize"}
 OPTIONS = {

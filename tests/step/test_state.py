@@ -8,21 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import CASES, Case
-from support.twins import (
-    FEW_CASES,
-    ONE_EACH,
-    SHAPES,
-    STATE_CASES,
-    Run,
-    assert_same_groups,
-    by_id,
-    run_both,
-)
-
-all_cases = pytest.mark.parametrize("case", CASES, ids=by_id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
+from support.cases import CASES, STATE_CASES, Case
+from support.marks import all_cases, each_optimizer, few_cases
+from support.twins import SHAPES, Run, assert_same_groups, run_both
 
 
 def state_tensors(opt: torch.optim.Optimizer) -> list[Tensor]:

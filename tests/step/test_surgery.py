@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from support.cases import DEVICE, Case
-from support.marks import not_interpreted
+from support.marks import each_state, few_cases, not_interpreted
 from support.surgeries import SURGERIES, Surgery, tensors_of
-from support.twins import (
-    FEW_CASES,
-    SHAPES,
-    STATE_CASES,
-    Run,
-    by_id,
-    run_both,
-    step_or_leave_untouched,
-)
+from support.twins import SHAPES, Run, run_both, step_or_leave_untouched
 
 JUNK = 7.0
 
@@ -63,7 +55,7 @@ def assert_served(run: Run, backend: str) -> None:
 
 
 @every_surgery
-@pytest.mark.parametrize("case", STATE_CASES, ids=by_id)
+@each_state
 def test_surgery(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery]))
     if surgery.served and ours.error is None:
@@ -71,7 +63,7 @@ def test_surgery(case: Case, surgery: Surgery) -> None:
 
 
 @every_surgery
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery], n_steps_before=0))
     if surgery.served and ours.error is None:
@@ -79,18 +71,18 @@ def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
 
 
 @every_surgery
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_surgery_in_float64(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery]), dtype=torch.float64)
 
 
 @every_surgery
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_surgery_twice(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery, surgery]))
 
 
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_an_optimizer_that_dies_frees_its_tensors(case: Case) -> None:
     run = Run(case, case.fused, SHAPES)
     run.step(2)
@@ -101,7 +93,7 @@ def test_an_optimizer_that_dies_frees_its_tensors(case: Case) -> None:
     assert all(reference() is None for reference in watched)
 
 
-@pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
+@few_cases
 def test_what_the_user_removed_is_free_after_the_next_step(case: Case) -> None:
     run = Run(case, case.fused, SHAPES)
     run.step(2)

@@ -7,14 +7,12 @@ import threading
 import pytest
 import torch
 
-from support.cases import CASES, Case
-from support.marks import needs_cpu_kernels
+from support.cases import CASES, FEW_CASES, ONE_EACH, Case
+from support.marks import each_optimizer, few_cases, needs_cpu_kernels, over
 from support.processes import fresh_python, python
-from support.twins import FEW_CASES, ONE_EACH, Run, assert_same_run, by_id
+from support.twins import Run, assert_same_run
 
 pytestmark = needs_cpu_kernels
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-each_optimizer = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.optimizer)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # Enough for the kernels to use several threads. Each stays under the 32,768 elements from which torch's own
@@ -145,7 +143,8 @@ def test_surgery_in_another_thread_during_steps(case: Case) -> None:
 # before that: its children would outlive it.
 FORK = """
 import os, sys, torch
-from support.twins import ONE_EACH, Run, assert_same_run
+from support.cases import ONE_EACH
+from support.twins import Run, assert_same_run
 from step.test_threads import LARGE, stepped
 for case in ONE_EACH:
     expected = stepped(case, 6, "stock")
@@ -177,7 +176,7 @@ def test_forked_child_and_its_parent_go_on_stepping() -> None:
 def test_fork_of_a_forked_child() -> None:
     program = """
 import os
-from support.twins import ONE_EACH
+from support.cases import ONE_EACH
 from step.test_threads import stepped
 case = ONE_EACH[0]
 stepped(case, 1)
@@ -202,7 +201,8 @@ MULTIPROCESSING = """
 import multiprocessing, torch
 from support.processes import HANG_S
 from step.test_threads import _step_in_child, stepped
-from support.twins import ONE_EACH, assert_close
+from support.cases import ONE_EACH
+from support.twins import assert_close
 if __name__ == "__main__":
     context = multiprocessing.get_context({method!r})
     case = ONE_EACH[0]
@@ -235,7 +235,8 @@ DATA_LOADER = """
 import torch
 from support.processes import HANG_S
 from step.test_threads import stepped
-from support.twins import ONE_EACH, assert_close
+from support.cases import ONE_EACH
+from support.twins import assert_close
 
 class Stepping(torch.utils.data.Dataset):
     def __len__(self):
@@ -264,7 +265,8 @@ def test_data_loader_workers_step() -> None:
 CTRL_C = """
 import signal, sys, torch
 from fused_optim import backends
-from support.twins import FEW_CASES, Run, assert_same_run
+from support.cases import FEW_CASES
+from support.twins import Run, assert_same_run
 case = next(case for case in FEW_CASES if case.id == {case_id!r})
 SHAPES = ((300, 300), (70_001,), *((64, 3),) * 100)
 backends.cpu_kernels()  # an interrupted import of them is not what this is about
@@ -310,9 +312,7 @@ def counts_steps(case: Case) -> bool:
 
 
 # The fullest case of an optimizer may be centered, and one grad repeated for ever has no variance.
-@pytest.mark.parametrize(
-    "case", [case for case in FEW_CASES if counts_steps(case) and not case.options], ids=by_id
-)
+@over([case for case in FEW_CASES if counts_steps(case) and not case.options])
 def test_ctrl_c_leaves_whole_steps(case: Case) -> None:
     done = python(CTRL_C.format(case_id=case.id))
     assert done.stdout.split() == ["whole"], done.stderr

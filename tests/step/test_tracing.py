@@ -12,14 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_optim
 from support.cases import DEVICE, OF_TORCH, VARIANTS, Case
-from support.marks import needs_cpu_kernels, not_interpreted
+from support.marks import each_optimizer, few_cases, needs_cpu_kernels, not_interpreted
 from support.processes import python
-from support.twins import FEW_CASES, ONE_EACH, SHAPES, Run, assert_close, by_id, run_both
+from support.twins import SHAPES, Run, assert_close, run_both
 
 REASON = "a dispatch mode is active"
-
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=by_id)
-one_each = pytest.mark.parametrize("case", ONE_EACH, ids=by_id)
 
 
 @not_interpreted
@@ -75,7 +72,7 @@ def test_states_that_are_made_under_a_dispatch_mode(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@one_each
+@each_optimizer
 def test_explain_says_that_a_dispatch_mode_is_active(case: Case) -> None:
     run = Run(case, case.fused)
     with Recording():
@@ -133,7 +130,7 @@ FORMATS = {
 LONG = ((5000,),)  # int8 is for tensors of 4,096 elements
 
 
-@one_each
+@each_optimizer
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
     """They decode to values that kernels step to: the states before are the same, bit for bit."""
@@ -152,7 +149,7 @@ def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
         assert_close(ours, expected, 1)
 
 
-@one_each
+@each_optimizer
 def test_released_grads_under_a_dispatch_mode(case: Case) -> None:
     weights = []
     for make_mode in (Recording, contextlib.nullcontext):
@@ -172,7 +169,8 @@ def test_released_grads_under_a_dispatch_mode(case: Case) -> None:
 def test_forced_kernels_refuse_a_dispatch_mode() -> None:
     program = """
 import torch
-from step.test_tracing import ONE_EACH, REASON, Recording, Run
+from step.test_tracing import REASON, Recording, Run
+from support.cases import ONE_EACH
 for case in ONE_EACH:
     run = Run(case, case.fused)
     run.step()
@@ -237,7 +235,7 @@ def test_make_fx_records_the_update_as_stocks(case: Case) -> None:
 
 
 @needs_cpu_kernels
-@one_each
+@each_optimizer
 @pytest.mark.parametrize("format", FORMATS)
 def test_make_fx_of_formats_is_an_error(case: Case, format: str) -> None:
     dtype, options = FORMATS[format]
@@ -256,7 +254,7 @@ def test_make_fx_of_formats_is_an_error(case: Case, format: str) -> None:
 
 
 @needs_cpu_kernels
-@one_each
+@each_optimizer
 def test_no_codec_writes_to_fake_tensors(case: Case) -> None:
     """They have no memory: that would end the process."""
     run = Run(case, case.fused, LONG, torch.bfloat16, {"master": "split16"})
@@ -268,7 +266,7 @@ def test_no_codec_writes_to_fake_tensors(case: Case) -> None:
         run.opt.master_params()
 
 
-@one_each
+@each_optimizer
 def test_fake_tensors_are_stepped_as_by_stock(case: Case) -> None:
     def program(run: Run) -> None:
         with FakeTensorMode():

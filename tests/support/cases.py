@@ -13,6 +13,7 @@ The environment chooses what the tests run on; values are always drawn on the CP
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -190,6 +191,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 OF_TORCH = sorted(name for name in VARIANTS if hasattr(torch.optim, name))
+CAPTURABLE = [
+    name for name in VARIANTS if "capturable" in inspect.signature(stock_class(name)).parameters
+]
 
 CASES = [
     Case(
@@ -201,6 +205,32 @@ CASES = [
     for variant in variants
 ]
 CASE_IDS = [case.id for case in CASES]
+
+
+def fullest(optimizer: str) -> Case:
+    """The case with the most options."""
+    cases = [case for case in CASES if case.optimizer == optimizer]
+    return max(cases, key=lambda case: len(case.options))
+
+
+# Each optimizer with its defaults, with the most options, and with both.
+PLAIN = [next(case for case in CASES if case.optimizer == name) for name in VARIANTS]
+ONE_EACH = [fullest(name) for name in VARIANTS]
+FEW_CASES = [case for pair in zip(PLAIN, ONE_EACH) for case in pair]
+
+
+def _kinds() -> list[Case]:
+    """FEW_CASES, and one for each set of states and of options that are tensors."""
+    chosen = {}
+    for case in CASES:
+        options = {key: value for key, value in case.options if value}
+        deciding = options.keys() & {"amsgrad", "centered", "momentum", "nesterov"}
+        chosen.setdefault((case.optimizer, frozenset(deciding), case.tensor_options), case)
+    return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
+
+
+# Where numbers like lr and eps make no difference.
+STATE_CASES = _kinds()
 
 
 def _contiguous(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a test needs of the kernels under test, or of the machine."""
+"""What tests loop over, and what they need of the kernels under test or of the machine."""
 
 from pathlib import Path
 
@@ -6,9 +6,33 @@ import pytest
 import torch
 
 from support import browser
-from support.cases import BACKEND, DEVICE
+from support.cases import (
+    BACKEND,
+    CAPTURABLE,
+    CASES,
+    DEVICE,
+    DTYPES,
+    FEW_CASES,
+    ONE_EACH,
+    PLAIN,
+    STATE_CASES,
+    Case,
+)
 
 GIB = 2**30
+
+
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+all_cases = over(CASES)
+few_cases = over(FEW_CASES)
+each_state = over(STATE_CASES)
+each_optimizer = over(ONE_EACH)
+plain_optimizers = over(PLAIN)
+each_capturable = over([case for case in FEW_CASES if case.optimizer in CAPTURABLE])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="needs chromium")
 

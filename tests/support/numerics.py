@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from support.bounds import RECURRENCES, Bounded, Machine
 from support.cases import SHAPES, Case, Shape, expected_backends
 from support.oracle import ORACLES
+from support.program import Program
 
 Array = NDArray[np.float64]
 Build = Callable[..., Optimizer]
@@ -71,26 +72,22 @@ def _sampled(shapes: tuple[Shape, ...]) -> tuple[NDArray[np.int64], NDArray[np.i
     return np.concatenate(positions), np.concatenate(owners)
 
 
-class Run:
-    """One optimizer over one parameter of each shape, fed with the same values in every run."""
+class Sampled(Program):
+    """One parameter of each shape, fed with the same values in every run, seen as float64."""
 
     def __init__(self, build: Build, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
         self.shapes = tuple(shapes)
         self.dtype = dtype
-        self.n_steps = 0
         fresh = _params(self.shapes, dtype)
         # A plain clone would turn a slice of a wider tensor into a contiguous one.
-        self.params = [copy.deepcopy(param) for param in fresh]
-        assert [p.stride() for p in self.params] == [p.stride() for p in fresh]
-        self.optimizer = build(self.params)
+        params = [copy.deepcopy(param) for param in fresh]
+        assert [p.stride() for p in params] == [p.stride() for p in fresh]
+        super().__init__(build(params), params, lambda step: _grads(self.shapes, dtype, step + 1))
 
-    def step(self) -> None:
-        self.n_steps += 1
-        grads = _grads(self.shapes, self.dtype, self.n_steps)
-        for param, grad in zip(self.params, grads):
-            param.grad = grad
+    def step_as_is(self) -> None:
+        grads = [param.grad for param in self.params]
         before = [grad.clone() for grad in grads]
-        self.optimizer.step()
+        super().step_as_is()
         for shape, grad, same in zip(self.shapes, grads, before):
             assert grad.layout == torch.sparse_coo or torch.equal(grad, same), (
                 f"{shape.id}: the grad was written"
@@ -103,30 +100,30 @@ class Run:
     def param(self) -> Array:
         return self.flat(self.params)
 
-    def state(self) -> dict[str, Array]:
+    def states(self) -> dict[str, Array]:
         """Every state but `step`, the tensors of all parameters joined."""
-        keys = [set(self.optimizer.state.get(param, {})) for param in self.params]
+        keys = [set(self.opt.state.get(param, {})) for param in self.params]
         assert all(key == keys[0] for key in keys), "parameters have different states"
         return {
-            key: self.flat([self.optimizer.state[param][key] for param in self.params])
+            key: self.flat([self.opt.state[param][key] for param in self.params])
             for key in sorted(keys[0] - {"step"})
         }
 
     def streams(self) -> dict[str, Array]:
-        return {"param": self.param(), **self.state()}
+        return {"param": self.param(), **self.states()}
 
     def steps(self) -> list[float]:
         """The `step` of every parameter that has one."""
-        states = [self.optimizer.state.get(param, {}) for param in self.params]
+        states = [self.opt.state.get(param, {}) for param in self.params]
         return [state["step"].item() for state in states if "step" in state]
 
-    def continue_from(self, other: Run) -> None:
+    def continue_from(self, other: Sampled) -> None:
         """Takes over values, state and the position in the stream of grads."""
         for param, source in zip(self.params, other.params):
             param.copy_(source)
         # The state alone: the hyperparameters of a checkpoint would replace our own.
-        ours, theirs = self.optimizer.state_dict(), copy.deepcopy(other.optimizer.state_dict())
-        self.optimizer.load_state_dict({**ours, "state": theirs["state"]})
+        ours, theirs = self.opt.state_dict(), copy.deepcopy(other.opt.state_dict())
+        self.opt.load_state_dict({**ours, "state": theirs["state"]})
         self.n_steps = other.n_steps
 
     def flat(self, tensors: Sequence[Tensor]) -> Array:
@@ -141,12 +138,12 @@ class Run:
 class Exact:
     """The recurrence in exact arithmetic, with the error bound of one kind of implementation."""
 
-    def __init__(self, case: Case, machine: Machine, run: Run) -> None:
+    def __init__(self, case: Case, machine: Machine, run: Sampled) -> None:
         self.recurrence = RECURRENCES[case.optimizer]
         self.hypers = case.hypers()
         self.machine = machine
         self.param = machine.stored(run.param())
-        self.state = {key: machine.stored(value) for key, value in run.state().items()}
+        self.state = {key: machine.stored(value) for key, value in run.states().items()}
 
     def step(self, grad: Array, step: int) -> None:
         stored = self.machine.stored(grad)
@@ -165,8 +162,8 @@ def check_close_to_stock(case: Case, dtype: torch.dtype, build: Build | None = N
     state, because there stock rounds every intermediate tensor to 16 bits and we do not: each of
     the two has its own bound, and they are within MAX_UNITS. `build` takes the place of `case.fused`.
     """
-    stock = Run(case.stock, SHAPES, dtype)
-    ours = Run(build or case.fused, SHAPES, dtype)
+    stock = Sampled(case.stock, SHAPES, dtype)
+    ours = Sampled(build or case.fused, SHAPES, dtype)
     n_steps = N_STEPS
     if dtype.itemsize == 2:
         for _ in range(WARM_UP_STEPS):
@@ -198,14 +195,14 @@ def check_close_to_stock(case: Case, dtype: torch.dtype, build: Build | None = N
             _assert_within(ours, f"{name}, units", value, stock.streams()[name], units)
 
 
-def check_backend(case: Case, run: Run) -> None:
+def check_backend(case: Case, run: Sampled) -> None:
     """The latest step was served by the backend that the table names, without a fallback."""
-    report = run.optimizer.last_step
+    report = run.opt.last_step
     assert report.tensors == expected_backends(run.shapes, case), report
 
 
 def _compare(
-    ours: Run, stock: Run, ours_exact: dict[str, Bounded], stock_exact: dict[str, Bounded]
+    ours: Sampled, stock: Sampled, ours_exact: dict[str, Bounded], stock_exact: dict[str, Bounded]
 ) -> None:
     our_streams, stock_streams = ours.streams(), stock.streams()
     keys = [list(streams) for streams in (our_streams, stock_streams)]
@@ -229,7 +226,7 @@ def _term_sizes(case: Case, start: dict[str, Array], grad: Array, step: int) -> 
     return {"param": param + np.abs(after - param), **states}
 
 
-def _assert_within(run: Run, what: str, left: Array, right: Array, bound: Array) -> None:
+def _assert_within(run: Sampled, what: str, left: Array, right: Array, bound: Array) -> None:
     # Infinite where the interval round a variance reaches 0: with grads of random sign, nowhere.
     assert np.isfinite(bound).all(), f"{what}: {np.isinf(bound).sum()} elements have no bound"
     difference = np.abs(left - right)
@@ -244,8 +241,8 @@ def _assert_within(run: Run, what: str, left: Array, right: Array, bound: Array)
 
 def check_rms_against_oracle(case: Case, dtype: torch.dtype, build: Build | None = None) -> None:
     """RMS error over 1e5 elements at most 1.1 times stock's (float32 states: sqrt(2))."""
-    ours = Run(build or case.fused, RMS_SHAPES, dtype)
-    stock = Run(case.stock, RMS_SHAPES, dtype)
+    ours = Sampled(build or case.fused, RMS_SHAPES, dtype)
+    stock = Sampled(case.stock, RMS_SHAPES, dtype)
     oracle = ORACLES[case.optimizer]
     hypers: dict[str, Any] = case.hypers()
     param, state = stock.param(), {}
@@ -271,8 +268,8 @@ def check_rms_against_oracle(case: Case, dtype: torch.dtype, build: Build | None
 
 def check_float64_update(case: Case, build: Build | None = None) -> None:
     """float64 params and state within 1e-12 of the update, for every shape."""
-    ours = Run(build or case.fused, SHAPES, torch.float64)
-    stock = Run(case.stock, SHAPES, torch.float64)
+    ours = Sampled(build or case.fused, SHAPES, torch.float64)
+    stock = Sampled(case.stock, SHAPES, torch.float64)
     start = stock.streams()
     for _ in range(N_STEPS):
         for run in (ours, stock):

@@ -49,11 +49,6 @@ class PhaseRun(Run):
     def make(self, params: Any, **extra: Any) -> Optimizer:
         return super().make(params, **(self.phase.options if self.is_ours else {}), **extra)
 
-    def step(self, n_steps: int = 1) -> None:
-        for _ in range(n_steps):
-            self.set_grads()
-            self.step_as_is()
-
     def step_as_is(self) -> None:
         self.n_steps += 1
         if self.is_ours:

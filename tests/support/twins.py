@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from support.cases import BACKEND, CASES, DEVICE, Case
+from support.cases import DEVICE, Case
+from support.program import Program, begun
 
 # Grads are of unit size, so every value is at most `1 + max|value|`. Each of the two implementations makes
 # fewer than 16 roundings per element and step, half an eps each, of a value at most 4 times that
@@ -24,41 +25,7 @@ SHAPES = ((7,), (33, 5), (), (0,), (2, 3, 4, 4))
 IMPLEMENTATION_FLAGS = ("foreach", "fused")
 
 
-def _fullest() -> list[Case]:
-    """Of each optimizer the first case and the one with the most options."""
-    chosen: dict[str, list[Case]] = {}
-    for case in CASES:
-        chosen.setdefault(case.optimizer, []).append(case)
-    return [
-        case
-        for cases in chosen.values()
-        for case in dict.fromkeys((cases[0], max(cases, key=lambda case: len(case.options))))
-    ]
-
-
-FEW_CASES = _fullest()
-ONE_EACH = list({case.optimizer: case for case in FEW_CASES}.values())
-
-
-def _kinds() -> list[Case]:
-    """FEW_CASES, and one for each set of states and of options that are tensors."""
-    chosen = {}
-    for case in CASES:
-        options = {key: value for key, value in case.options if value}
-        deciding = options.keys() & {"amsgrad", "centered", "momentum", "nesterov"}
-        chosen.setdefault((case.optimizer, frozenset(deciding), case.tensor_options), case)
-    return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
-
-
-# Where numbers like lr and eps make no difference.
-STATE_CASES = _kinds()
-
-
-def by_id(case: Case) -> str:
-    return case.id
-
-
-class Run:
+class Run(Program):
     """What a program sees: an optimizer over `params`, and grads from its own random stream."""
 
     def __init__(
@@ -77,8 +44,7 @@ class Run:
         self.dtype = max(dtype, case.tensor_dtype, key=lambda d: torch.finfo(d).eps)
         self.generator = torch.Generator().manual_seed(1)
         self.params = [torch.nn.Parameter(self.randn(shape, dtype)) for shape in shapes]
-        self.opt = self.make(self.params)
-        self.n_steps = 0
+        super().__init__(self.make(self.params), self.params)
         self.seen: list = []
         self.error: Exception | None = None
 
@@ -100,17 +66,6 @@ class Run:
         for group in self.opt.param_groups:
             for param in group["params"]:
                 param.grad = self.randn(param)
-
-    def step(self, n_steps: int = 1) -> None:
-        for _ in range(n_steps):
-            self.set_grads()
-            self.opt.step()
-            self.n_steps += 1
-
-    def step_as_is(self) -> None:
-        """A step with the grads the program has put there."""
-        self.opt.step()
-        self.n_steps += 1
 
 
 def run_both(
@@ -235,16 +190,6 @@ def assert_close(
     bound *= max(1, stock.numel() / NUMEL_PER_BOUND)
     error = (ours - stock).abs().max()
     assert error <= bound, f"{name}: differs by {error:.3g}, allowed {bound:.3g}"
-
-
-def begun(states: dict) -> dict:
-    """These states of a param, or none where torch.optim has none.
-
-    Where the device decides, the host makes the states of a first step that is then skipped: as they are
-    before a first step, `step` 0 included.
-    """
-    tensors = [value for value in states.values() if torch.is_tensor(value)]
-    return {} if BACKEND == "triton" and not any(value.any() for value in tensors) else states
 
 
 def snapshot(opt: Optimizer) -> list:
