@@ -10,95 +10,39 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import formats
-from support.cases import BACKEND, stock_class
-from support.marks import needs_cpu_kernels
+from support.cases import BACKEND, VARIANTS, fullest
+from support.formats import (
+    COMBINATIONS,
+    EACH_FORMAT,
+    MASTERS,
+    SHAPES,
+    STATE_DTYPES,
+    each_combination,
+    each_dtype,
+    each_format,
+    each_state_dtype,
+    options_of,
+    packed_states,
+    run_of,
+    without_cancelling,
+)
+from support.marks import each_name, needs_cpu_kernels
+from support.program import assert_same_bits
+from support.twins import Run
 
 pytestmark = needs_cpu_kernels
 
-# In several chunks with a partial group; below what 8 bits are for; one group exactly; one element.
-SHAPES = ((257, 131), (33, 5), (64, 64), (4099,), (), (0,))
-OPTIMIZERS = {
-    "SGD": {"momentum": 0.9, "weight_decay": 0.01},
-    "Lion": {"weight_decay": 0.1},
-    "Adagrad": {},
-    "RMSprop": {"momentum": 0.5, "centered": True},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-}
-STATE_DTYPES = {"stock": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
-MASTERS = (None, "stochastic", "split8", "split16")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What differs from stock, for each dtype of the params.
-COMBINATIONS = [
-    pytest.param(dtype, state_dtype, master, id=f"{str(dtype)[6:]}-{name}-{master}")
-    for dtype, (name, state_dtype), master in itertools.product(
-        DTYPES, STATE_DTYPES.items(), MASTERS
-    )
-    if not (dtype == torch.float32 and master) and not (state_dtype is None and master is None)
-]
-each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-each_combination = pytest.mark.parametrize(("dtype", "state_dtype", "master"), COMBINATIONS)
-# Every format once, where the rest is the same.
-EACH_FORMAT = [
-    (torch.float32, torch.bfloat16, None),
-    (torch.float32, "int8", None),
-    (torch.bfloat16, torch.float32, "split16"),
-    (torch.bfloat16, torch.bfloat16, "split16"),
-    (torch.bfloat16, None, "stochastic"),
-    (torch.bfloat16, "int8", "split8"),
-    (torch.float16, None, "stochastic"),
-    (torch.float16, "int8", "split16"),
-    (torch.float16, torch.bfloat16, "split8"),
-]
-each_format = pytest.mark.parametrize(("dtype", "state_dtype", "master"), EACH_FORMAT, ids=str)
 
-
-class Training:
-    def __init__(self, name, dtype=torch.float32, shapes=SHAPES, seed=0, **options):
-        self.random = torch.Generator().manual_seed(seed)
-        self.params = [nn.Parameter(self.randn(shape).to(dtype)) for shape in shapes]
-        self.opt = getattr(fused_optim, name)(self.params, **{**OPTIMIZERS[name], **options})
-
-    def randn(self, shape) -> Tensor:
-        return torch.randn(shape, generator=self.random)
-
-    def step(self, n: int = 1) -> None:
-        for _ in range(n):
-            for param in self.params:
-                param.grad = self.randn(param.shape).to(param.dtype)
-            self.opt.step()
-
-    def tensors(self) -> list[Tensor]:
-        return [
-            *(param.detach().clone() for param in self.params),
-            *(value.clone() for param in self.params for value in self.state(param).values()),
-        ]
-
-    def state(self, param: Tensor) -> dict[str, Tensor]:
-        return dict(sorted(self.opt.state.get(param, {}).items()))
-
-
-def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b):
-        assert x.dtype == y.dtype
-        assert torch.equal(x, y) or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
-
-
-def options_of(state_dtype, master) -> dict:
-    return {"state_dtype": state_dtype, "master": master}
-
-
-def assert_next_step_is_decode_float32_step_encode(run: Training, name: str, change=None) -> None:
+def assert_next_step_is_decode_float32_step_encode(run: Run, name: str, change=None) -> None:
     """Between the formats stands the float32 kernel's arithmetic, and the codec's outside of a step.
 
     `change` is called with each grad.
     """
     group = run.opt.param_groups[0]
     rule = run.opt._description()
-    plain = Training(name, shapes=[(1,)])
+    plain = run_of(name, shapes=[(1,)])
     plain.params = [nn.Parameter(value) for value in run.opt.master_params()]
-    plain.opt = getattr(fused_optim, name)(plain.params, **OPTIMIZERS[name])
+    plain.opt = fullest(name).fused(plain.params)
     for param, twin in zip(run.params, plain.params):
         states = (
             formats.decode_states(run.opt.state[param], rule["states"]) if param.numel() else {}
@@ -131,15 +75,15 @@ def assert_next_step_is_decode_float32_step_encode(run: Training, name: str, cha
             assert_same_bits([states["param_remainder"]], [rest])
 
 
-@each_optimizer
+@each_name
 @each_combination
 def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
-    run = Training(name, dtype, **options_of(state_dtype, master))
+    run = run_of(name, dtype, **options_of(state_dtype, master))
     run.step(2)
     assert_next_step_is_decode_float32_step_encode(run, name)
 
 
-@each_optimizer
+@each_name
 @pytest.mark.parametrize("master", MASTERS)
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
 def test_special_values_of_bfloat16_in_a_step(name, state_dtype, master, isas):
@@ -148,7 +92,7 @@ def test_special_values_of_bfloat16_in_a_step(name, state_dtype, master, isas):
     values = torch.tensor([0.0, -0.0, inf, -inf, nan, largest, -largest, smallest, -smallest, 1.0])
     for isa in isas:
         fused_optim.backends.codec().set_isa(isa)
-        run = Training(name, torch.bfloat16, [(8200,)], **options_of(state_dtype, master))
+        run = run_of(name, torch.bfloat16, [(8200,)], **options_of(state_dtype, master))
         run.step(2)
         with torch.no_grad():
             run.params[0].view(-1, 10).copy_(values)
@@ -157,16 +101,16 @@ def test_special_values_of_bfloat16_in_a_step(name, state_dtype, master, isas):
         )
 
 
-@each_optimizer
+@each_name
 @each_format
 def test_threads_and_instruction_sets_give_the_same_bits(name, dtype, state_dtype, master, isas):
     runs = []
     for isa, threads in [(isas[0], 1), *((isa, 2) for isa in isas)]:
         fused_optim.backends.codec().set_isa(isa)
         torch.set_num_threads(threads)
-        run = Training(name, dtype, **options_of(state_dtype, master))
+        run = run_of(name, dtype, **options_of(state_dtype, master))
         run.step(3)
-        runs.append(run.tensors())
+        runs.append(run.harvest())
     for other in runs[1:]:
         assert_same_bits(runs[0], other)
 
@@ -185,32 +129,32 @@ def isas():
     ("name", "dtype", "state_dtype", "master"),
     [
         *(pytest.param("Adam", *c.values, id=f"Adam-{c.id}") for c in COMBINATIONS),
-        *((name, *a_format) for name in OPTIMIZERS if name != "Adam" for a_format in EACH_FORMAT),
+        *((name, *a_format) for name in VARIANTS if name != "Adam" for a_format in EACH_FORMAT),
     ],
 )
 def test_resumes_bitwise(name, dtype, state_dtype, master):
-    run = Training(name, dtype, **options_of(state_dtype, master))
+    run = run_of(name, dtype, **options_of(state_dtype, master))
     run.step(2)
     file = io.BytesIO()
     torch.save({"opt": run.opt.state_dict(), "params": run.params}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed = Training(name, dtype, **options_of(state_dtype, master))
+    resumed = run_of(name, dtype, **options_of(state_dtype, master))
     for param, value in zip(resumed.params, saved["params"]):
         param.data.copy_(value)
     resumed.opt.load_state_dict(saved["opt"])
-    resumed.random.set_state(run.random.get_state())
-    assert_same_bits(run.tensors(), resumed.tensors())
+    resumed.generator.set_state(run.generator.get_state())
+    assert_same_bits(run.harvest(), resumed.harvest())
     run.step(2)
     resumed.step(2)
-    assert_same_bits(run.tensors(), resumed.tensors())
+    assert_same_bits(run.harvest(), resumed.harvest())
 
 
-@each_optimizer
+@each_name
 def test_split16_trains_as_float32_does(name):
     """Over a whole training: the params are the float32 run's, rounded to nearest, ties away from zero."""
-    half = Training(name, torch.bfloat16, SHAPES[1:], state_dtype=torch.float32, master="split16")
-    full = Training(name, shapes=SHAPES[1:])
+    half = run_of(name, torch.bfloat16, SHAPES[1:], state_dtype=torch.float32, master="split16")
+    full = run_of(name, shapes=SHAPES[1:])
     for param, twin in zip(half.params, full.params):
         twin.data.copy_(param.data)
     for _ in range(200):
@@ -228,8 +172,8 @@ def test_split16_trains_as_float32_does(name):
 
 
 def test_split16_of_float16_is_exact_to_24_bits():
-    half = Training("AdamW", torch.float16, state_dtype=torch.float32, master="split16")
-    full = Training("AdamW")
+    half = run_of("AdamW", torch.float16, state_dtype=torch.float32, master="split16")
+    full = run_of("AdamW")
     for param, twin in zip(half.params, full.params):
         value = param.data.sign() * param.data.abs().clamp(min=0.5)  # stays among normal numbers
         param.data.copy_(value)
@@ -247,7 +191,7 @@ def test_split16_of_float16_is_exact_to_24_bits():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("master", ["split8", "split16"])
 def test_what_others_write_to_the_param_survives(dtype, master):
-    run = Training("SGD", dtype, shapes=[(70000,)], state_dtype=torch.float32, master=master)
+    run = run_of("SGD", dtype, shapes=[(70000,)], state_dtype=torch.float32, master=master)
     run.step(3)
     (param,) = run.params
     # Every value there is, with whatever remainder there is from another one.
@@ -262,15 +206,15 @@ def test_what_others_write_to_the_param_survives(dtype, master):
     assert torch.equal(param.detach()[there], written[there])
 
 
-@each_optimizer
+@each_name
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"])
 def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
     shapes = [shape for shape in SHAPES if 0 not in shape]
-    stock_run = Training(name, shapes=shapes)
-    stock = stock_class(name)(stock_run.params, **OPTIMIZERS[name])
+    stock_run = run_of(name, shapes=shapes)
+    stock = fullest(name).stock(stock_run.params)
     stock_run.opt = stock
     stock_run.step(3)
-    run = Training(name, shapes=shapes, state_dtype=state_dtype)
+    run = run_of(name, shapes=shapes, state_dtype=state_dtype)
     run.opt.load_state_dict(stock.state_dict())
     assert run.opt.param_groups[0]["state_dtype"] == state_dtype
     rule = run.opt._description()
@@ -282,9 +226,7 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
                 assert states[key].dtype == wanted.dtype
     run.step()
     assert run.opt.last_step.tensors == {"cpu": len(shapes)}
-    back = stock_class(name)(
-        [nn.Parameter(p.detach().clone()) for p in run.params], **OPTIMIZERS[name]
-    )
+    back = fullest(name).stock([nn.Parameter(p.detach().clone()) for p in run.params])
     back.load_state_dict(run.opt.state_dict_for_stock())
     for mine, theirs in zip(run.params, back.param_groups[0]["params"]):
         states, decoded = (
@@ -300,12 +242,12 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
     back.step()
 
 
-@each_optimizer
+@each_name
 @each_format
 def test_without_kernels_the_same_formats(name, dtype, state_dtype, master, monkeypatch):
     """torch.optim's code for float32, between decoding and encoding: rounding errors apart, the same."""
-    ours = Training(name, dtype, **options_of(state_dtype, master))
-    other = Training(name, dtype, **options_of(state_dtype, master))
+    options = {**options_of(state_dtype, master), **without_cancelling(name)}
+    ours, other = (run_of(name, dtype, **options) for _ in range(2))
     ours.step(2)
     monkeypatch.setattr(fused_optim.backends, "cpu_kernels", lambda: None)
     other.step(2)
@@ -331,10 +273,10 @@ def test_without_kernels_the_same_formats(name, dtype, state_dtype, master, monk
 
 
 def test_nan_and_inf_come_out_where_stock_has_them():
-    for name, state_dtype in itertools.product(OPTIMIZERS, [torch.bfloat16, "int8"]):
-        run = Training(name, shapes=[(8192,)], state_dtype=state_dtype)
-        twin = Training(name, shapes=[(8192,)])
-        stock = stock_class(name)(twin.params, **OPTIMIZERS[name])
+    for name, state_dtype in itertools.product(VARIANTS, [torch.bfloat16, "int8"]):
+        run = run_of(name, shapes=[(8192,)], state_dtype=state_dtype)
+        twin = run_of(name, shapes=[(8192,)])
+        stock = fullest(name).stock(twin.params)
         bad = {3: torch.nan, 64: torch.inf, 127: -torch.inf, 8191: torch.nan, 4000: 1e18}
         for n in range(3):
             grad = run.randn((8192,))
@@ -354,12 +296,12 @@ def test_nan_and_inf_come_out_where_stock_has_them():
 
 
 def test_small_states_and_other_params_stay_float32_or_stocks():
-    run = Training("AdamW", state_dtype="int8")
+    run = run_of("AdamW", state_dtype="int8")
     run.step()
     for param in run.params:
         expected = torch.int8 if param.numel() >= formats.SMALLEST_INT8 else torch.float32
         assert run.opt.state[param]["exp_avg"].dtype == expected
-    double = Training("AdamW", torch.float64, state_dtype="int8")
+    double = run_of("AdamW", torch.float64, state_dtype="int8")
     double.step()
     assert all(s["exp_avg"].dtype == torch.float64 for s in double.opt.state.values())
     assert double.opt.last_step.tensors == {"cpu": len(SHAPES)}
@@ -380,14 +322,14 @@ def test_groups_have_formats_of_their_own():
     assert opt.last_step.tensors == {"cpu": 3}
 
 
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES.values(), ids=STATE_DTYPES)
+@each_state_dtype
 @pytest.mark.parametrize("before", STATE_DTYPES.values(), ids=STATE_DTYPES)
 def test_a_format_may_be_changed_between_two_steps(before, state_dtype):
-    run = Training("AdamW", state_dtype=before)
+    run = run_of("AdamW", state_dtype=before)
     run.step(2)
     run.opt.param_groups[0]["state_dtype"] = state_dtype
     run.step()
-    fresh = Training("AdamW", state_dtype=state_dtype)
+    fresh = run_of("AdamW", state_dtype=state_dtype)
     fresh.step()
     for param, twin in zip(run.params, fresh.params):
         mine, theirs = run.state(param), fresh.state(twin)
@@ -401,7 +343,7 @@ def test_sgd_counts_steps_only_where_random_bits_need_it():
         (torch.bfloat16, {"master": "split16"}, False),
         (torch.float32, {"state_dtype": "int8", "master": "split8"}, False),
     ]:
-        run = Training("SGD", dtype, **options)
+        run = run_of("SGD", dtype, **options)
         run.step(3)
         state = run.opt.state[run.params[0]]
         assert ("step" in state) == expected
@@ -416,11 +358,11 @@ def test_sgd_counts_steps_only_where_random_bits_need_it():
 
 @pytest.mark.parametrize("master", MASTERS[1:])
 def test_master_params_load_what_they_gave(master):
-    run = Training("AdamW", torch.bfloat16, master=master)
+    run = run_of("AdamW", torch.bfloat16, master=master)
     run.step(3)
     values = run.opt.master_params()
     assert all(value.dtype == torch.float32 for value in values)
-    other = Training("AdamW", torch.bfloat16, master=master, seed=5)
+    other = run_of("AdamW", torch.bfloat16, master=master)
     other.opt.load_master_params(values)
     for a, b in zip(run.params, other.params):
         assert torch.equal(a, b)
@@ -449,13 +391,14 @@ def test_stochastic_rounding_loses_no_small_updates():
 
 def test_other_seed_other_bits_same_seed_same_bits():
     def bits(**options):
-        run = Training("AdamW", torch.bfloat16, state_dtype="int8", master="split8", **options)
+        run = run_of("AdamW", torch.bfloat16, state_dtype="int8", master="split8", **options)
         run.step(2)
-        return run.tensors()
+        return run.harvest()
 
     first = bits()
     assert_same_bits(first, bits(rounding_seed=0))
-    assert not all(torch.equal(a, b) for a, b in zip(first, bits(rounding_seed=1)))
+    other = bits(rounding_seed=1)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
 def test_params_do_not_share_random_bits():
@@ -490,13 +433,13 @@ def test_released_gradients_step_alike(dtype, state_dtype, master):
     assert_same_bits(train(False), train(True))
 
 
-@pytest.mark.parametrize("state_dtype", list(STATE_DTYPES.values())[1:], ids=list(STATE_DTYPES)[1:])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@packed_states
+@each_dtype
 def test_one_pass_options_go_with_formats(dtype, state_dtype):
     """The bits of the separate calls; averages are of the params as they are seen."""
     options = {"state_dtype": state_dtype, "master": None if dtype == torch.float32 else "split8"}
-    whole = Training("SGD", dtype, max_grad_norm=1.0, ema_decay=0.5, zero_grads=True, **options)
-    by_hand = Training("SGD", dtype, **options)
+    whole = run_of("SGD", dtype, max_grad_norm=1.0, ema_decay=0.5, zero_grads=True, **options)
+    by_hand = run_of("SGD", dtype, **options)
     averages = []
     for n in range(4):
         n_all = sum(param.numel() for param in whole.params)
@@ -582,36 +525,36 @@ def test_bad_options_are_refused(options, words):
 
 
 def test_options_that_become_bad_stop_the_step():
-    run = Training("AdamW", state_dtype="int8")
+    run = run_of("AdamW", state_dtype="int8")
     run.step()
-    before = run.tensors()
+    before = run.harvest()
     for key, value in (("state_dtype", "int4"), ("master", "exact")):
         run.opt.param_groups[0][key] = value
         with pytest.raises(ValueError, match=f"Invalid {key} in param group 0"):
             run.step()
         del run.opt.param_groups[0][key]
-    assert_same_bits(before, run.tensors())
+    assert_same_bits(before, run.harvest())
 
 
 def test_a_checkpoint_of_another_group_size_is_refused():
-    run = Training("AdamW", state_dtype="int8")
+    run = run_of("AdamW", state_dtype="int8")
     run.step()
     saved = copy.deepcopy(run.opt.state_dict())
     saved["state"][0]["exp_avg_scale"] = torch.ones(3, dtype=torch.bfloat16)
-    before = run.tensors()
+    before = run.harvest()
     with pytest.raises(ValueError, match="one bfloat16 scale for each 64 elements"):
         run.opt.load_state_dict(saved)
     del saved["state"][0]["exp_avg_scale"]
     with pytest.raises(ValueError, match="one bfloat16 scale for each 64 elements"):
         run.opt.load_state_dict(saved)
-    assert_same_bits(before, run.tensors())
+    assert_same_bits(before, run.harvest())
 
 
 def test_copies_go_on_alike():
-    run = Training("AdamW", torch.bfloat16, state_dtype="int8", master="split8")
+    run = run_of("AdamW", torch.bfloat16, state_dtype="int8", master="split8")
     run.step(2)
     twin = copy.deepcopy(run)
     run.step()
     twin.step()
-    assert_same_bits(run.tensors(), twin.tensors())
+    assert_same_bits(run.harvest(), twin.harvest())
     assert BACKEND in run.opt.last_step.tensors

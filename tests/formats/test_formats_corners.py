@@ -4,21 +4,22 @@ import copy
 
 import pytest
 import torch
-from formats.test_formats import MASTERS, OPTIMIZERS, STATE_DTYPES, Training, assert_same_bits
 from torch import nn
 
 import fused_optim
 from fused_optim import formats
-from support.cases import OF_TORCH
-from support.marks import needs_cpu_kernels
+from support.cases import OF_TORCH, fullest
+from support.formats import MASTERS, each_state_dtype, packed_states, run_of
+from support.marks import each_name, needs_cpu_kernels
+from support.program import assert_same_bits
 
 pytestmark = needs_cpu_kernels
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@each_name
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_default_device_is_not_where_states_go(device, optimizer):
-    run = Training(optimizer, state_dtype="int8")
+def test_a_default_device_is_not_where_states_go(device, name):
+    run = run_of(name, state_dtype="int8")
     torch.set_default_device(device)
     try:
         for param in run.params:
@@ -33,14 +34,14 @@ def test_a_default_device_is_not_where_states_go(device, optimizer):
     "rest", [torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(7, dtype=torch.int16), 3]
 )
 def test_a_remainder_of_another_kind_is_refused(rest):
-    run = Training("AdamW", torch.bfloat16, shapes=[(64, 64)], master="split16")
+    run = run_of("AdamW", torch.bfloat16, shapes=[(64, 64)], master="split16")
     run.step()
-    before = run.tensors()
+    before = run.harvest()
     saved = copy.deepcopy(run.opt.state_dict())
     saved["state"][0]["param_remainder"] = rest
     with pytest.raises(ValueError, match="param_remainder must be"):
         run.opt.load_state_dict(saved)
-    assert_same_bits(before, run.tensors())
+    assert_same_bits(before, run.harvest())
     run.opt.state[run.params[0]]["param_remainder"] = rest
     with pytest.raises(ValueError, match="param_remainder must be"):
         run.opt.master_params()
@@ -48,7 +49,7 @@ def test_a_remainder_of_another_kind_is_refused(rest):
         run.step()
 
 
-@pytest.mark.parametrize("state_dtype", list(STATE_DTYPES.values())[1:], ids=list(STATE_DTYPES)[1:])
+@packed_states
 def test_params_that_share_memory_get_both_updates(state_dtype):
     base = torch.zeros(5000)
     params = [nn.Parameter(base), nn.Parameter(base)]
@@ -67,7 +68,7 @@ def test_params_that_share_memory_get_both_updates(state_dtype):
 @pytest.mark.parametrize(("before", "after"), [("split16", "split8"), ("split8", "split16")])
 def test_another_number_of_bits_keeps_the_master(dtype, before, after):
     """To within a unit of the 8 bits; the params themselves stay."""
-    run = Training("SGD", dtype, shapes=[(200_000,)], master=before)
+    run = run_of("SGD", dtype, shapes=[(200_000,)], master=before)
     run.step(2)
     masters, seen = run.opt.master_params()[0], run.params[0].detach().clone()
     group = run.opt.param_groups[0]
@@ -84,23 +85,23 @@ def test_another_number_of_bits_keeps_the_master(dtype, before, after):
 
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_loading_is_all_or_nothing(state_dtype):
-    run = Training("Adam", shapes=[(5000,), (70, 70)], state_dtype=state_dtype or torch.float32)
+    run = run_of("Adam", shapes=[(5000,), (70, 70)], state_dtype=state_dtype or torch.float32)
     run.step()
-    source = Training("Adam", shapes=[(5000,), (70, 70)], state_dtype=state_dtype)
+    source = run_of("Adam", shapes=[(5000,), (70, 70)], state_dtype=state_dtype)
     source.step()
     for shape in ((6000,), (1,)):
         saved = copy.deepcopy(source.opt.state_dict())
         saved["param_groups"][0]["lr"] = 0.5
         saved["state"][1]["exp_avg"] = torch.ones(shape)
-        before = run.tensors()
+        before = run.harvest()
         with pytest.raises(ValueError, match="which has shape"):
             run.opt.load_state_dict(saved)
         assert run.opt.param_groups[0]["lr"] != 0.5
-        assert_same_bits(before, run.tensors())
+        assert_same_bits(before, run.harvest())
 
 
 def test_codes_that_stock_took_for_numbers_are_refused():
-    run = Training("Adam", shapes=[(5000,)], state_dtype="int8")
+    run = run_of("Adam", shapes=[(5000,)], state_dtype="int8")
     run.step()
     stock = torch.optim.Adam([nn.Parameter(torch.zeros(5000))], amsgrad=True)
     stock.load_state_dict(formats.accept(run.opt.state_dict()))  # saved by an older version
@@ -110,22 +111,22 @@ def test_codes_that_stock_took_for_numbers_are_refused():
 
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_torch_optim_refuses_codes(name, tmp_path):
-    run = Training(name, shapes=[(70, 70), (5,)], state_dtype="int8")
+    run = run_of(name, shapes=[(70, 70), (5,)], state_dtype="int8")
     run.step(2)
     torch.save(run.opt.state_dict(), tmp_path / "checkpoint")
     saved = torch.load(tmp_path / "checkpoint", weights_only=True)
     params = [nn.Parameter(torch.zeros_like(param)) for param in run.params]
-    stock = getattr(torch.optim, name)(params, **OPTIMIZERS[name])
+    stock = fullest(name).stock(params)
     counts = "step" in run.opt.state[run.params[0]]
     # Where stock reads no step, it has but one check, whose text is its own.
     match = r"state_dict_for_stock\(\)" if counts else "doesn't match the size of optimizer's group"
     with pytest.raises(ValueError, match=match):
         stock.load_state_dict(saved)
     assert formats.NOT_FOR_STOCK in str(saved)
-    stock = getattr(torch.optim, name)(params, **OPTIMIZERS[name])
+    stock = fullest(name).stock(params)
     stock.load_state_dict(run.opt.state_dict_for_stock())
     for checkpoint in (saved, formats.accept(saved)):  # of this version, and of older ones
-        again = Training(name, shapes=[(70, 70), (5,)], state_dtype="int8")
+        again = run_of(name, shapes=[(70, 70), (5,)], state_dtype="int8")
         again.opt.load_state_dict(copy.deepcopy(checkpoint))
         for param, twin in zip(run.params, again.params):
             assert again.state(twin).keys() == run.state(param).keys()
@@ -133,7 +134,7 @@ def test_torch_optim_refuses_codes(name, tmp_path):
 
 
 def test_a_step_that_was_put_into_saved_codes_is_loaded():
-    run = Training("Adam", shapes=[(5000,)], state_dtype="int8")
+    run = run_of("Adam", shapes=[(5000,)], state_dtype="int8")
     run.step(3)
     saved = run.opt.state_dict()
     saved["state"][0]["step"] = torch.tensor(1.0)
@@ -145,10 +146,10 @@ def test_a_step_that_was_put_into_saved_codes_is_loaded():
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_hooks_of_loading_see_and_change_what_is_loaded(state_dtype):
     options = {"state_dtype": state_dtype} if state_dtype else {}
-    run = Training("Adam", shapes=[(5000,)], **options)
+    run = run_of("Adam", shapes=[(5000,)], **options)
     run.step()
     saved = {"opt": run.opt.state_dict()}
-    other = Training("Adam", shapes=[(5000,)], **options)
+    other = run_of("Adam", shapes=[(5000,)], **options)
     other.opt.register_load_state_dict_pre_hook(lambda opt, saved: saved["opt"])
     seen = []
     other.opt.register_load_state_dict_post_hook(
@@ -160,7 +161,7 @@ def test_hooks_of_loading_see_and_change_what_is_loaded(state_dtype):
         assert torch.equal(value, other.opt.state[other.params[0]][key])
 
 
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES.values(), ids=STATE_DTYPES)
+@each_state_dtype
 def test_sparse_grads(state_dtype):
     torch.manual_seed(0)
     model = nn.Embedding(500, 16, sparse=True)
@@ -178,10 +179,9 @@ def test_sparse_grads(state_dtype):
 
 
 def test_momentum_switched_on_midway_starts_then():
-    run = Training(
-        "SGD", shapes=[(5000,)], momentum=0.0, state_dtype=torch.float32, weight_decay=0.0
-    )
-    twin = Training("SGD", shapes=[(5000,)])
+    options = {"momentum": 0.0, "weight_decay": 0.0, "maximize": False}
+    run = run_of("SGD", shapes=[(5000,)], state_dtype=torch.float32, **options)
+    twin = run_of("SGD", shapes=[(5000,)])
     stock = torch.optim.SGD(twin.params, lr=1e-3)
     for n in range(3):
         run.params[0].grad = run.randn((5000,))
@@ -205,10 +205,10 @@ def test_other_dtypes_keep_their_states_on_the_way_to_stock():
         assert torch.equal(states[index]["exp_avg"], opt.state[param]["exp_avg"])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@each_name
 @pytest.mark.parametrize("master", MASTERS[1:])
 def test_every_change_of_formats_stays_on_the_kernels(name, master):
-    run = Training(name, torch.bfloat16, shapes=[(5000,)], state_dtype="int8", master=master)
+    run = run_of(name, torch.bfloat16, shapes=[(5000,)], state_dtype="int8", master=master)
     run.opt.load_master_params(run.opt.master_params())
     for state_dtype, other in [(torch.float32, None), (None, master), ("int8", None), (None, None)]:
         run.step()
@@ -235,21 +235,21 @@ def test_a_seed_is_for_groups_with_formats_of_their_own():
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5])
 def test_a_seed_that_becomes_bad_stops_the_step(seed):
-    run = Training("AdamW", torch.bfloat16, master="stochastic")
+    run = run_of("AdamW", torch.bfloat16, master="stochastic")
     run.step()
-    before = run.tensors()
+    before = run.harvest()
     run.opt.param_groups[0]["rounding_seed"] = seed
     with pytest.raises(ValueError, match="Invalid rounding_seed in param group 0"):
         run.step()
-    assert_same_bits(before, run.tensors())
+    assert_same_bits(before, run.harvest())
 
 
 def test_adagrad_starts_from_its_initial_value_unrounded():
-    half = Training(
+    half = run_of(
         "Adagrad", torch.bfloat16, state_dtype=torch.float32, master="split16",
         initial_accumulator_value=0.1,
     )  # fmt: skip
-    full = Training("Adagrad", initial_accumulator_value=0.1)
+    full = run_of("Adagrad", initial_accumulator_value=0.1)
     for param, twin in zip(half.params, full.params):
         twin.data.copy_(param.data)
         param.grad = half.randn(param.shape).to(torch.bfloat16)

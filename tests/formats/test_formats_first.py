@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from formats.test_formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from torch import Tensor, nn
 
 from fused_optim import formats
 from support.cases import SHAPES, STATE_CASES, Case
+from support.formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from support.marks import each_state, needs_cpu_kernels, over
 
 pytestmark = needs_cpu_kernels

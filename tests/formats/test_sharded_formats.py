@@ -5,15 +5,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from formats.test_formats import DTYPES, OPTIMIZERS, assert_same_bits, each_format
 from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import backends, codes, formats, sharding
-from support.cases import DEVICE
+from support.cases import DEVICE, fullest
 from support.format_oracle import encode as oracle_encode
 from support.format_oracle import key as oracle_key
-from support.marks import needs_cpu_kernels
+from support.formats import each_dtype, each_format, without_cancelling
+from support.marks import each_name, needs_cpu_kernels
+from support.program import Program, Streams, assert_same_bits
 
 pytestmark = [
     needs_cpu_kernels,
@@ -21,8 +22,6 @@ pytestmark = [
         DEVICE.type != "cpu" or not torch.distributed.is_available(), reason="needs a second GPU"
     ),
 ]
-each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 class Rank:
@@ -70,27 +69,26 @@ def replicate():
     return Replicate()
 
 
-class Part:
+class Part(Program):
     """One param of a rank's; `whole` is what all ranks begin with."""
 
     def __init__(self, name: str, rank: Rank, placements, whole: Tensor, **options) -> None:
         self.rank, self.placements = rank, placements
         self.param = nn.Parameter(rank.part(whole.clone(), *placements))
-        self.opt = getattr(fused_optim, name)([self.param], **{**OPTIMIZERS[name], **options})
+        super().__init__(fullest(name).fused([self.param], **options), [self.param])
 
-    def step(self, whole_grad: Tensor) -> None:
+    def step_with(self, whole_grad: Tensor) -> None:
         self.param.grad = self.rank.part(whole_grad.clone(), *self.placements)
-        self.opt.step()
+        self.step_as_is()
 
-    def tensors(self) -> list[Tensor]:
-        states = [value for _, value in sorted(self.opt.state.get(self.param, {}).items())]
-        return [sharding.part_of(value).clone() for value in (self.param.detach(), *states)]
+    def harvest(self) -> Streams:
+        return {key: sharding.part_of(value) for key, value in super().harvest().items()}
 
 
 def train(name: str, whole: Tensor, n_steps: int, **options):
     """The unsharded run, and the grads it took."""
     param = nn.Parameter(whole.clone())
-    opt = getattr(fused_optim, name)([param], **{**OPTIMIZERS[name], **options})
+    opt = fullest(name).fused([param], **options)
     grads = [torch.randn(whole.shape).to(whole.dtype) for _ in range(n_steps)]
     for grad in grads:
         param.grad = grad.clone()
@@ -113,7 +111,7 @@ def assert_is_part(part: Part, param: Tensor, states: dict, first: int) -> None:
         assert_same_bits([a], [run])
 
 
-@each_optimizer
+@each_name
 @each_format
 def test_parts_that_begin_with_a_group_have_the_bits_of_the_whole(
     name, dtype, state_dtype, master, on_rank
@@ -127,7 +125,7 @@ def test_parts_that_begin_with_a_group_have_the_bits_of_the_whole(
             rank = on_rank(index, n_ranks)
             part = Part(name, rank, [shard(dim)], whole, **options)
             for grad in grads:
-                part.step(grad)
+                part.step_with(grad)
             assert part.opt.last_step.tensors == {"cpu": 1}, part.opt.last_step
             numel, first = sharding.place_of(part.param)
             assert numel == param.numel()
@@ -149,7 +147,7 @@ def test_single_elements_are_rounded_alike_wherever_a_part_begins(dtype, state_d
     for index in range(2):
         part = Part("AdamW", on_rank(index, 2), [shard(0)], whole, **options)
         for grad in grads:
-            part.step(grad)
+            part.step_with(grad)
         first = sharding.place_of(part.param)[1]
         assert first == index * 38 * 69
         assert_is_part(part, param, states, first)
@@ -170,7 +168,7 @@ def test_random_bits_are_those_of_the_oracle_from_any_element_on():
 def test_what_is_quantised_is_for_the_whole_to_decide(on_rank):
     for shape, expected in (((64, 64), torch.int8), ((63, 65), torch.float32)):
         part = Part("AdamW", on_rank(0, 8), [shard(0)], torch.randn(shape), state_dtype="int8")
-        part.step(torch.randn(shape))
+        part.step_with(torch.randn(shape))
         assert part.param._local_tensor.numel() < formats.SMALLEST_INT8
         assert part.opt.state[part.param]["exp_avg"].dtype == expected
 
@@ -209,7 +207,7 @@ def test_no_two_parts_share_random_bits(on_rank):
     assert sharding.place_of(transposed)[1] == 2 * 64
 
 
-@each_optimizer
+@each_name
 @each_format
 def test_checkpoints_have_decoded_states_and_lose_nothing(
     name, dtype, state_dtype, master, on_rank
@@ -221,7 +219,7 @@ def test_checkpoints_have_decoded_states_and_lose_nothing(
     run = Part(name, rank, [shard(0)], whole, **options)
     grads = [torch.randn(75, 69).to(dtype) for _ in range(3)]
     for grad in grads[:2]:
-        run.step(grad)
+        run.step_with(grad)
     saved = copy.deepcopy(run.opt.state_dict())
     (states,) = saved["state"].values()
     assert not any(key.endswith("_scale") for key in states)
@@ -232,12 +230,12 @@ def test_checkpoints_have_decoded_states_and_lose_nothing(
     resumed = Part(name, rank, [shard(0)], whole, **options)
     resumed.param.data.copy_(run.param.data)
     resumed.opt.load_state_dict(saved)
-    assert_same_bits(run.tensors(), resumed.tensors())
+    assert_same_bits(run.harvest(), resumed.harvest())
     twin = copy.deepcopy(run)
     for one in (run, resumed, twin):
-        one.step(grads[2])
-    assert_same_bits(run.tensors(), resumed.tensors())
-    assert_same_bits(run.tensors(), twin.tensors())
+        one.step_with(grads[2])
+    assert_same_bits(run.harvest(), resumed.harvest())
+    assert_same_bits(run.harvest(), twin.harvest())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
@@ -292,40 +290,38 @@ def test_the_states_of_one_process_load_into_parts(on_rank):
             else:  # a quantum of the largest root
                 roots, wanted = found.sqrt(), expected.sqrt()
                 assert (roots - wanted).abs().max() <= wanted.max() / 253 * 1.01
-        part.step(torch.randn(128, 96))
+        part.step_with(torch.randn(128, 96))
         assert part.opt.last_step.tensors == {"cpu": 1}
 
 
 def test_states_of_another_shape_are_refused(on_rank):
     part = Part("AdamW", on_rank(1, 2), [shard(0)], torch.randn(128, 96), state_dtype="int8")
-    part.step(torch.randn(128, 96))
+    part.step_with(torch.randn(128, 96))
     saved = copy.deepcopy(part.opt.state_dict())
     saved["state"][0]["exp_avg"] = torch.zeros(64, 96)  # a local tensor
-    before = part.tensors()
+    before = part.harvest()
     with pytest.raises(ValueError, match="which has shape"):
         part.opt.load_state_dict(saved)
-    assert_same_bits(before, part.tensors())
+    assert_same_bits(before, part.harvest())
 
 
 @each_format
-@each_optimizer
+@each_name
 def test_without_kernels_parts_are_stepped_too(
     name, dtype, state_dtype, master, on_rank, monkeypatch
 ):
     whole = torch.randn(75, 69).to(dtype)
     grads = [torch.randn(75, 69).to(dtype) for _ in range(2)]
     rank = on_rank(1, 2)
-    runs = [
-        Part(name, rank, [shard(0)], whole, state_dtype=state_dtype, master=master)
-        for _ in range(2)
-    ]
+    options = {"state_dtype": state_dtype, "master": master, **without_cancelling(name)}
+    runs = [Part(name, rank, [shard(0)], whole, **options) for _ in range(2)]
     for grad in grads:
-        runs[0].step(grad)
+        runs[0].step_with(grad)
     monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
     for grad in grads:
-        runs[1].step(grad)
+        runs[1].step_with(grad)
     assert runs[1].opt.last_step.tensors == {"stock": 1}
-    a, b = ([(t.dtype, t.shape) for t in run.tensors()] for run in runs)
+    a, b = ({key: (t.dtype, t.shape) for key, t in run.harvest().items()} for run in runs)
     assert a == b
     # As test_formats.test_without_kernels_the_same_formats.
     quantum = {torch.float32: 0.0, torch.bfloat16: 2**-7, "int8": 2 / 126}
@@ -354,7 +350,7 @@ def test_masters_of_parts(on_rank):
     rank = on_rank(1, 2)
     part = Part("AdamW", rank, [shard(0)], whole, state_dtype="int8", master="split16")
     for _ in range(3):
-        part.step(torch.randn(65, 64).bfloat16())
+        part.step_with(torch.randn(65, 64).bfloat16())
     (master,) = part.opt.master_params()
     assert sharding.is_sharded_like(master, part.param) and master.dtype == torch.float32
     other = Part("AdamW", rank, [shard(0)], whole, state_dtype="int8", master="split16")
@@ -387,5 +383,5 @@ def test_explain_counts_the_part(on_rank, options) -> None:
         (row,) = part.opt.explain().rows
         # Of 64 * 64 elements; a scale is for 64 of them.
         nbytes = 4096 + 4096 // 64 * 2 if options else 4 * 4096
-        assert (row.backend, row.numel, row.state_nbytes) == ("cpu", 4096, 2 * nbytes + 4)
+        assert (row.backend, row.numel, row.state_nbytes) == ("cpu", 4096, 3 * nbytes + 4)
         part.opt.step()

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import test_formats
 
 import fused_optim
 from fused_optim import _C
-from support import distributed_worker
 from support.cases import CASES, VARIANTS, Case, stock_class
 
 RULES = _C.rules()
@@ -41,11 +39,6 @@ def test_table_package_and_kernels_list_the_same_optimizers() -> None:
     }
     assert classes - {"FusedOptimizer"} == VARIANTS.keys()
     assert {fused_class(name)._rule for name in VARIANTS} == RULES.keys()
-
-
-def test_every_table_of_tests_lists_all_optimizers() -> None:
-    assert test_formats.OPTIMIZERS.keys() == VARIANTS.keys()
-    assert distributed_worker.OPTIMIZERS.keys() == VARIANTS.keys()
 
 
 @every_optimizer

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import sharding
+from support.cases import VARIANTS, fullest
 from support.processes import HANG_S
+from support.program import assert_same_bits
 
 WORLD_SIZE = 2
-OPTIMIZERS = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    "Lion": {"lr": 0.01, "weight_decay": 0.1},
-    "Adagrad": {"lr": 0.1},
-    "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
-    "Adam": {"lr": 0.01, "amsgrad": True},
-    "AdamW": {"lr": 0.01},
-}
 PACKED = {"state_dtype": "int8", "master": "split8"}  # with bfloat16 params
 SCENARIOS: dict[str, Callable[[Path], None]] = {}
 
@@ -47,8 +41,12 @@ def make_model(packed: bool = False, seed: int = 0, width: int = 65) -> nn.Seque
     return model.bfloat16() if packed else model
 
 
+def options_of(name: str, packed: bool) -> dict[str, object]:
+    return {**dict(fullest(name).options), "lr": 0.01, **(PACKED if packed else {})}
+
+
 def make_optimizer(name: str, params: Iterator[nn.Parameter], packed: bool = False):
-    return getattr(fused_optim, name)(params, **OPTIMIZERS[name], **(PACKED if packed else {}))
+    return getattr(fused_optim, name)(params, **options_of(name, packed))
 
 
 def backward(model: nn.Module, step: int, shares: range | list[int], scale: float = 1.0) -> None:
@@ -78,13 +76,6 @@ def train_alone(name: str, steps: range, packed: bool = False) -> tuple[nn.Modul
 
 def full(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-
-
-def assert_same_bits(mine: list[Tensor], others: list[Tensor]) -> None:
-    assert len(mine) == len(others)
-    for a, b in zip(mine, others):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), (a - b).abs().max()
 
 
 def assert_model_is(model: nn.Module, other: nn.Module) -> None:
@@ -140,7 +131,7 @@ def _fsdp2(name: str, packed: bool) -> None:
         assert_same_bits([full(p) for p in opt.master_params()], its_opt.master_params())
 
 
-for _name in OPTIMIZERS:
+for _name in VARIANTS:
     for _packed in (False, True):
         for _engine, _run in (("ddp", _ddp), ("fsdp2", _fsdp2)):
             SCENARIOS[f"{_engine}-{_name}{'-packed' if _packed else ''}"] = (
@@ -175,7 +166,7 @@ def _fsdp2_clips(folder: Path) -> None:
 def _fsdp1(folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for name in OPTIMIZERS:
+    for name in VARIANTS:
         model = FullyShardedDataParallel(
             make_model(), use_orig_params=True, device_id=torch.device("cpu")
         )
@@ -221,14 +212,13 @@ def _zero(folder: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
-    for name in OPTIMIZERS:
+    for name in VARIANTS:
         for packed in (False, True):
             model = DistributedDataParallel(make_model(packed))
-            options = {**OPTIMIZERS[name], **(PACKED if packed else {})}
 
-            def make(model=model, name=name, options=options):
+            def make(model=model, name=name, packed=packed):
                 return ZeroRedundancyOptimizer(
-                    model.parameters(), getattr(fused_optim, name), **options
+                    model.parameters(), getattr(fused_optim, name), **options_of(name, packed)
                 )
 
             opt = make()
@@ -257,7 +247,7 @@ def _tensor_parallel(folder: Path) -> None:
         parallelize_module,
     )
 
-    for name in OPTIMIZERS:
+    for name in VARIANTS:
         model = make_model(width=64)
         twins = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))
@@ -341,7 +331,7 @@ def resume(folder: Path, name: str, packed: bool) -> tuple[nn.Module, object]:
 
 
 def each_run() -> Iterator[tuple[str, str, bool]]:
-    for name in OPTIMIZERS:
+    for name in VARIANTS:
         yield name, name, False
         yield f"{name}-packed", name, True
 

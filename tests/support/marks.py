@@ -16,6 +16,7 @@ from support.cases import (
     ONE_EACH,
     PLAIN,
     STATE_CASES,
+    VARIANTS,
     Case,
 )
 
@@ -32,6 +33,7 @@ each_state = over(STATE_CASES)
 each_optimizer = over(ONE_EACH)
 plain_optimizers = over(PLAIN)
 each_capturable = over([case for case in FEW_CASES if case.optimizer in CAPTURABLE])
+each_name = pytest.mark.parametrize("name", VARIANTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="needs chromium")
