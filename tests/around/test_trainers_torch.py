@@ -17,13 +17,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_torch.py"
 
 
 @pytest.fixture(scope="module")
-def recording() -> dict[type, Recording]:
+def recording(one_thread: None) -> dict[type, Recording]:
     """By the optimizer's class."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would wait for each other, and for other tests
     with recorded() as whole:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
-    torch.set_num_threads(n_threads)
     torch.compiler.reset()
     classes = [type(optimizer) for optimizer in whole.optimizers]
     return {

@@ -7,17 +7,13 @@ import pytest
 import torch
 
 import fused_optim
+from support.cases import VARIANTS
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "SGD",
-        "Lion",
-        "Adagrad",
-        "RMSprop",
-        "Adam",
-        "AdamW",
+        *VARIANTS,
         "release_gradients",
         "patch",
         "patched",

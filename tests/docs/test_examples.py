@@ -120,15 +120,12 @@ def test_a_wrong_learning_rate_leaves_the_pair_s_bound(pair, monkeypatch):
 
 
 @pytest.fixture
-def demo(monkeypatch):
+def demo(monkeypatch, one_thread):  # as the demo itself does
     """The demo's module; its neighbours are found as when it runs as a script."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import demo
 
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # As the demo itself does.
-    yield demo
-    torch.set_num_threads(n_threads)
+    return demo
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from step.test_fuzz import (
+
+from support.cases import CASES
+from support.operations import (
     SAFE_SURGERIES,
     added_group,
     changed_hypers,
@@ -18,8 +20,6 @@ from step.test_fuzz import (
     step_with_some_grads,
     steps,
 )
-
-from support.cases import CASES
 from support.phases import Phase, PhaseRun, run_phases
 from support.surgeries import SURGERIES
 

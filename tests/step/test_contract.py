@@ -459,14 +459,14 @@ COMPILED = """
 import sys, warnings
 import torch
 import fused_optim
-from support.cases import BACKEND, DEVICE
+from support.cases import BACKEND, DEVICE, VARIANTS, stock_class
 from torch._dynamo.utils import counters
 warnings.simplefilter("error")
 
-def trained(module, name, compiled):
+def trained(optimizer_class, compiled):
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8).to(DEVICE)
-    opt = getattr(module, name)(model.parameters(), lr=1e-2)
+    opt = optimizer_class(model.parameters(), lr=1e-2)
     batch = torch.randn(4, 8).to(DEVICE)
 
     def train():
@@ -479,7 +479,7 @@ def trained(module, name, compiled):
         train = torch.compile(train, backend="eager")
     for _ in range(3):
         train()
-    if module is fused_optim:
+    if isinstance(opt, fused_optim.FusedOptimizer):
         assert opt.last_step.tensors == {BACKEND: 2}
     if compiled:
         left = (".zero_grad at", ".step at")
@@ -489,10 +489,10 @@ def trained(module, name, compiled):
         assert all(counters["graph_break"][reason] == 1 for reason in breaks), "compiled anew"
     return model.weight.detach()
 
-for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):
-    ours = trained(fused_optim, name, compiled=True)
-    assert torch.equal(ours, trained(fused_optim, name, compiled=False)), name
-    torch.testing.assert_close(ours, trained(torch.optim, name, compiled=False))
+for name in VARIANTS:
+    ours = trained(getattr(fused_optim, name), compiled=True)
+    assert torch.equal(ours, trained(getattr(fused_optim, name), compiled=False)), name
+    torch.testing.assert_close(ours, trained(stock_class(name), compiled=False))
 print("same")
 """
 

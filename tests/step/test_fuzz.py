@@ -9,8 +9,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.cases import BACKEND, CASES
-from support.surgeries import SURGERIES
+from support.cases import CASES
+from support.operations import (
+    SAFE_SURGERIES,
+    added_group,
+    changed_hypers,
+    freed_and_allocated,
+    step_with_other_strides,
+    step_with_some_grads,
+    steps,
+)
 from support.twins import Run, run_both
 
 N_PROGRAMS = 200
@@ -20,28 +28,6 @@ N_OPERATIONS = 10
 DTYPES = (torch.float32, torch.float64)
 
 
-def steps(run: Run, dice: random.Random) -> None:
-    run.step(dice.randint(1, 3))
-
-
-def step_with_some_grads(run: Run, dice: random.Random) -> None:
-    run.set_grads()
-    for param in run.params:
-        if dice.random() < 0.4:
-            param.grad = None
-    run.step_as_is()
-
-
-def step_with_other_strides(run: Run, dice: random.Random) -> None:
-    run.set_grads()
-    for param in run.params:
-        if param.grad is not None and param.dim() == 2 and dice.random() < 0.7:
-            param.grad = param.grad.t().contiguous().t()
-        elif param.grad is not None and param.dim() and param.numel() and dice.random() < 0.3:
-            param.grad = param.grad[:1].expand(param.shape)
-    run.step_as_is()
-
-
 def step_with_closure(run: Run, dice: random.Random) -> None:
     def closure() -> float:
         run.set_grads()
@@ -49,27 +35,6 @@ def step_with_closure(run: Run, dice: random.Random) -> None:
 
     run.seen.append(run.opt.step(closure))
     run.n_steps += 1
-
-
-def changed_hypers(run: Run, dice: random.Random) -> None:
-    for group in run.opt.param_groups:
-        key, value = dice.choice(
-            [
-                ("lr", 0.05),
-                ("weight_decay", 0.1),
-                ("weight_decay", 0.0),
-                ("maximize", True),
-                ("eps", 1e-4),
-            ]
-        )
-        if key in group:
-            group[key] = value
-
-
-def added_group(run: Run, dice: random.Random) -> None:
-    param = torch.nn.Parameter(run.randn((dice.randint(0, 40),), run.params[0].dtype))
-    run.params = [*run.params, param]
-    run.opt.add_param_group({"params": [param], "lr": 0.02})
 
 
 def checkpoint(run: Run, dice: random.Random) -> None:
@@ -97,10 +62,6 @@ def flags_of_stock(run: Run, dice: random.Random) -> None:
             group[flag] = True
 
 
-def freed_and_allocated(run: Run, dice: random.Random) -> None:
-    run.junk = [run.randn((dice.randint(1, 300),)) for _ in range(20)]
-
-
 OPERATIONS: list[Callable[[Run, random.Random], None]] = [
     steps,
     steps,
@@ -114,9 +75,6 @@ OPERATIONS: list[Callable[[Run, random.Random], None]] = [
     flags_of_stock,
     freed_and_allocated,
 ]
-
-# The ones after which every optimizer can go on.
-SAFE_SURGERIES = [surgery for surgery in SURGERIES if surgery.served == BACKEND]
 
 
 def program_of(seed: int) -> Callable[[Run], None]:
