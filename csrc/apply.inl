@@ -104,7 +104,10 @@ inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
 }
 
 template <class Rule, unsigned VARIANT, class Form>
-void apply(const Slice& slice) {
+void apply_rest(const Slice& slice, int64_t full);
+
+template <class Rule, unsigned VARIANT, class Form>
+[[gnu::noinline]] void apply(const Slice& slice) {
   using T = typename Form::compute;
   constexpr unsigned states = Rule::states(VARIANT);
   const auto h = convert_hypers<typename Rule::template Hypers<T>, T>(slice.hypers);
@@ -134,9 +137,7 @@ void apply(const Slice& slice) {
       prefetch(streams[stream], (i + ahead) * itemsize + k);
   };
 
-  const int remainder_size = slice.remainder == nullptr                ? 0
-                             : slice.packing->storage[PARAM] == SPLIT8 ? 1
-                                                                       : 2;
+  const int remainder_size = slice.remainder_itemsize();
   constexpr int N = Form::tile;
   const int64_t full = slice.numel / N * N;
   for (int64_t i = 0; i < full; i += N) {
@@ -193,9 +194,19 @@ void apply(const Slice& slice) {
     }
   }
 
+  if (full < slice.numel) apply_rest<Rule, VARIANT, Form>(slice, full);
+}
+
+// The elements from `full` on, too few for a tile, are one more full tile on the stack: the same
+// instructions, hence the same bits.
+template <class Rule, unsigned VARIANT, class Form>
+void apply_rest(const Slice& slice, int64_t full) {
+  constexpr int N = Form::tile;
+  constexpr unsigned states = Rule::states(VARIANT);
   const int64_t rest = slice.numel - full;
-  if (rest == 0) return;
-  // The rest is one more full tile on the stack: the same instructions, hence the same bits.
+  void* const* streams = slice.streams;
+  const Dtype* dtypes = slice.dtypes;
+  const int remainder_size = slice.remainder_itemsize();
   alignas(64) unsigned char tiles[MAX_STREAMS][N * sizeof(double)] = {};
   Slice padded = slice;
   padded.numel = N;

@@ -14,6 +14,7 @@ constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers 
 // States of 8 bits: elements of one scale; elements of the smallest state that has 8 bits, others
 // stay float32.
 constexpr int SCALE_BLOCK = 64, SMALLEST_INT8 = 4096;
+inline int64_t n_scales(int64_t numel) { return (numel + SCALE_BLOCK - 1) / SCALE_BLOCK; }
 
 // The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams
 // only.
@@ -37,6 +38,11 @@ enum KernelForm : uint8_t {
 // with a scale, of the value or of its root; a param with a remainder of 8 or 16 bits.
 enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 
+// Bytes of a remainder for each element.
+constexpr int remainder_itemsize(Storage master) {
+  return master == SPLIT8 ? 1 : master == SPLIT16 ? 2 : 0;
+}
+
 // For all of a tensor.
 struct Packing {
   Storage storage[MAX_STREAMS];
@@ -45,6 +51,11 @@ struct Packing {
   uint32_t keys[MAX_STREAMS][2];  // of this step's random bits
   int64_t offset;  // index of the tensor's first element in the whole param, for the random bits
 
+  bool packs() const {
+    for (Storage stored : storage)
+      if (stored != PLAIN) return true;
+    return false;
+  }
   // True if PackedPairs can serve it, provided that all streams are bfloat16.
   bool in_pairs() const { return offset % (4 * TILE) == 0; }
 };
@@ -66,6 +77,10 @@ struct Slice {
   const Packing* packing;  // null: all streams are PLAIN
   void* remainder;         // the param's; a stream of its own
   int64_t first;  // index of the run's first element in the tensor; packed: starts a scale block
+
+  int remainder_itemsize() const {
+    return remainder == nullptr ? 0 : fused_optim::remainder_itemsize(packing->storage[PARAM]);
+  }
 };
 
 using Kernel = void (*)(const Slice&);
@@ -83,7 +98,9 @@ struct Sum {
 using NormKernel = Sum (*)(const void* grad, Dtype dtype, int64_t numel);
 
 // Asks for the cache line at `base + offset`, which need not be the address of anything.
-inline void prefetch(const void* base, int64_t offset = 0) {
+// Always inline: GCC takes a function that only prefetches for one without effects, and drops its
+// calls.
+[[gnu::always_inline]] inline void prefetch(const void* base, int64_t offset = 0) {
 #if defined(__GNUC__)
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + offset));
 #endif

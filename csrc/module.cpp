@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "gather.h"
+#include "plan.h"
 
 namespace py = pybind11;
 using namespace fused_optim;
@@ -95,30 +95,46 @@ void probe(const std::vector<py::object>& streams, int num_threads) {
   run({task}, {}, num_threads);
 }
 
-// In the order of Storage.
-constexpr const char* STORAGES[] = {"plain", "stochastic", "signed8", "root8", "split8", "split16"};
+template <size_t N, class Names>
+int find_name(const std::string& name, const Names& name_of_one) {
+  for (size_t i = 0; i < N; i++)
+    if (name == name_of_one(i)) return static_cast<int>(i);
+  throw std::invalid_argument("unknown: " + name);
+}
+
+Storage find_storage(const std::string& name) {
+  return static_cast<Storage>(
+      find_name<std::size(STORAGE_NAMES)>(name, [](size_t i) { return STORAGE_NAMES[i]; }));
+}
+
+Dtype find_dtype(const std::string& name) {
+  return static_cast<Dtype>(find_name<std::size(ITEMSIZE)>(
+      name, [](size_t i) { return name_of(static_cast<Dtype>(i)); }));
+}
+
+// See storage_of; state_dtype: "" for torch.optim's.
+py::tuple describe_storage(const std::string& state_dtype, bool is_square, const std::string& param,
+                           int64_t numel) {
+  const auto format = static_cast<StateFormat>(find_name<std::size(STATE_FORMAT_NAMES)>(
+      state_dtype, [](size_t i) { return STATE_FORMAT_NAMES[i]; }));
+  const Stored stored = storage_of(format, is_square, find_dtype(param), numel);
+  return py::make_tuple(STORAGE_NAMES[stored.storage], name_of(stored.dtype));
+}
 
 // Addresses of contiguous CPU memory; `extra` is that of scales or of a remainder, or 0.
 void transcode(bool packs, const std::string& storage, const std::string& dtype, uintptr_t stream,
                uintptr_t extra, uintptr_t values, int64_t numel, std::array<uint64_t, 4> key,
                int num_threads, int64_t offset) {
-  const auto find = [](const std::string& name, int n, const auto& name_of_one) {
-    for (int i = 0; i < n; i++)
-      if (name == name_of_one(i)) return i;
-    throw std::invalid_argument("unknown: " + name);
-  };
   const int s = static_cast<int>(key[2]);
   if (s != PARAM && (s < STATES || s >= STATES + MAX_STATES))
     throw std::invalid_argument("stream " + std::to_string(s) + " cannot be packed");
   Packing packing = {};
-  packing.storage[s] =
-      static_cast<Storage>(find(storage, std::size(STORAGES), [](int i) { return STORAGES[i]; }));
+  packing.storage[s] = find_storage(storage);
   Slice slice = {};
   slice.packing = &packing;
   slice.numel = numel;
   slice.streams[s] = reinterpret_cast<void*>(stream);
-  slice.dtypes[s] = static_cast<Dtype>(
-      find(dtype, std::size(ITEMSIZE), [](int i) { return name_of(static_cast<Dtype>(i)); }));
+  slice.dtypes[s] = find_dtype(dtype);
   if (s == PARAM)
     slice.remainder = reinterpret_cast<void*>(extra);
   else
@@ -133,77 +149,70 @@ void transcode(bool packs, const std::string& storage, const std::string& dtype,
 }  // namespace
 
 namespace fused_optim {
-PyObject* to_python(const std::shared_ptr<Batch>& batch) {
+Ref to_python(const std::shared_ptr<Batch>& batch) {
   const BatchKey& key = batch->key;
   py::tuple dtypes(batch->streams.size()), storages(batch->streams.size());
   for (size_t i = 0; i < batch->streams.size(); i++) {
     const Dtype dtype = key.dtypes[batch->streams[i]];
     dtypes[i] = dtype == N_DTYPES ? py::object(py::none()) : py::str(name_of(dtype));
-    storages[i] = STORAGES[key.storages[batch->streams[i]]];
+    storages[i] = STORAGE_NAMES[key.storages[batch->streams[i]]];
   }
   py::object object = py::cast(batch);
   object.attr("key") = py::make_tuple(key.device.type, key.device.index, dtypes, storages,
                                       key.options, key.prepared_on_device);
-  return object.release().ptr();
+  return Ref::own(object.release().ptr());
 }
 
-PyObject* to_python(const std::shared_ptr<GradBatch>& batch) {
+Ref to_python(const std::shared_ptr<GradBatch>& batch) {
   py::object object = py::cast(batch);
   object.attr("key") =
       py::make_tuple(batch->device.type, batch->device.index, name_of(batch->dtype));
-  return object.release().ptr();
+  return Ref::own(object.release().ptr());
 }
 }  // namespace fused_optim
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ kernels of fused_optim for CPUs.";
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const PythonError&) {  // already set
-    }
-  });
-  try {
-    bind_torch();
-  } catch (const PythonError&) {
-    throw py::error_already_set();
-  }
+namespace {
+
+py::object to_pybind(Ref owned) { return py::reinterpret_steal<py::object>(owned.release()); }
+
+void bind_plan(py::module_& m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<const std::string&>(), py::arg("rule"))
       .def(
-          "step",
-          [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-             py::object convert_state, py::object place_of, py::object run_stock,
-             py::object launcher, unsigned device_types, int num_threads, double grad_scale,
-             bool scale_on_device, bool skip_on_device, py::object resolve, py::object measured,
-             bool writes_clipped, bool zeroes, py::object emas, py::object create_ema) {
-            const StepContext context = {create_state.ptr(), convert_state.ptr(),
-                                         place_of.ptr(),     run_stock.ptr(),
-                                         launcher.ptr(),     device_types,
-                                         num_threads,        grad_scale,
-                                         scale_on_device,    skip_on_device,
-                                         resolve.ptr(),      measured.ptr(),
-                                         writes_clipped,     zeroes,
-                                         emas.ptr(),         create_ema.ptr()};
-            return py::reinterpret_steal<py::object>(plan.step(groups.ptr(), state.ptr(), context));
+          "gather",
+          [](Plan& plan, py::handle optimizer, py::list groups, py::handle launcher,
+             unsigned device_types, unsigned bits) {
+            return plan.gather({optimizer.ptr(), groups.ptr(), launcher.ptr(), device_types, bits});
           })
-      .def("explain", [](Plan& plan, py::list groups, py::dict state, py::object create_state,
-                         py::object convert_state, py::object place_of, py::object launcher,
-                         unsigned device_types, bool writes_clipped, bool zeroes, py::dict emas,
-                         py::object create_ema) {
-        StepContext context = {};
-        context.create_state = create_state.ptr();
-        context.convert_state = convert_state.ptr();
-        context.place_of = place_of.ptr();
-        context.launcher = launcher.ptr();
-        context.device_types = device_types;
-        context.measured = Py_None;
-        context.writes_clipped = writes_clipped;
-        context.zeroes = zeroes;
-        context.emas = emas.ptr();
-        context.create_ema = create_ema.ptr();
-        return py::reinterpret_steal<py::object>(plan.explain(groups.ptr(), state.ptr(), context));
-      });
+      .def("tasks", [](const Plan& plan) { return to_pybind(plan.tasks()); })
+      .def("fallbacks", [](const Plan& plan) { return to_pybind(plan.fallbacks()); })
+      .def("sharded_grads", [](const Plan& plan) { return to_pybind(plan.sharded_grads()); })
+      .def("averages_left", [](const Plan& plan) { return to_pybind(plan.averages_left()); })
+      .def("n_on_cpu", &Plan::n_on_cpu)
+      .def("host_counts", &Plan::host_counts)
+      .def("grad_write", [](const Plan& plan) { return static_cast<int>(plan.grad_write()); })
+      .def("sum_of_squares",
+           [](Plan& plan, int num_threads) {
+             const Sum sum = plan.sum_of_squares(num_threads);
+             return py::make_tuple(sum.squares, sum.nonfinite);
+           })
+      .def("tasks_to_stage", [](const Plan& plan) { return to_pybind(plan.tasks_to_stage()); })
+      .def("stage",
+           [](Plan& plan, size_t task, py::list copies) { plan.stage(task, copies.ptr()); })
+      .def("batches", [](Plan& plan) { return to_pybind(plan.batches()); })
+      .def("grad_batches", [](Plan& plan) { return to_pybind(plan.grad_batches()); })
+      .def("drop_devices",
+           [](Plan& plan, const std::string& reason) { plan.drop_devices(reason.c_str()); })
+      .def("enter", &Plan::enter)
+      .def("commit",
+           [](Plan& plan, double clip, double grad_scale, int num_threads) {
+             return to_pybind(plan.commit(clip, grad_scale, num_threads));
+           })
+      .def("release", &Plan::release);
+  for (const auto& [name, bit] : BIT_NAMES) m.attr(name) = static_cast<unsigned>(bit);
+}
+
+void bind_tables(py::module_& m) {
   bind_table<int64_t>(m, "IntTable");
   bind_table<double>(m, "FloatTable");
   bind_table<int32_t>(m, "WordTable");
@@ -233,7 +242,28 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("version", &GradBatch::version)
       .def_readonly("numels", &GradBatch::numels)
       .def_readonly("grads", &GradBatch::grads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of fused_optim for CPUs.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const PythonError&) {  // already set
+    }
+  });
+  try {
+    bind_torch();
+  } catch (const PythonError&) {
+    throw py::error_already_set();
+  }
+  bind_plan(m);
+  bind_tables(m);
   m.attr("ODD_OPTIONS") = ODD_OPTIONS;
+  m.attr("SCALE_BLOCK") = SCALE_BLOCK;
+  m.attr("SMALLEST_INT8") = SMALLEST_INT8;
   m.def("rules", &describe_rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("step"));
   m.def("isas", &available_isas);
@@ -244,5 +274,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("transcode", &transcode, py::arg("packs"), py::arg("storage"), py::arg("dtype"),
         py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"), py::arg("key"),
         py::arg("num_threads"), py::arg("offset") = 0);
+  m.def("storage_of", &describe_storage, py::arg("state_dtype"), py::arg("is_square"),
+        py::arg("param"), py::arg("numel"));
   m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));
 }

@@ -71,10 +71,8 @@ void run_part(const Task& task, const std::vector<Layout>& layouts, int64_t begi
   Slice part = task.slice;
   part.numel = end - begin;
   part.first = begin;
-  if (part.remainder != nullptr) {
-    const int itemsize = part.packing->storage[PARAM] == SPLIT8 ? 1 : 2;
-    part.remainder = static_cast<char*>(part.remainder) + begin * itemsize;
-  }
+  if (part.remainder != nullptr)
+    part.remainder = static_cast<char*>(part.remainder) + begin * part.remainder_itemsize();
   for (int s = 0; s < MAX_STREAMS; s++)
     if (task.streams >> s & 1)
       part.streams[s] = static_cast<char*>(part.streams[s]) + begin * ITEMSIZE[part.dtypes[s]];

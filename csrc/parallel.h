@@ -20,6 +20,7 @@ struct Task {
   int layout;        // index into the step's layouts; -1: contiguous in every stream
   unsigned streams;  // bit s: stream s is read
   unsigned written;  // bit s: stream s is written
+  bool is_sharded;   // the grad is a part of a DTensor
   bool known_grad;   // the grad lies where it lay in the last step
   int device;        // index of the step's device tasks; -1: for the CPU
 };

@@ -1,19 +1,21 @@
-// DTensors: each process steps the plain tensor that it holds of them.
-#include "gather.h"
+#include "shard.h"
 
 namespace fused_optim {
 
 namespace {
 
-// Null until someone has imported torch.distributed.tensor, without which there are none.
+// Null until torch.distributed.tensor is imported: before, there are no DTensors.
 PyTypeObject* dtensor_type() {
   static PyTypeObject* type = nullptr;
   if (type != nullptr) return type;
-  PyObject* name = check(PyUnicode_FromString("torch.distributed.tensor"));
+  const Ref name = Ref::own(PyUnicode_FromString("torch.distributed.tensor"));
   PyObject* module = PyImport_GetModule(name);
-  Py_DECREF(name);
-  PyObject* found = module == nullptr ? nullptr : PyObject_GetAttrString(module, "DTensor");
-  Py_XDECREF(module);
+  if (module == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const Ref owned = Ref::own(module);
+  PyObject* found = PyObject_GetAttrString(owned, "DTensor");
   if (found == nullptr)
     PyErr_Clear();
   else if (PyType_Check(found))
@@ -21,18 +23,15 @@ PyTypeObject* dtensor_type() {
   return type;
 }
 
-// Whether both have equal attributes of this name in their specs.
+// Returns true if both objects have equal attributes of this name.
 bool agree(PyObject* a, PyObject* b, PyObject* name) {
-  PyObject* of_a = check(PyObject_GetAttr(a, name));
-  PyObject* of_b = PyObject_GetAttr(b, name);
-  const int equal = of_b == nullptr ? -1 : PyObject_RichCompareBool(of_a, of_b, Py_EQ);
-  Py_DECREF(of_a);
-  Py_XDECREF(of_b);
+  const Ref of_a = get_attr(a, name), of_b = get_attr(b, name);
+  const int equal = PyObject_RichCompareBool(of_a, of_b, Py_EQ);
   if (equal < 0) throw PythonError();
   return equal;
 }
 
-// Whether the tensor is a sum that is yet to be made.
+// Returns true if the processes' parts are yet to be summed up.
 bool is_partial(PyObject* placements) {
   if (!PyTuple_Check(placements)) return true;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(placements); i++)
@@ -44,28 +43,36 @@ bool is_partial(PyObject* placements) {
 
 bool is_dtensor(PyObject* tensor) { return !is_plain(tensor) && Py_TYPE(tensor) == dtensor_type(); }
 
-PyObject* Plan::part_of(PyObject* tensor, PyObject* param) {
+Ref part_of(PyObject* tensor, PyObject* param) {
   const bool plain = is_plain(tensor);
-  if (tensor == param ? plain : is_plain(param)) return plain ? tensor : nullptr;
-  if (!is_dtensor(tensor) || !is_dtensor(param)) return nullptr;
-  PyObject* spec = hold(check(PyObject_GetAttr(tensor, names.spec)));
+  if (tensor == param ? plain : is_plain(param)) return Ref::share(plain ? tensor : nullptr);
+  if (!is_dtensor(tensor) || !is_dtensor(param)) return Ref();
+  const Ref spec = get_attr(tensor, names._spec);
   if (tensor == param) {
-    if (is_partial(hold(check(PyObject_GetAttr(spec, names.placements))))) return nullptr;
+    const Ref placements = get_attr(spec, names.placements);
+    if (is_partial(placements)) return Ref();
   } else {
-    PyObject* wanted = hold(check(PyObject_GetAttr(param, names.spec)));
+    const Ref wanted = get_attr(param, names._spec);
     if (!agree(spec, wanted, names.placements) || !agree(spec, wanted, names.mesh) ||
         !agree(tensor, param, names.shape))
-      return nullptr;
+      return Ref();
   }
-  PyObject* part = hold(check(PyObject_GetAttr(tensor, names.local_tensor)));
-  return is_plain(part) ? part : nullptr;
+  Ref part = get_attr(tensor, names._local_tensor);
+  return is_plain(part) ? part : Ref();
 }
 
-Plan::Place Plan::place_of(PyObject* param, const View& part, const StepContext& context) {
+Place Places::find(PyObject* param, const View& part, size_t ordinal) {
   if (is_plain(param)) return {part.numel(), 0};
-  PyObject* place = hold(check(PyObject_CallOneArg(context.place_of, param)));
+  Ref spec = get_attr(param, names._spec);
+  if (ordinal >= known_.size()) known_.resize(ordinal + 1);
+  Known& known = known_[ordinal];
+  if (known.spec == spec && known.numel == part.numel() && known.contiguous == part.contiguous())
+    return known.place;
+  const Ref sharding = Ref::own(PyImport_ImportModule("fused_optim.sharding"));
+  const Ref place = Ref::own(PyObject_CallMethod(sharding, "place_of", "O", param));
   Place read;
   if (!PyArg_ParseTuple(place, "LL", &read.numel, &read.first)) throw PythonError();
+  known = {std::move(spec), part.numel(), part.contiguous(), read};
   return read;
 }
 

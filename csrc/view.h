@@ -1,59 +1,17 @@
-// What the gatherer reads of Python objects: tensors through DLPack, numbers, dict keys.
+// Tensors, as DLPack shows them.
 #pragma once
-
-#include <Python.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
 
-#include "dlpack.h"
 #include "kernel.h"
+#include "py.h"
 
 namespace fused_optim {
 
-// A Python exception is set.
-struct PythonError {};
-
-struct Torch {
-  PyTypeObject* tensor;
-  PyTypeObject* parameter;
-  const dlpack::ExchangeApi* api;
-  PyGetSetDef* grad;
-  PyObject* is_neg;
-  PyObject* is_zerotensor;
-  PyObject *is_inference, *is_inference_mode_enabled;
-  PyObject* increment_version;
-  PyObject *float32, *bfloat16;
-};
-extern Torch torch;
-
-// Keys of dicts and names of methods, interned.
-struct Names {
-  PyObject *params, *step, *maximize, *differentiable, *capturable, *fused, *item, *untyped_storage,
-      *nbytes, *storage_offset, *stage, *ready, *launch, *moved, *waiting, *any_waiting, *ema_decay,
-      *ema_warmup, *counted, *state_dtype, *master, *rounding_seed, *param_remainder,
-      *param_indices, *local_tensor, *spec, *placements, *mesh, *shape;
-};
-extern Names names;
-
-// Looks up what is needed of torch, once. Raises PythonError.
-void bind_torch();
-
-inline PyObject* check(PyObject* object) {
-  if (object == nullptr) throw PythonError();
-  return object;
-}
-PyObject* interned(const char* name);
-[[noreturn]] void raise(PyObject* type, const std::string& message);
 std::string describe(const int64_t* shape, int ndim);
 const char* name_of(Dtype dtype);
-
-inline bool is_plain(PyObject* object) {
-  return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
-}
-
-bool is_dtensor(PyObject* tensor);  // shard.cpp
 
 struct Device {
   int32_t type, index;  // type: dlpack::CPU also for the host memory that a GPU can read
@@ -61,14 +19,14 @@ struct Device {
   bool operator!=(const Device& other) const { return !(*this == other); }
 };
 
-// What DLPack says about one tensor.
+// One tensor's memory, as DLPack describes it.
 struct View {
   void* data;
   const int64_t* shape;
   const int64_t* strides;
   int ndim;
-  Dtype dtype;  // N_DTYPES: none a kernel reads
-  Dtype whole;  // of whole numbers; else N_DTYPES
+  Dtype dtype;  // a float's; N_DTYPES: none a kernel reads
+  Dtype whole;  // a whole number's; else N_DTYPES
   Device device;
   bool complex;
 
@@ -80,7 +38,7 @@ struct View {
     return count;
   }
   bool same_shape(const View& other) const;
-  bool same_strides(const View& other) const;  // of one shape
+  bool same_strides(const View& other) const;  // for views of the same shape
   bool contiguous() const;
   int64_t reach() const;  // elements from `data` to behind the last one; numel() > 0
 };
@@ -142,11 +100,8 @@ inline int64_t View::reach() const {
   return last + 1;
 }
 
-bool truth(PyObject* value);     // of a value that may be null
-double number(PyObject* value);  // of a number or a tensor with one element
-bool call_bool(PyObject* callable, PyObject* argument = nullptr);
 bool on_one_device(PyObject* a, PyObject* b);
-// Whether the tensor's storage holds all its elements (it may have been resized by hand).
+// Returns true if the storage holds all the tensor's elements (it may have been resized by hand).
 bool storage_holds(PyObject* tensor, const View& view);
 
 // torch.promote_types for the dtypes here.

@@ -4,11 +4,10 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.backends import config, show_config
-from fused_optim.formats import FormatOptions
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.lion import Lion
-from fused_optim.one_pass import OnePassOptions
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
+from fused_optim.options import FormatOptions, OnePassOptions
 from fused_optim.patching import patch, patched, unpatch
 from fused_optim.release import release_gradients
 from fused_optim.rmsprop import RMSprop

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from fused_optim.optimizer import FusedOptimizer
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -126,14 +126,14 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             return super()._convert_first(param, group, states)
         # torch.optim's constructor has rounded the initial value to the param's dtype.
         states["sum"] = torch.full_like(param, initial, dtype=torch.float32, requires_grad=False)
-        return super()._convert_state(param, group, states)
+        return super()._convert_states(param, group, states)
 
-    def _convert_state(
+    def _convert_states(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
     ) -> dict[str, Any]:
         if states.get("step") == 0 and isinstance(states.get("sum"), Tensor):
             return self._convert_first(param, group, states)
-        return super()._convert_state(param, group, states)
+        return super()._convert_states(param, group, states)
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         if group["weight_decay"] != 0:

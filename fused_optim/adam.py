@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_optim.optimizer import FusedOptimizer
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

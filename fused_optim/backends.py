@@ -1,4 +1,4 @@
-"""Which backend serves a tensor. The only importer of ``_C`` and, when a GPU is in use, Triton."""
+"""Chooses the backend of a tensor; alone imports ``_C`` and, when a GPU is in use, Triton."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def forced() -> str | None:
 
 @functools.cache
 def debugging() -> bool:
-    """Whether ``FUSED_OPTIM_DEBUG`` asks for tracebacks of what torch.optim's code stands in for.
+    """Return True if ``FUSED_OPTIM_DEBUG`` asks for the tracebacks of kernels that failed.
 
     Raises:
         ValueError: it has an unknown value.
@@ -74,7 +74,10 @@ def _load_triton() -> ModuleType | str:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter serves CPU tensors: FUSED_OPTIM_BACKEND=triton, TRITON_INTERPRET=1."""
+    """Return True if Triton's interpreter serves CPU tensors.
+
+    FUSED_OPTIM_BACKEND=triton with TRITON_INTERPRET=1 asks for that.
+    """
     if forced() != "triton":
         return False
     from triton import knobs
@@ -102,13 +105,13 @@ def launcher(rule: str) -> Any:
 
 
 def host_knows(number: Tensor) -> bool:
-    """Whether reading this number does not wait for a device."""
+    """Return True if reading this number does not wait for a device."""
     return number.device.type == "cpu" and not interpreted()
 
 
 @functools.cache
 def warn_unless_served(device: torch.device) -> None:
-    """Say once why no tensor of this device is stepped by a kernel, if so."""
+    """Warn once, with the reason, if no kernel steps the tensors of this device."""
     if forced() is not None or (device.type == "cuda" and device_types() != 0):
         return
     loaded = _load_triton()
@@ -140,13 +143,13 @@ def cpu_kernels() -> ModuleType | None:
 
 
 def codec() -> ModuleType | None:
-    """The extension module for what is not a step; None if it is missing."""
+    """The extension module, for work outside of a step; None if it is missing."""
     kernels = _load_kernels()
     return kernels if isinstance(kernels, ModuleType) else None
 
 
 def config() -> dict[str, Any]:
-    """What is installed and in use.
+    """Describe what is installed and in use.
 
     Returns:
         A dict with the keys version, cpu_kernels, isa, isas_available (best first), threads, openmp

@@ -1,4 +1,4 @@
-"""What a step would do, told without doing it: :meth:`FusedOptimizer.explain`."""
+"""Tells what a step would do, without doing it: :meth:`FusedOptimizer.explain`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim import backends, formats, sharding
-from fused_optim.outlook import Outlook, ParamOutlook
+from fused_optim import backends, sharding, storage
+from fused_optim.dry_run import DryParam, DryRun
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
 
-# Of each stream of a measurement: with the others more than caches hold, a GPU's being the faster ones.
+# Sizes of each stream of a measurement: together they exceed the caches, and a GPU is faster.
 CPU_PROBE_NBYTES = 64 * 2**20
 GPU_PROBE_NBYTES = 256 * 2**20
 N_PROBES = 7
@@ -30,17 +30,17 @@ class ExplainedRow:
     """Tensors of one param group that the step treats alike.
 
     Attributes:
-        group: which of ``param_groups``.
-        indices: which of the group's params.
-        names: what they are called, if the optimizer was given named parameters; else empty.
+        group: index in ``param_groups``.
+        indices: the params' indices in the group.
+        names: the params' names, if the optimizer was given named parameters; else empty.
         backend: "cpu" or "triton", kernels; "stock", torch.optim's code; None: no step, there is no grad.
-        device: of the params.
+        device: where the params lie.
         format: dtypes of param, grad, states and average (EMA), and how they are stored.
-        reason: why no kernel steps them; None if one does.
+        reason: the cause that no kernel steps them; None if one does.
         numel: elements of all params together.
-        state_nbytes: of their states, steps and averages.
-        step_nbytes: read and written in a step, averages included; None where nobody knows: torch.optim's
-            code.
+        state_nbytes: bytes of their states, steps and averages.
+        step_nbytes: bytes read and written in a step, averages included; None for torch.optim's
+            code, which is not counted.
         seconds: step_nbytes at the bandwidth of the device; None if that was not measured.
     """
 
@@ -59,13 +59,13 @@ class ExplainedRow:
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a step would do; as a string, a table.
+    """The step that would be done; as a string, a table.
 
     Attributes:
         optimizer: name of the class.
         rows: param group by param group.
-        n_assumed_grads: how many params had no grad and were taken to get one like themselves.
-        n_assumed_states: how many had no states yet; they count as the step would make them.
+        n_assumed_grads: number of params without a grad, taken to get one like themselves.
+        n_assumed_states: number of params without states; they count as the step would make them.
         bandwidths: device -> bytes per second, if it was measured.
         measured_with: threads of the CPU.
 
@@ -100,20 +100,20 @@ class Explanation:
 
     @property
     def state_nbytes(self) -> int:
-        """Of all states, steps and averages."""
+        """Bytes of all states, steps and averages."""
         return sum(row.state_nbytes for row in self.rows)
 
     @property
     def step_nbytes(self) -> int:
-        """Read and written in a step, but for tensors that torch.optim's code steps."""
+        """Bytes read and written in a step, but for tensors that torch.optim's code steps."""
         return sum(row.step_nbytes or 0 for row in self.rows)
 
     @property
     def seconds(self) -> float | None:
-        """Of a step, but for tensors that torch.optim's code steps; None if no bandwidth was measured.
+        """Predicted time of a step; None if no bandwidth was measured.
 
-        That is the time of the slowest device. Many small tensors take longer, about a microsecond each; a
-        model that caches hold takes less.
+        The slowest device decides; tensors that torch.optim's code steps do not count. Many small
+        tensors take longer, about a microsecond each; a model that caches hold takes less.
         """
         by_device: defaultdict[torch.device, float] = defaultdict(float)
         for row in self.rows:
@@ -128,17 +128,17 @@ class Explanation:
 
 def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
     """See :meth:`FusedOptimizer.explain`."""
-    outlook, n_threads = Outlook(optimizer), torch.get_num_threads()
+    dry_run, n_threads = DryRun(optimizer), torch.get_num_threads()
     bandwidths: dict[torch.device, float] = {}
     alike: dict[Any, list[int]] = {}
-    for g, (group, params) in enumerate(zip(optimizer.param_groups, outlook.groups)):
+    for g, (group, params) in enumerate(zip(optimizer.param_groups, dry_run.groups)):
         for i, param in enumerate(params):
             device = param.tensor.device
             if measure and param.backend in ("cpu", "triton") and device not in bandwidths:
                 bandwidths[device] = _bandwidth(device, n_threads)
             key = g, param.backend, device, _format(param, group), param.reason
             alike.setdefault(key, []).append(i)
-    one_pass = optimizer._one_pass
+    one_pass = optimizer._clipping
     sums_up = one_pass is not None and (
         one_pass.max_grad_norm is not None or one_pass.skip_nonfinite
     )
@@ -146,7 +146,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
     for (g, backend, device, text, reason), indices in sorted(
         alike.items(), key=lambda entry: (entry[0][0], _ORDER.index(entry[0][1]))
     ):
-        members = [outlook.groups[g][i] for i in indices]
+        members = [dry_run.groups[g][i] for i in indices]
         names = optimizer.param_groups[g].get("param_names")
         moved = None if backend == "stock" else sum(_moved(param, sums_up) for param in members)
         row = ExplainedRow(
@@ -168,21 +168,21 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
     return Explanation(
         type(optimizer).__name__,
         rows,
-        outlook.n_assumed_grads,
-        outlook.n_assumed_states,
+        dry_run.n_assumed_grads,
+        dry_run.n_assumed_states,
         bandwidths,
         n_threads,
     )
 
 
-def _format(param: ParamOutlook, group: dict[str, Any]) -> str:
+def _format(param: DryParam, group: dict[str, Any]) -> str:
     tensor, grad = param.tensor, param.tensor.grad
     own = _dtype(tensor)
-    if formats.applies(tensor, group) and formats.master_of(tensor, group) is not None:
-        parts = [f"{own} {formats.master_of(tensor, group)}"]
+    if storage.applies(tensor, group) and storage.master_of(tensor, group) is not None:
+        parts = [f"{own} {storage.master_of(tensor, group)}"]
     else:
         parts = [own]
-    if formats.ignores_master([tensor], group):
+    if storage.ignores_master([tensor], group):
         parts.append(f"master {group['master']!r} unused")
     if grad is not None and _dtype(grad) != own:
         parts.append(f"grad {_dtype(grad)}")
@@ -190,7 +190,7 @@ def _format(param: ParamOutlook, group: dict[str, Any]) -> str:
         _dtype(value)
         for key, value in param.states.items()
         if isinstance(value, Tensor)
-        and key not in ("step", formats.REMAINDER)
+        and key not in ("step", storage.REMAINDER)
         and not key.endswith("_scale")
     ]
     if set(states) - {own}:
@@ -213,16 +213,16 @@ def _nbytes(tensor: Tensor) -> int:
     return part.numel() * part.element_size()
 
 
-def _state_nbytes(param: ParamOutlook) -> int:
+def _state_nbytes(param: DryParam) -> int:
     states = sum(_nbytes(value) for value in param.states.values() if isinstance(value, Tensor))
     return states + (0 if param.average is None else _nbytes(param.average))
 
 
-def _moved(param: ParamOutlook, sums_up: bool) -> int:
+def _moved(param: DryParam, sums_up: bool) -> int:
     """Bytes that the kernel moves, and those of passes of their own.
 
     Args:
-        sums_up: whether the step reads all grads for their norm first.
+        sums_up: True if the step reads all grads for their norm first.
     """
     moved = param.moved
     if param.average is not None and not param.averages:

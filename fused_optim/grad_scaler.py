@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fused_optim.one_pass import OnePassOptimizer
+from fused_optim.optimizer import FusedOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -55,7 +55,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         leaves_it = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if not (isinstance(optimizer, OnePassOptimizer) and leaves_it):
+        if not (isinstance(optimizer, FusedOptimizer) and leaves_it):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)

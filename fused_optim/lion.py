@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fused_optim import reference
+from fused_optim import lion_stock
 from fused_optim.optimizer import FusedOptimizer
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
-class Lion(FusedOptimizer, reference.Lion):
+class Lion(FusedOptimizer, lion_stock.Lion):
     """Lion on fused kernels: the sign of a momentum, with decoupled weight decay.
 
     With grad the gradient (negated if maximize)::
@@ -59,7 +59,7 @@ class Lion(FusedOptimizer, reference.Lion):
     """
 
     _rule = "lion"
-    _stock = reference.Lion
+    _stock = lion_stock.Lion
 
     def __init__(
         self,

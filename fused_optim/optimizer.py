@@ -1,27 +1,29 @@
-"""FusedOptimizer owns step(): closure, kernels, stock for what no kernel serves."""
+"""The class that all optimizers share: constructor's options, step(), states, checkpoints."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import (
-    _device_dtype_check_for_fused,
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
 
-from fused_optim import backends, ema, formats, grads, sharding
-from fused_optim.packed import PackedOptimizer
-from fused_optim.tracing import WATCHED, left_to_the_interpreter, n_dispatch_modes
+from fused_optim import averages, backends, checkpoint, clipping, options, sharding, storage
+from fused_optim.options import GroupOption, KernelOptions
+from fused_optim.step import step_groups
+from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -31,10 +33,6 @@ try:
     from torch._C._profiler import _RecordFunctionFast
 except ImportError:
     _RecordFunctionFast = None
-
-
-# Tensors stepped on the CPU, tensors stepped on devices, and (group, index, reason) of each fallback.
-Outcome = tuple[int, int, list[tuple[int, int, str]] | None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the latest step did.
+    """Counts and fallbacks of the latest step.
 
     Attributes:
         tensors: backend ("cpu", "triton" or "stock") -> number of tensors that it stepped, if any.
@@ -72,14 +70,61 @@ def _renamed(function: Any, qualname: str) -> Any:
     return copy
 
 
-class FusedOptimizer(PackedOptimizer):
-    """Steps on kernels what they can serve, and the rest with the stock class's own code.
+class FusedOptimizer(torch.optim.Optimizer):
+    """Steps tensors on kernels where they can, and the rest by the stock class's own code.
 
     A subclass also inherits from the torch.optim class of the same name, which gives it constructor,
     validation, state schema and the stock step, and names its rule.
+
+    ``max_grad_norm, write_clipped_grads, skip_nonfinite`` and ``zero_grads`` are attributes that may be
+    changed between two steps. They are the program's, not the checkpoint's: loading one leaves them alone.
     """
 
+    _rule: ClassVar[str]  # key of _C.rules()
     _stock: ClassVar[type[torch.optim.Optimizer]]
+
+    _clipping: clipping.Clipping | None = None  # there once an option of it is in use
+    _group_options: dict[str, Any] | None = None  # what a new param group gets
+    _averages: averages.Averages  # param -> entry
+    # Ids of params whose first step a device may have skipped; there once needed. One that is taken by
+    # another param does no harm, and torch.utils.swap_tensors() refuses tensors with weak references.
+    _unsure: set[int]
+    _found_inf_to_report: Tensor  # there while a GradScaler waits for it
+    _is_swapped = False
+    _has_some_params = False  # of a model, the rest being another process's
+
+    max_grad_norm = clipping.ClippingOption()
+    write_clipped_grads = clipping.ClippingOption()
+    skip_nonfinite = clipping.ClippingOption()
+    zero_grads = clipping.ClippingOption()
+
+    ema_decay = GroupOption()
+    ema_warmup = GroupOption()
+    ema_dtype = GroupOption()
+    state_dtype = GroupOption()
+    master = GroupOption()
+    rounding_seed = GroupOption()
+
+    @left_to_the_interpreter
+    def _take_options(self, given: KernelOptions) -> None:
+        """Check and keep these arguments of the constructor; before torch.optim's begins."""
+        options.check_all(given, type(self))
+        self._clipping = None
+        self._group_options = options.of_new_groups(given)
+        for key in options.OF_OPTIMIZER:
+            if key in given:
+                setattr(self, key, given[key])
+        if sharding.is_distributed() and sharding.is_built_for_some_params():
+            self._has_some_params = True
+            if self.max_grad_norm is not None or self.skip_nonfinite:
+                sharding.refuse_some_params()
+        self._support_amp_scaling()
+
+    def _support_amp_scaling(self) -> None:
+        """Have GradScaler leave unscaling and skipping to step() if an option of one pass is in use."""
+        averages_params = any(key in options.AVERAGING for key in self._group_options or ())
+        if self._clipping is not None or averages_params:
+            self._step_supports_amp_scaling = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -89,7 +134,7 @@ class FusedOptimizer(PackedOptimizer):
 
     @property
     def last_step(self) -> StepReport | None:
-        """What the latest :meth:`step` did; None before the first."""
+        """Report of the latest :meth:`step`; None before the first."""
         outcome = unwrapped(self).__dict__.get("_last_step")
         if outcome is None:
             return None
@@ -102,7 +147,7 @@ class FusedOptimizer(PackedOptimizer):
 
     @left_to_the_interpreter
     def explain(self, *, measure: bool = False) -> Explanation:
-        """What the next :meth:`step` would do: its string is a table, and its ``rows`` are what is in it.
+        """Tell what the next :meth:`step` would do: a table as a string, or its ``rows``.
 
         Changes nothing, makes no states, and works before the first step. A param that has no grad counts
         as if it had one like itself; one with ``requires_grad=False`` counts as not stepped.
@@ -122,7 +167,7 @@ class FusedOptimizer(PackedOptimizer):
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """Stock's wrapper of step(), for the profiler and the hooks, entered only if there are any.
 
-        Its profiler label costs 4 us even while nobody listens: more than a small model's step.
+        Its profiler label costs 4 us even without a profiler: more than a small model's step.
         """
         with_hooks = torch.optim.Optimizer.profile_hook_step(func)
         if _RecordFunctionFast is None:
@@ -148,9 +193,9 @@ class FusedOptimizer(PackedOptimizer):
 
     @left_to_the_interpreter
     def _patch_step_function(self) -> None:
-        """As torch.optim's, which wraps step() when the first optimizer of a class is made.
+        """Wrap step() as torch.optim does when the first optimizer of a class is made.
 
-        It wraps a step() that is called what stock's is: Python's errors name it.
+        Rename it first: Python's errors then name it as they name stock's.
         """
         cls = type(self)
         if cls.step is FusedOptimizer.step:
@@ -191,96 +236,18 @@ class FusedOptimizer(PackedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if released is None:
-            outcome = self._step_groups(self.param_groups, self, self._step_with_stock)
+            outcome = step_groups(self, self.param_groups, self)
         else:
             # The average of a param that was stepped in the backward is made already.
             groups = [{**group, "ema_decay": None} for group in self.param_groups]
-            outcome = self._step_groups(groups, self, self._step_with_stock)
-            self._average(self.param_groups, released.stepped())
+            outcome = step_groups(self, groups, self)
+            averages.move_params(self, self.param_groups, released.stepped())
             outcome = released.end_iteration(outcome)
         if outcome is not None:
             self._last_step = outcome
         return loss
 
     left_to_the_interpreter(step)
-
-    def _step_groups(
-        self, groups: list[dict[str, Any]], keeper: Any, step_with_stock: Callable[..., None]
-    ) -> Outcome | None:
-        """Step these params; None if found_inf skips that.
-
-        Args:
-            groups: all of param_groups, or copies of some with some of their params.
-            keeper: its attribute ``_plan`` keeps the plan from one step with such groups to the next.
-            step_with_stock: (list of (position in groups, index in params, reason), launcher) -> None.
-        """
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no grads: the number 0
-            found_inf = None
-        skip_on_device = found_inf is not None and not backends.host_knows(found_inf)
-        measured = self._begin_one_pass(found_inf)
-        if measured is None and found_inf is not None and not skip_on_device and found_inf.item():
-            self._skip()
-            return None
-        one_pass = self._one_pass
-        kernels = backends.cpu_kernels()
-        if kernels is None or n_dispatch_modes():
-            if measured is None and found_inf is not None and found_inf.item():
-                self._skip()
-                return None
-            reason = "no kernels in use" if kernels is None else WATCHED
-            launcher = keeper.__dict__.get("_plan", (None, None))[1]
-            return self._step_all_with_stock(groups, step_with_stock, measured, reason, launcher)
-        if backends.forced() == "triton" and not backends.interpreted():
-            self._refuse_cpu_params(groups)
-        # Taken out for the time of the step: two threads never share a plan.
-        plan, launcher = keeper.__dict__.pop("_plan", None) or (kernels.Plan(self._rule), None)
-        try:
-            device_types = backends.device_types()
-            if device_types:
-                if launcher is None:
-                    launcher = backends.launcher(self._rule)
-                    launcher.adopt(self.__dict__.get("_plan", (None, None))[1])
-                launcher.begin(grad_scale, found_inf, one_pass)
-                if measured is not None and one_pass is not None and one_pass.skips:
-                    skip_on_device = True
-            scale_on_device = grad_scale is not None and not backends.host_knows(grad_scale)
-            outcome = plan.step(
-                groups,
-                self.state,
-                self._create_unsure if skip_on_device else self._create_packed,
-                self._convert_state,
-                sharding.place_of,
-                lambda fallbacks: step_with_stock(fallbacks, launcher),
-                launcher,
-                device_types,
-                torch.get_num_threads(),
-                0.0 if grad_scale is None or scale_on_device else grad_scale.item(),
-                scale_on_device,
-                skip_on_device,
-                lambda: self._resolve_scaling(measured is not None),
-                measured,
-                one_pass is not None and one_pass.write_clipped_grads,
-                one_pass is not None and one_pass.zero_grads,
-                self._all_emas(),
-                ema.create,
-            )
-            if outcome[2] is not None:
-                grads.write(self.__dict__.pop("_grads_left", []))
-            if outcome[3] is not None:
-                ema.average(outcome[3], launcher and launcher.found_inf)
-            if self._emas:
-                self._forget_removed_params()
-        except BaseException:
-            # One that was interrupted trusts what it has not finished.
-            plan = kernels.Plan(self._rule)
-            raise
-        finally:
-            if launcher is not None and "_plan" in keeper.__dict__:  # by a step in another thread
-                launcher.adopt(keeper._plan[1])
-            keeper._plan = plan, launcher
-        return outcome[:3]
 
     @left_to_the_interpreter
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -294,27 +261,6 @@ class FusedOptimizer(PackedOptimizer):
         """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
         name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
         getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
-
-    def _refuse_cpu_params(self, groups: list[dict[str, Any]]) -> None:
-        for g, group in enumerate(groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.device.type == "cpu":
-                    raise RuntimeError(
-                        f"FUSED_OPTIM_BACKEND=triton, but param {i} of group {g} is on the CPU, "
-                        "which Triton serves only with TRITON_INTERPRET=1"
-                    )
-
-    def _resolve_scaling(self, measures: bool) -> float | None:
-        """The grad scale (0: none), or None if the step is skipped. Waits for the device.
-
-        Args:
-            measures: whether it is skipped when the grads are measured.
-        """
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if not measures and isinstance(found_inf, Tensor) and found_inf.item():
-            self._skip()
-            return None
-        return 0.0 if grad_scale is None else float(grad_scale.item())
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The first states of one param: stock's own code makes them, beside self.state."""
@@ -332,118 +278,199 @@ class FusedOptimizer(PackedOptimizer):
             )
         return beside.state[param]
 
+    def _create_states(
+        self, param: Tensor, group: dict[str, Any], may_be_skipped: bool = False
+    ) -> dict[str, Any]:
+        """Make the first states of one param, in the formats of its group, for gather().
+
+        Args:
+            may_be_skipped: a device may skip the step that they are for, without the host knowing.
+        """
+        if may_be_skipped and not self.state.get(param):
+            self.__dict__.setdefault("_unsure", set()).add(id(param))
+        if not storage.applies(param, group):
+            return self._create_state(param, group)
+        # Made on meta: torch.optim's own take no memory, and no step on a device is waited for.
+        created = self._create_state(storage.on_meta(param), {**group, "fused": False})
+        if "step" in created:
+            created["step"] = storage.first_step(created["step"], param, group)
+        states = self._convert_first(param, group, {**self.state.get(param, {}), **created})
+        return {key: value for key, value in states.items() if value is not None}
+
+    def _convert_first(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Make the first states in the group's formats; only the layout of torch.optim's counts."""
+        return storage.encode_states(param, group, states, self._description(), None)
+
+    def _convert_states(
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Convert states to the formats of the group; None: there is no such state any more."""
+        step = states.get("step")
+        key = (group.get("rounding_seed", 0), storage.CONVERTING, 0 if step is None else int(step))
+        return storage.encode_states(param, group, states, self._description(), key)
+
+    def _create_average(
+        self, param: Tensor, group: dict[str, Any], entry: averages.Entry | None
+    ) -> averages.Entry:
+        return averages.create(param, group, entry)
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        """Raise the error for a group's options, which gather() has found to be wrong."""
+        where = f" in param group {index}"
+        options.check_averaging(group, where)
+        options.check_formats(group, where)
+
+    def _description(self) -> dict[str, Any]:
+        """The rule's names, as csrc/rules.h has them."""
+        codec = backends.codec()
+        assert codec is not None
+        return codec.rules()[self._rule]
+
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
         return None
 
-    def _step_all_with_stock(
-        self,
-        groups: list[dict[str, Any]],
-        step_with_stock: Callable[..., None],
-        measured: Callable[..., float | None] | None,
-        reason: str,
-        launcher: Any,
-    ) -> Outcome:
-        fallbacks = [
-            (g, i, reason)
-            for g, group in enumerate(groups)
-            for i, param in enumerate(group["params"])
-            if param.grad is not None
-        ]
-        for group in groups:
-            ema.check(group)
-        if measured is not None and measured(0.0, False, fallbacks, None, True) is None:
-            return 0, 0, None
-        if fallbacks:
-            step_with_stock(fallbacks, launcher)
-            grads.write(self.__dict__.pop("_grads_left", []))
-        self._average(groups, set())
-        return 0, 0, fallbacks
-
-    def _rehearse(self, step: Callable[..., Any], g: int, group: dict[str, Any]) -> None:
-        """Run the stock step on copies: with odd options it may raise when it has written half of them."""
-        groups, state = self.param_groups, self.state
-        copies = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]}
-        for param, copy in copies.items():
-            grads.put(copy, param.grad)
-        self.param_groups = [{**group, "params": list(copies.values())}]
-        self.state = defaultdict(dict)
-        for param, copy in copies.items():
-            self.state[copy] = {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in state.get(param, {}).items()
-            }
-        try:
-            step(self)
-        except Exception as error:
-            keys = [key.partition(".")[0] for key in self._description()["options"]]
-            options = ", ".join(f"{k}={group.get(k)!r}" for k in dict.fromkeys([*keys, "maximize"]))
-            raise type(error)(f"param group {g} ({options}): {error}") from error
-        finally:
-            self.param_groups, self.state = groups, state
-
-    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
-        """Run the stock, non-fused step for these (group, index, reason) alone."""
-        if backends.forced() in ("cpu", "triton"):
-            g, i, reason = fallbacks[0]
-            raise RuntimeError(
-                f"FUSED_OPTIM_BACKEND={backends.forced()}, but param {i} of group {g} needs stock: "
-                f"{reason}"
+    @left_to_the_interpreter
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; options of averaging and of formats may differ by group."""
+        self.__dict__.setdefault("_averages", {})  # constructors pass here, whoever wrote them
+        if isinstance(param_group, dict):
+            options.refuse_in_group(param_group)
+            for key, value in (unwrapped(self)._group_options or {}).items():
+                param_group.setdefault(key, value)
+            options.check({"differentiable": self.defaults.get("differentiable"), **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "state_dtype" in group:
+            group["state_dtype"] = options.state_dtype_of(group)
+        ignoring = [g for g in self.param_groups if storage.ignores_master(g["params"], g)]
+        if ignoring == [group]:  # else it is said already
+            warnings.warn(
+                f"master={group['master']!r} does nothing for float32 params: "
+                "it is for bfloat16 and float16",
+                UserWarning,
+                stacklevel=2,
             )
-        chosen: dict[int, list[Tensor]] = {}
-        numbers: dict[int, list[int]] = {}
-        for g, i, _ in fallbacks:
-            group = self.param_groups[g]
-            param = group["params"][i]
-            if param.device.type != "cpu":
-                if param.is_meta and group.get("fused"):
-                    _device_dtype_check_for_fused(param)  # stock's error
-                backends.warn_unless_served(param.device)
-            refusal = self._refuse_sparse(group) if param.grad.is_sparse else None
-            if refusal is not None:
-                raise RuntimeError(refusal)
-            chosen.setdefault(g, []).append(param)
-            numbers.setdefault(g, []).append(formats.first_number(self.param_groups, g) + i)
-        if len(fallbacks) > 1 and self._share_memory_in_other_formats(fallbacks):
-            left = []
-            for fallback in fallbacks:  # each sees what the one before it has written
-                self._step_with_stock([fallback], launcher)
-                left += self._grads_left
-            self._grads_left = left
-            return
-        grad_scale = getattr(self, "grad_scale", None)
-        whole = self.param_groups
-        scaling = {
-            k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__
-        }
-        self.param_groups = [
-            {**whole[g], "params": params, "foreach": False, "fused": False}
-            for g, params in chosen.items()
-        ]
-        one_pass = self._one_pass
-        stepped = [param for params in chosen.values() for param in params]
-        try:
-            step = self._stock.step
-            # Stock's step may be wrapped by the profiler hook, which would fire all hooks again.
-            if getattr(step, "hooked", False):
-                step = step.__wrapped__  # type: ignore[attr-defined]
-            with (
-                grads.stand_ins(
-                    stepped,
-                    grad_scale,
-                    1.0 if one_pass is None else one_pass.clip,
-                    writes_clipped=one_pass is not None and one_pass.write_clipped_grads,
-                    zeroes=one_pass is not None and one_pass.zero_grads,
-                ) as left,
-                self._in_float32(self.param_groups, list(numbers.values())),
-            ):
-                kernels = backends.codec()
-                odd = kernels and {g for g, _, why in fallbacks if why == kernels.ODD_OPTIONS}
-                for g, group in zip(chosen, self.param_groups):
-                    if odd and g in odd:
-                        self._rehearse(step, g, group)
-                step(self)
-            self._grads_left = left
-        finally:
-            self.param_groups = whole
-            self.__dict__.update(scaling)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """2-norm of all grads (unscaled, not clipped) in the latest step that measured it.
+
+        A float64 tensor without dimensions, on the device that all grads lie on, else on the CPU; None
+        before the first such step. Steps measure with max_grad_norm, or with skip_nonfinite unless
+        GradScaler has looked for Inf itself; steps that are then skipped measure too.
+
+        Nothing waits for a device that all grads lie on. If they lie on several, or torch.optim's own
+        code steps some of them and the step may be skipped, step() waits.
+        """
+        return (unwrapped(self)._clipping or clipping.OFF).grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """The number of skipped steps, int64 without dimensions.
+
+        By skip_nonfinite; by GradScaler if ``max_grad_norm``, ``skip_nonfinite`` or ``zero_grads`` is in use.
+        """
+        return (unwrapped(self)._clipping or clipping.OFF).skipped_steps
+
+    def ema_params(self) -> list[Tensor]:
+        """The averages of the params in groups with an ema_decay, in the params' order.
+
+        They are the optimizer's own, of the params' shapes; before the first step, copies of the params.
+
+        Raises:
+            RuntimeError: no param group has an ema_decay.
+        """
+        return averages.of_params(unwrapped(self))
+
+    @contextmanager
+    def swapped_ema(self) -> Iterator[None]:
+        """Within the context, params hold their averages: ``with opt.swapped_ema(): evaluate()``.
+
+        The params' own values are kept in copies meanwhile and come back at the end, whatever happens.
+
+        Raises:
+            RuntimeError: no param group has an ema_decay, or the params are swapped already; and, within
+                the context, from step().
+        """
+        with averages.swapped(unwrapped(self)):
+            yield
+
+    @left_to_the_interpreter
+    def master_params(self) -> list[Tensor]:
+        """The params in float32, in order: with the bits that ``master="split8"`` or ``"split16"`` keeps.
+
+        New tensors, of the params' shapes and on their devices, for saving float32 weights. Params of other
+        dtypes than bfloat16 and float16 are copied as they are.
+        """
+        return checkpoint.master_params(self)
+
+    def load_master_params(self, values: Sequence[Tensor]) -> None:
+        """Set the params, and the bits beside them, from what :meth:`master_params` gave.
+
+        Args:
+            values: one tensor for each param, in order and of its shape.
+
+        Raises:
+            ValueError: another number of tensors, or another shape; nothing was written.
+        """
+        checkpoint.load_master_params(self, values)
+
+    @left_to_the_interpreter
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, with states as they are stored; averages, if there are any, under the key "ema".
+
+        torch.optim can load it, but refuses 8-bit states, which it would take for numbers; it loads what
+        :meth:`state_dict_for_stock` gives.
+
+        8-bit states of sharded params (DTensors, FullyShardedDataParallel's), and all that
+        torch.distributed.checkpoint asks for, are float32: codes of 64 elements mean nothing to a process
+        that holds other ones. Loading finds the same codes again where the groups are the same.
+        """
+        optimizer = unwrapped(self)
+        return checkpoint.save(optimizer, super(FusedOptimizer, optimizer).state_dict)
+
+    @left_to_the_interpreter
+    def state_dict_for_stock(self) -> dict[str, Any]:
+        """A state_dict that torch.optim's class loads: states in float32, without what belongs to formats."""
+        return checkpoint.save_for_stock(self)
+
+    @left_to_the_interpreter
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's; states in any format, torch.optim's too, for the formats in use.
+
+        Options of averaging and of formats that the saved groups lack, as torch.optim's do, stay what they
+        are; those that they have come with them. States that are saved in other formats are converted.
+        Without averages in the state_dict, averaging begins anew.
+
+        Raises:
+            ValueError: as torch.optim's; or the saved states contradict themselves, or an average has
+                another shape than its param. Nothing was loaded.
+        """
+        optimizer = unwrapped(self)
+        checkpoint.load(optimizer, state_dict, super(FusedOptimizer, optimizer).load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with checkpoint.only_stepped(self):
+            kept = super().__getstate__()
+        kept |= {"_averages": self._averages, "_group_options": self._group_options}
+        if self._clipping is not None:
+            kept["_clipping"] = self._clipping.__dict__.copy()
+        return kept
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        state = dict(state)
+        saved_clipping = state.pop("_clipping", None)
+        self.__dict__.setdefault("_averages", {})
+        super().__setstate__(state)
+        if saved_clipping is not None:
+            self._clipping = clipping.Clipping()
+            self._clipping.__dict__.update(saved_clipping)
+        # Stock loses this when pickled. The constructor's arguments decide, not a group's flag: that
+        # may have arrived with a checkpoint.
+        if "_step_supports_amp_scaling" not in self.__dict__:
+            self._support_amp_scaling()
+            if self.defaults.get("fused"):
+                self._step_supports_amp_scaling = True

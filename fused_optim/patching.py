@@ -11,7 +11,7 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamw import AdamW
 from fused_optim.optimizer import FusedOptimizer
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions, check_all
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
 from fused_optim.tracing import left_to_the_interpreter
@@ -63,7 +63,7 @@ def patch(**options: Unpack[KernelOptions]) -> None:
     for key in options:
         if key not in KernelOptions.__annotations__:
             raise TypeError(f"patch() got an unexpected keyword argument {key!r}")
-    SGD.__new__(SGD)._take_options(options)  # which checks the values
+    check_all(options, FusedOptimizer)
     global _options
     _options = options
     for stock in _OURS:

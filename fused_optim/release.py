@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_optim.buckets import Bucket
-from fused_optim.optimizer import FusedOptimizer, Outcome
+from fused_optim.optimizer import FusedOptimizer
+from fused_optim.step import Outcome
 from fused_optim.tracing import left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
@@ -95,7 +96,7 @@ def release_gradients(
 
 
 class ReleaseHandle:
-    """What :func:`release_gradients` returns.
+    """Handle that :func:`release_gradients` returns.
 
     The optimizer owns it. It refers to the optimizer, and each param's hook to it, weakly: nothing here
     keeps a model alive.
@@ -152,7 +153,7 @@ class ReleaseHandle:
         self.remove()
 
     def refuse_scaling(self, optimizer: FusedOptimizer) -> None:
-        """For ``step()``: a GradScaler shows itself only now."""
+        """Raise if a GradScaler has set its scale: it shows itself only now."""
         names = ("grad_scale", "found_inf")
         if all(getattr(optimizer, name, None) is None for name in names):
             return
@@ -164,7 +165,7 @@ class ReleaseHandle:
         )
 
     def accumulate_anew(self) -> None:
-        """For ``zero_grad()``: what was accumulated but not yet stepped is gone."""
+        """Forget, in ``zero_grad()``, what was accumulated but not yet stepped."""
         with self._lock:
             n = self._accumulation_steps
             self._counts = {param: count for param, count in self._counts.items() if count >= n}
@@ -175,7 +176,7 @@ class ReleaseHandle:
             return {param for param, n in self._counts.items() if n == self._accumulation_steps}
 
     def end_iteration(self, outcome: Outcome | None) -> Outcome:
-        """For ``step()``, which did the last of it: all that was done since the last ``step()``."""
+        """Sum up, at the end of ``step()``, all that was done since the last ``step()``."""
         with self._lock:
             outcomes = self._outcomes if outcome is None else [*self._outcomes, outcome]
             self._backwards.clear()
@@ -219,7 +220,7 @@ class ReleaseHandle:
                 raise
 
     def _active_optimizer(self) -> FusedOptimizer | None:
-        """None after remove(), or if it is no more."""
+        """The optimizer; None after remove(), or if it is no more."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer.__dict__.get("_released") is not self:
             return None
@@ -260,7 +261,7 @@ class ReleaseHandle:
         )
 
     def _add(self, optimizer: FusedOptimizer, param: Tensor) -> None:
-        """Into the bucket, which is stepped when it is full."""
+        """Put a param into the bucket, and step the bucket when it is full."""
         bucket = self._buckets[self._ordinal]
         if bucket.numel >= self._bucket_numel:
             self._step_bucket(optimizer)
@@ -335,7 +336,7 @@ class _Backward:
 
 
 def _optimizer_refusal(optimizer: FusedOptimizer, of_release: bool = True) -> str | None:
-    """Why its params cannot be stepped one after the other."""
+    """Reason that its params cannot be stepped one after the other, or None."""
     needs_all = "needs all grads before the first param is written"
     if getattr(optimizer, "max_grad_norm", None) is not None:
         return f"max_grad_norm {needs_all}"

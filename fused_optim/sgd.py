@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +9,7 @@ from torch import Tensor
 
 from fused_optim import sharding
 from fused_optim.optimizer import FusedOptimizer
-from fused_optim.packed import KernelOptions
-from fused_optim.tracing import left_to_the_interpreter
+from fused_optim.options import KernelOptions
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -117,37 +114,3 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             like.shape, like.stride(), dtype=like.dtype, device=param.device
         )
         return {"momentum_buffer": sharding.rebuilt(buffer.zero_(), whole)}
-
-    @left_to_the_interpreter
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; without the momentum of which GradScaler has skipped every step."""
-        return self._without_momentum_not_started(super().state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._without_momentum_not_started(super().__getstate__)
-
-    def _without_momentum_not_started(self, get: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        launcher = self.__dict__.get("_plan", (None, None))[1]
-        if launcher is None or not launcher.any_waiting:
-            return get()
-        whole, saved = self.state, defaultdict(dict)
-        for param, state in whole.items():
-            buffer = state.get("momentum_buffer")
-            if buffer is None or not launcher.has_not_started(buffer):
-                saved[param] = state
-        self.state = saved
-        try:
-            return get()
-        finally:
-            self.state = whole
-
-    def _step_with_stock(self, fallbacks: list[tuple[int, int, str]], launcher: Any = None) -> None:
-        if launcher is not None and launcher.any_waiting:
-            for g, i, _ in fallbacks:
-                state = self.state.get(self.param_groups[g]["params"][i], {})
-                buffer = state.get("momentum_buffer")
-                if buffer is not None:
-                    if launcher.has_not_started(buffer):
-                        state["momentum_buffer"] = None  # so that stock starts it
-                    launcher.forget(buffer)
-        super()._step_with_stock(fallbacks, launcher)

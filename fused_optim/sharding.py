@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: DTensors, and norms that cannot be known."""
+"""Handles DTensors, split over processes, and refuses norms that cannot be known."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_optim.options import SCALE_BLOCK
 
 
 def is_distributed() -> bool:
@@ -32,7 +34,7 @@ def part_of(tensor: Any) -> Any:
 
 @torch.no_grad()
 def rebuilt(part: Tensor, whole: Any) -> Tensor:
-    """A tensor of the shape and the sharding of another one, of which this process holds this part."""
+    """Make a tensor, shaped and sharded like `whole`, of which this process holds `part`."""
     if not is_dtensor(whole):
         return part
     return type(whole).from_local(
@@ -47,7 +49,7 @@ def rebuilt(part: Tensor, whole: Any) -> Tensor:
 
 @torch.no_grad()
 def sharded_like(tensor: Any, param: Any) -> Tensor:
-    """The same values in the sharding of a param; each process has all of a plain tensor."""
+    """Shard values like a param; each process has all of a plain tensor."""
     if tensor.shape != param.shape:
         raise ValueError(f"values of shape {tuple(tensor.shape)} for {tuple(param.shape)}")
     if not is_dtensor(param):
@@ -68,13 +70,12 @@ def is_sharded_like(tensor: Any, param: Any) -> bool:
 
 
 def place_of(param: Any) -> tuple[int, int]:
-    """Where the part of a param that this process holds lies in the whole.
+    """Place the part of a param that this process holds in the whole, for the random bits.
 
     Returns:
-        The number of elements of the whole, and which of its elements the part's first one is, as far as
-        random bits are concerned. Of parts that are no contiguous run of a contiguous whole (columns of a
-        matrix, say), the n-th has the elements from (n + 1) * numel on, numel rounded up to groups of 64:
-        no two parts have the same ones.
+        The number of elements of the whole, and the index in it of the part's first element. If
+        the parts are no contiguous runs of a contiguous whole (columns of a matrix, say), part n
+        gets the index (n + 1) * numel, numel rounded up to blocks of 64: no two parts share one.
     """
     if not is_dtensor(param):
         return param.numel(), 0
@@ -115,21 +116,22 @@ def _first_element(
     is_run = all(size == 1 for size in sizes[: cut[-1]]) if cut else True
     if kinds == {Shard} and part_is_contiguous and strides == row_major and is_run:
         return sum(offset * stride for offset, stride in zip(offsets, strides))
-    return (number + 1) * ((shape.numel() + 63) // 64 * 64)
+    n_blocks = (shape.numel() + SCALE_BLOCK - 1) // SCALE_BLOCK
+    return (number + 1) * n_blocks * SCALE_BLOCK
 
 
 def is_sharded(param: Any) -> bool:
-    """Whether this process may hold but a part of the param, and the tensor tells of that."""
+    """Return True if the tensor shows that this process may hold only a part of the param."""
     return is_dtensor(param) or is_fsdp1s(param)
 
 
 def is_fsdp1s(param: Any) -> bool:
-    """Whether FullyShardedDataParallel has marked it: a flat param, or with use_orig_params a view of one."""
+    """Return True for FullyShardedDataParallel's flat params, and views (use_orig_params)."""
     return getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False)
 
 
 def is_for_distributed_checkpoint() -> bool:
-    """Whether torch.distributed.checkpoint asks for a state_dict at this moment."""
+    """Return True while torch.distributed.checkpoint asks for a state_dict."""
     asking = "torch.distributed.checkpoint.state_dict"
     return any(frame.f_globals.get("__name__") == asking for frame in _callers())
 
@@ -185,7 +187,7 @@ def refuse_hidden_shards(params: Iterable[Tensor]) -> None:
 
 
 def is_built_for_some_params() -> bool:
-    """Whether ZeroRedundancyOptimizer is building the optimizer at this moment."""
+    """Return True while ZeroRedundancyOptimizer is building the optimizer."""
     return any(
         type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer"
         for frame in _callers()
@@ -193,7 +195,7 @@ def is_built_for_some_params() -> bool:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Of whoever asks; for wrappers that leave no other trace."""
+    """Yield the frames of all callers: some wrappers leave no other trace."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame

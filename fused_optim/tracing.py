@@ -1,4 +1,4 @@
-"""What torch.compile must not look into, and the modes that see nothing of what kernels do."""
+"""Keeps torch.compile out of functions, and finds modes that cannot see what kernels do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._C import _len_torch_dispatch_stack as n_dispatch_modes
 
 __all__ = ["WATCHED", "left_to_the_interpreter", "n_dispatch_modes", "refuse_formats"]
 
-# Why torch.optim's code steps a tensor then: a mode sees what torch does and nothing that kernels do.
+# The reason that torch.optim's code steps tensors then: a mode sees torch's work, not a kernel's.
 WATCHED = "a dispatch mode is active"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -41,7 +41,7 @@ def left_to_the_interpreter(function: _Function, *, with_callees: bool = True) -
 
 
 def refuse_formats() -> None:
-    """Raise where a mode of torch is active that records operations, or has fake tensors stand in."""
+    """Raise if a mode of torch is active that records operations or puts in fake tensors."""
     keys = torch._C._TorchDispatchModeKey
     for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL):
         mode = torch._C._get_dispatch_mode(key)

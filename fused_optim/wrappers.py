@@ -1,4 +1,4 @@
-"""Wrappers of optimizers that pass for the optimizer itself."""
+"""Finds the optimizer in wrappers that pass for the optimizer itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 def unwrapped(optimizer: _Optimizer) -> _Optimizer:
     """The optimizer itself, where Lightning and Fabric hand out a wrapper.
 
-    Their wrappers derive from the optimizer's class, for isinstance, but have no attributes of an optimizer;
-    what a method of ours found missing there would count as not in use, without an error.
+    Their wrappers derive from the optimizer's class, for isinstance, but lack its attributes.
+    Our methods would take a missing attribute for an option that is not in use, without an error.
     """
     if "param_groups" in optimizer.__dict__:
         return optimizer

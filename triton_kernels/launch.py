@@ -157,7 +157,8 @@ class _Launch(OnDevice):
 
 
 class Launcher:
-    """The device side of one optimizer. The gatherer calls it in the order of the methods.
+    """The device side of one optimizer. fused_optim/step.py calls it in the order of the methods,
+    the gatherer `started` and `scalar`.
 
     Args:
         rule: key of RULES.
@@ -211,15 +212,16 @@ class Launcher:
 
     @property
     def any_waiting(self) -> bool:
+        """Whether some momentum may not have started."""
         return len(self._started) > 0
 
-    def waiting(self, buffer: Tensor, create: bool) -> int:
-        """Address of the number that says whether this momentum has started, 0 if it surely has."""
+    def started(self, buffer: Tensor, create: bool) -> Tensor | None:
+        """The number that says whether this momentum has started, not 0 if so; None: it surely has."""
         started = self._started.get(buffer)
         if started is None and create:
             started = torch.zeros((), dtype=torch.float32, device=buffer.device)
             self._started[buffer] = started
-        return 0 if started is None else started.data_ptr()
+        return started
 
     def forget(self, buffer: Tensor) -> None:
         """This momentum has started, or is no more."""
@@ -253,13 +255,10 @@ class Launcher:
         started = self._started.get(buffer)
         return started is not None and started.item() == 0
 
-    def moved(self, step: Tensor, param: Tensor) -> Tensor:
-        """The step of a param as a tensor on the param's device."""
-        return torch.full((), step.item(), dtype=step.dtype, device=param.device)
-
-    def counted(self, n_averaged: Any, param: Tensor) -> Tensor:
-        """The number of steps that went into an EMA as a tensor on the param's device."""
-        return torch.full((), float(n_averaged), dtype=torch.float32, device=param.device)
+    def scalar(self, number: Any, param: Tensor) -> Tensor:
+        """A number that belongs to a param, a step say, as a tensor on the param's device."""
+        dtype = number.dtype if isinstance(number, Tensor) else torch.float32
+        return torch.full((), float(number), dtype=dtype, device=param.device)
 
     @torch.no_grad()
     def stage(self, originals: Sequence[Tensor], written: Sequence[bool]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from .tables import DeviceCopy, Table, chunks_of
 
 
 class GradBatch(Protocol):
-    """Grads of one device and dtype (csrc/batch.h); key: DLPack device type and index, dtype name."""
+    """Grads of one device and dtype (csrc/tables.h); key: DLPack device type and index, dtype name."""
 
     key: tuple[int, int, str]
 

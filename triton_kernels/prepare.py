@@ -165,7 +165,7 @@ def prepare(
     whole_step = step.to(tl.int64)
     store_word(hypers + STEP, whole_step & 0xFFFFFFFF, mask)
     store_word(hypers + STEP + 1, whole_step >> 32, mask)
-    if AVERAGES:  # as csrc/ema.cpp
+    if AVERAGES:  # as csrc/averages.cpp
         n_address = tl.load(steps + 2, mask=mask, other=0)
         decay = tl.load(option_values + row * OPTIONS_ROW + EMA_DECAY, mask=mask, other=0.0)
         warmup = tl.load(option_values + row * OPTIONS_ROW + EMA_WARMUP, mask=mask, other=0.0)

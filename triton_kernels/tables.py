@@ -29,7 +29,7 @@ class Table(Protocol):
 
 
 class Batch(Protocol):
-    """All tensors of one launch (csrc/batch.h); the tables' columns stand in multi_tensor and prepare.
+    """All tensors of one launch (csrc/tables.h); the tables' columns stand in multi_tensor and prepare.
 
     Attributes:
         key: DLPack device type and index, dtypes and storages of the streams by name, deciding

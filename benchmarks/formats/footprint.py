@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from variants import Format, check_served
 
-from fused_optim.formats import SMALLEST_INT8
+from fused_optim._C import SMALLEST_INT8
 
 # Of sizes at which a step count per tensor no longer shows, and the last group of 64 may be short.
 SHAPES = ((500, 500), (64, 64, 3, 3), (SMALLEST_INT8,), (67, 67))

@@ -12,7 +12,7 @@ from replay import EPS, LR, NEAREST, Replay
 from training import KINDS, Comparison, Summary, summarize
 from variants import FLOAT32, SMALLEST_WITH_MASTER, Format
 
-from fused_optim.formats import SMALLEST_INT8
+from fused_optim._C import SMALLEST_INT8
 
 # Most that the NMSE of the update may be after the last step.
 TARGETS = {Format(state_dtype=torch.bfloat16): 3e-4, Format(state_dtype="int8"): 2.5e-3}

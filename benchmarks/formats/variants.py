@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fused_optim
-from fused_optim.formats import SMALLEST_INT8
+from fused_optim._C import SMALLEST_INT8
 
 
 @dataclass(frozen=True)

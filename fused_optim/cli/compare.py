@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_optim import patching, sharding
 from fused_optim.cli.recorder import Recorder, count
 from fused_optim.cli.run import Program, arm, execute
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 SIDES = ("torch.optim", "fused_optim")
 EXIT_NOTHING_TO_COMPARE = 1

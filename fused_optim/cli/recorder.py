@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from fused_optim import patching
 from fused_optim.cli.unserved import Unserved
-from fused_optim.optimizer import FusedOptimizer, Outcome
+from fused_optim.optimizer import FusedOptimizer
+from fused_optim.step import Outcome
 from fused_optim.tracing import left_to_the_interpreter
 
 
@@ -177,7 +178,7 @@ class Recorder:
 
 def _n_skipped(optimizer: Any) -> int:
     """Without waiting for a device: what it alone skips counts as steps."""
-    one_pass = getattr(optimizer, "_one_pass", None)  # stock's has none
+    one_pass = getattr(optimizer, "_clipping", None)  # stock's has none
     return 0 if one_pass is None else one_pass.n_skipped
 
 

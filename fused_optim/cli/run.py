@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import fused_optim
 from fused_optim.cli.recorder import Recorder
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 # Where runpy's code is, frozen into Python or not; its frames are no news to who reads a traceback.
 _NOT_THE_PROGRAMS = (__file__, "<frozen runpy>", runpy.__file__)

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import fused_optim
 from fused_optim.cli.run import Program, run
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import fused_optim
-from fused_optim import formats
+from fused_optim import storage
 from support import distributed_worker as worker
 from support.cases import DEVICE
 from support.marks import needs_cpu_kernels
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_8_bits_loads_into_other_formats(tmp_path, alone):
     stock = torch.optim.AdamW(twin.parameters())
     worker.load(tmp_path / "saved", twin, stock)
     for param, other in zip(model.parameters(), twin.parameters()):
-        decoded = formats.decode_states(opt.state[param], ["exp_avg", "exp_avg_sq"])
+        decoded = storage.decode_states(opt.state[param], ["exp_avg", "exp_avg_sq"])
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(stock.state[other][key], decoded[key])
 

@@ -19,7 +19,7 @@ N_SCALES = math.ceil(NUMEL / 64)
 def state_nbytes(optimizer: torch.optim.Optimizer) -> int:
     """Of what is there, averages included."""
     states = [v for state in optimizer.state.values() for v in state.values()]
-    averages = [entry[0] for entry in getattr(optimizer, "_emas", {}).values()]
+    averages = [entry[0] for entry in getattr(optimizer, "_averages", {}).values()]
     return sum(tensor.nbytes for tensor in states + averages)
 
 
@@ -105,7 +105,7 @@ def test_formats_and_options_count_in_bytes(dtype: torch.dtype, options: dict, m
     param.grad = torch.ones_like(param)
     before = optimizer.explain()
     assert before.step_nbytes == moved
-    assert not optimizer.state and not getattr(optimizer, "_emas", {})
+    assert not optimizer.state and not getattr(optimizer, "_averages", {})
     optimizer.step()
     assert before.state_nbytes == state_nbytes(optimizer)
     assert optimizer.explain().rows == before.rows

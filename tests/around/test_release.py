@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_optim
-from fused_optim import release_gradients
+from fused_optim import buckets, release_gradients
+from fused_optim.step import step_groups
 from support.cases import BACKEND, DEVICE, ONE_EACH, Case
 from support.marks import all_cases, each_optimizer, few_cases
 
@@ -255,13 +256,13 @@ def test_grads_are_freed_in_the_backward(bucket_numel: int, expected: list[int])
 
 def test_one_kernel_call_for_each_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     model, opt = linear(5)
-    calls, step_groups = [], type(opt)._step_groups
+    calls = []
 
-    def count(self: object, groups: list[dict], *args: object) -> object:
+    def count(optimizer: object, groups: list[dict], keeper: object) -> object:
         calls.append(sum(len(group["params"]) for group in groups))
-        return step_groups(self, groups, *args)
+        return step_groups(optimizer, groups, keeper)
 
-    monkeypatch.setattr(type(opt), "_step_groups", count)
+    monkeypatch.setattr(buckets, "step_groups", count)
     release_gradients(model, opt, bucket_numel=50)
     for _ in range(2):
         calls.clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fused_optim
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 from support.marks import needs_cpu_kernels
 
 PAGE = (Path(__file__).parents[2] / "docs/migration.md").read_text()

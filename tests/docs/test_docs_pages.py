@@ -273,4 +273,4 @@ def test_layers_are_those_of_the_imports() -> None:
     for name, path in modules.items():
         upwards = {other for other in imports(path) & {*layer} if layer[other] < layer[name]}
         assert not upwards, (name, upwards)
-    assert imports(modules["optimizer"]) >= {"backends", "packed"}
+    assert imports(modules["optimizer"]) >= {"backends", "step"}

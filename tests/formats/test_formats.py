@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_optim
-from fused_optim import formats
+from fused_optim import storage
+from fused_optim._C import SMALLEST_INT8
 from support.cases import BACKEND, VARIANTS, fullest
 from support.formats import (
     COMBINATIONS,
@@ -45,7 +46,7 @@ def assert_next_step_is_decode_float32_step_encode(run: Run, name: str, change=N
     plain.opt = fullest(name).fused(plain.params)
     for param, twin in zip(run.params, plain.params):
         states = (
-            formats.decode_states(run.opt.state[param], rule["states"]) if param.numel() else {}
+            storage.decode_states(run.opt.state[param], rule["states"]) if param.numel() else {}
         )
         if not rule["has_step"]:
             states.pop("step", None)
@@ -63,8 +64,8 @@ def assert_next_step_is_decode_float32_step_encode(run: Run, name: str, change=N
         states = run.opt.state[param]
         key = (0, number, int(states.get("step", 0)))
         expected = dict(plain.opt.state[twin])
-        expected_param, rest = formats.encode_param(param.detach(), group, twin.detach(), key)
-        expected = formats.encode_states(expected_param, group, expected, rule, key)
+        expected_param, rest = storage.encode_param(param.detach(), group, twin.detach(), key)
+        expected = storage.encode_states(expected_param, group, expected, rule, key)
         for key in rule["states"]:
             if f"{key}_scale" in states:
                 assert_same_bits([states[f"{key}_scale"]], [expected[f"{key}_scale"]])
@@ -222,7 +223,7 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
         states = run.opt.state[param]
         for s, key in enumerate(rule["states"]):
             if isinstance(states.get(key), Tensor):
-                wanted = formats.of_state(param, run.opt.param_groups[0], rule["squares"] >> s & 1)
+                wanted = storage.of_state(param, run.opt.param_groups[0], rule["squares"] >> s & 1)
                 assert states[key].dtype == wanted.dtype
     run.step()
     assert run.opt.last_step.tensors == {"cpu": len(shapes)}
@@ -231,7 +232,7 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
     for mine, theirs in zip(run.params, back.param_groups[0]["params"]):
         states, decoded = (
             back.state[theirs],
-            formats.decode_states(run.opt.state[mine], rule["states"]),
+            storage.decode_states(run.opt.state[mine], rule["states"]),
         )
         assert states.keys() == stock.state[stock_run.params[0]].keys()
         for key in rule["states"]:
@@ -299,7 +300,7 @@ def test_small_states_and_other_params_stay_float32_or_stocks():
     run = run_of("AdamW", state_dtype="int8")
     run.step()
     for param in run.params:
-        expected = torch.int8 if param.numel() >= formats.SMALLEST_INT8 else torch.float32
+        expected = torch.int8 if param.numel() >= SMALLEST_INT8 else torch.float32
         assert run.opt.state[param]["exp_avg"].dtype == expected
     double = run_of("AdamW", torch.float64, state_dtype="int8")
     double.step()
@@ -487,7 +488,7 @@ def test_layouts_go_to_the_kernels_or_around_them():
             opt.step()
         served = "cpu" if layout in ("contiguous", "channels_last") else "stock"
         assert opt.last_step.tensors == {served: 1}, layout
-        decoded = formats.decode_states(opt.state[param], ["exp_avg"])["exp_avg"]
+        decoded = storage.decode_states(opt.state[param], ["exp_avg"])["exp_avg"]
         # Three steps of one grad: within a quantum of its group each.
         expected = grad * (1 - 0.9**3)
         assert (decoded - expected).abs().max() < 3 * 2 / 126 * grad.abs().max()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fused_optim
-from fused_optim import formats
+from fused_optim import storage
+from fused_optim._C import SMALLEST_INT8
 from support.cases import OF_TORCH, fullest
 from support.formats import MASTERS, each_state_dtype, packed_states, run_of
 from support.marks import each_name, needs_cpu_kernels
@@ -73,7 +74,7 @@ def test_another_number_of_bits_keeps_the_master(dtype, before, after):
     masters, seen = run.opt.master_params()[0], run.params[0].detach().clone()
     group = run.opt.param_groups[0]
     group["master"] = after
-    states = run.opt._convert_state(run.params[0], group, run.opt.state[run.params[0]])
+    states = run.opt._convert_states(run.params[0], group, run.opt.state[run.params[0]])
     run.opt.state[run.params[0]] = states
     assert torch.equal(seen, run.params[0])
     unit = 2.0**-15 if dtype == torch.bfloat16 else 2.0**-18
@@ -104,7 +105,7 @@ def test_codes_that_stock_took_for_numbers_are_refused():
     run = run_of("Adam", shapes=[(5000,)], state_dtype="int8")
     run.step()
     stock = torch.optim.Adam([nn.Parameter(torch.zeros(5000))], amsgrad=True)
-    stock.load_state_dict(formats.accept(run.opt.state_dict()))  # saved by an older version
+    stock.load_state_dict(storage.accept(run.opt.state_dict()))  # saved by an older version
     with pytest.raises(ValueError, match="as if they were numbers"):
         run.opt.load_state_dict(stock.state_dict())
 
@@ -122,10 +123,10 @@ def test_torch_optim_refuses_codes(name, tmp_path):
     match = r"state_dict_for_stock\(\)" if counts else "doesn't match the size of optimizer's group"
     with pytest.raises(ValueError, match=match):
         stock.load_state_dict(saved)
-    assert formats.NOT_FOR_STOCK in str(saved)
+    assert storage.NOT_FOR_STOCK in str(saved)
     stock = fullest(name).stock(params)
     stock.load_state_dict(run.opt.state_dict_for_stock())
-    for checkpoint in (saved, formats.accept(saved)):  # of this version, and of older ones
+    for checkpoint in (saved, storage.accept(saved)):  # of this version, and of older ones
         again = run_of(name, shapes=[(70, 70), (5,)], state_dtype="int8")
         again.opt.load_state_dict(copy.deepcopy(checkpoint))
         for param, twin in zip(run.params, again.params):
@@ -140,7 +141,7 @@ def test_a_step_that_was_put_into_saved_codes_is_loaded():
     saved["state"][0]["step"] = torch.tensor(1.0)
     run.opt.load_state_dict(saved)
     assert run.opt.state[run.params[0]]["step"] == 1
-    assert formats.SAVED_STEP not in run.opt.state[run.params[0]]
+    assert storage.SAVED_STEP not in run.opt.state[run.params[0]]
 
 
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
@@ -258,7 +259,7 @@ def test_adagrad_starts_from_its_initial_value_unrounded():
     full.opt.step()
     for master, twin in zip(half.opt.master_params(), full.params):
         assert torch.equal(master, twin.detach())
-    assert half.params[1].numel() < formats.SMALLEST_INT8
+    assert half.params[1].numel() < SMALLEST_INT8
 
 
 def test_none_given_is_none_not_given():

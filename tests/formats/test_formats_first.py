@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_optim import formats
+from fused_optim import storage
 from support.cases import SHAPES, STATE_CASES, Case
 from support.formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from support.marks import each_state, needs_cpu_kernels, over
@@ -36,16 +36,16 @@ def test_bits_of_converted_zeros(case: Case) -> None:
         extra = {} if dtype == torch.float32 else {"master": master}
         opt = case.fused([param], state_dtype=state_dtype, **extra)
         group = opt.param_groups[0]
-        if not formats.applies(param, group):
+        if not storage.applies(param, group):
             continue
         created = opt._create_state(param, group)
         if initial_value(case) == 0:
             assert not any(value.any() for value in created.values())
-        key = (0, formats.CONVERTING, 0)
-        expected = formats.encode_states(param, group, created, opt._description(), key)
-        firsts = [opt._create_packed(param, group)]
+        key = (0, storage.CONVERTING, 0)
+        expected = storage.encode_states(param, group, created, opt._description(), key)
+        firsts = [opt._create_states(param, group)]
         if param in opt.state:  # torch.optim's constructor has made them
-            firsts.append(opt._convert_state(param, group, opt.state[param]))
+            firsts.append(opt._convert_states(param, group, opt.state[param]))
         for first in firsts:
             assert first.keys() == {key for key, value in expected.items() if value is not None}
             for key, value in first.items():
@@ -66,9 +66,9 @@ def test_nothing_is_read_from_the_device(case: Case, key: str | None) -> None:
         group = opt.param_groups[0]
         if key in group:
             group[key] = True
-        first = opt._create_packed(param, group)
+        first = opt._create_states(param, group)
         if "step" in first:
             assert first["step"].is_meta == (opt._description()["has_step"] and key in group)
         if param in opt.state:  # torch.optim's constructor has made them
-            first |= opt._convert_state(param, group, opt.state[param])
+            first |= opt._convert_states(param, group, opt.state[param])
         assert all(value.is_meta for name, value in first.items() if name != "step")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_optim
-from fused_optim import backends, codes, formats, sharding
+from fused_optim import backends, sharding, storage
+from fused_optim._C import SMALLEST_INT8
 from support.cases import DEVICE, fullest
 from support.format_oracle import encode as oracle_encode
 from support.format_oracle import key as oracle_key
@@ -169,7 +170,7 @@ def test_what_is_quantised_is_for_the_whole_to_decide(on_rank):
     for shape, expected in (((64, 64), torch.int8), ((63, 65), torch.float32)):
         part = Part("AdamW", on_rank(0, 8), [shard(0)], torch.randn(shape), state_dtype="int8")
         part.step_with(torch.randn(shape))
-        assert part.param._local_tensor.numel() < formats.SMALLEST_INT8
+        assert part.param._local_tensor.numel() < SMALLEST_INT8
         assert part.opt.state[part.param]["exp_avg"].dtype == expected
 
 
@@ -242,7 +243,7 @@ def test_checkpoints_have_decoded_states_and_lose_nothing(
 def test_codes_are_found_again(dtype):
     """Of many groups that kernels have written, each; of others, none is touched."""
     is_square = dtype == torch.uint8
-    format = formats.Format("root8" if is_square else "signed8", dtype)
+    format = storage.Format("root8" if is_square else "signed8", dtype)
     values = (
         torch.randn(64 * 5000 + 17)
         * torch.exp(torch.linspace(-30, 30, 5001)).repeat_interleave(64)[: 64 * 5000 + 17]
@@ -251,17 +252,17 @@ def test_codes_are_found_again(dtype):
     if is_square:
         values.square_()
     values[64 * 7 + 3], values[64 * 9] = torch.nan, torch.inf
-    stream, scales = formats.encode(format, values, values, (0, 0, 2, 1))
-    decoded = formats.decode(format, stream, scales)
-    again, new_scales = formats.encode(format, values, decoded, (0, 0, 2, 2))
+    stream, scales = storage.encode(format, values, values, (0, 0, 2, 1))
+    decoded = storage.decode(format, stream, scales)
+    again, new_scales = storage.encode(format, values, decoded, (0, 0, 2, 2))
     assert not torch.equal(again, stream)  # what it is good for
-    codes.restore(decoded, again, new_scales)
+    storage.restore_codes(decoded, again, new_scales)
     special = scales.signbit().repeat_interleave(64)[: len(values)]
     assert special.sum() == 128
     assert torch.equal(again[~special], stream[~special])
-    assert_same_bits([formats.decode(format, again, new_scales)[~special]], [decoded[~special]])
+    assert_same_bits([storage.decode(format, again, new_scales)[~special]], [decoded[~special]])
     before = again.clone()
-    codes.restore(values, again, new_scales)  # which no codes stand for
+    storage.restore_codes(values, again, new_scales)  # which no codes stand for
     zeros = values.unfold(0, 64, 64).abs().sum(1) == 0
     assert not zeros.any()
     assert torch.equal(again, before)
@@ -279,7 +280,7 @@ def test_the_states_of_one_process_load_into_parts(on_rank):
         groups = part.opt.state_dict()["param_groups"]
         part.opt.load_state_dict({**opt.state_dict(), "param_groups": groups})
         decoded, mine = (
-            formats.decode_states(found, keys) for found in (states, part.opt.state[part.param])
+            storage.decode_states(found, keys) for found in (states, part.opt.state[part.param])
         )
         for key in keys:
             expected, found = decoded[key][64:], mine[key]._local_tensor

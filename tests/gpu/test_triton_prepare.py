@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_optim import _C, ema
+from fused_optim import _C, averages
 from support.cases import BACKEND, DEVICE
 
 if BACKEND != "triton":
@@ -158,6 +158,6 @@ def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
             warmup=warmup,
         )  # fmt: skip
         group = {"ema_decay": decay, "ema_warmup": warmup}
-        expected = [ema.weight(group, int(averaged)) for averaged in before]
+        expected = [averages.weight(group, int(averaged)) for averaged in before]
         assert values(hypers, EMA_WEIGHT.value).tolist() == expected
         assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

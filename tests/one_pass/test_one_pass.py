@@ -295,12 +295,12 @@ def test_skipped_step_changes_nothing(case: Case, n_before: int, bad: float) -> 
     run.params[1].grad[3, 2] = bad
     before, states = snapshot(run.opt), len(run.opt.state)
     averages = [average.clone() for average in run.averages()]
-    counts = [entry[1] for entry in run.opt._emas.values()]
+    counts = [entry[1] for entry in run.opt._averages.values()]
     run.opt.step()
     assert_untouched(run.opt, before)
     assert BACKEND == "triton" or len(run.opt.state) == states
     assert all(torch.equal(a, b) for a, b in zip(run.averages(), averages))
-    assert [entry[1] for entry in run.opt._emas.values()] == counts
+    assert [entry[1] for entry in run.opt._averages.values()] == counts
     assert run.opt.skipped_steps.item() == 1
     run.opt.zero_grads = True
     run.opt.step()
@@ -606,7 +606,7 @@ def test_averages_of_replaced_params_are_not_kept() -> None:
     for _ in range(3):
         opt.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(4, device=DEVICE))
         opt.step()
-    assert len(opt._emas) == 2
+    assert len(opt._averages) == 2
 
 
 def test_written_grads_tell_autograd() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_optim
-from fused_optim.packed import KernelOptions
+from fused_optim.options import KernelOptions
 from support.cases import DEVICE
 from support.marks import needs_cpu_kernels
 

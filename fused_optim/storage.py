@@ -1,25 +1,21 @@
-"""Storage formats of states and params: what a param group asks for, and between them and float32.
+"""Storage formats of states and params: chosen by param groups, converted from and to float32.
 
-The kernels read and write these formats themselves (csrc/formats.h); here is what happens outside of a step.
+The kernels read and write these formats themselves (csrc/formats.h); this is for first states,
+checkpoints, and tensors that torch.optim's code steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fused_optim import backends, codes, sharding, tracing
-from fused_optim.codes import GROUP
+from fused_optim import backends, sharding, tracing
+from fused_optim.options import SCALE_BLOCK, state_dtype_of
 
-# Keys of a param group; in it only if the user gave some.
-OPTIONS = ("state_dtype", "master", "rounding_seed")
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
-_NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # as the command line has them
-MASTERS = (None, "stochastic", "split8", "split16")
-SMALLEST_INT8 = 4096  # elements; smaller states stay float32
 REMAINDER = "param_remainder"
 _FIRST_STATE = 2  # the stream of a rule's first state, csrc/kernel.h
 _PARAM = 0
@@ -28,59 +24,8 @@ CONVERTING = 2**64 - 1  # in place of the param's number in the random bits' key
 States = dict[str, Any]
 
 
-class FormatOptions(TypedDict, total=False):
-    """Keyword arguments of every optimizer of this package, beside torch.optim's; options of param groups.
-
-    They hold for float32, bfloat16 and float16 params, DTensors among them; other tensor subclasses and
-    dtypes keep torch.optim's states.
-
-    Attributes:
-        state_dtype: of all states but ``step``. None: torch.optim's. torch.float32 or "float32".
-            torch.bfloat16 or "bfloat16": those like a second moment are rounded stochastically. "int8": 8
-            bits an element and a bfloat16 scale for 64 of them, states of at least 4,096 elements, whatever a
-            process holds of them; smaller ones are float32.
-        master: of bfloat16 and float16 params. None: rounded to nearest, as torch.optim does. "stochastic":
-            rounded up or down so that the mean is exact. "split8" and "split16": beside the param are kept
-            8 or 16 more bits, ``param_remainder``; 16 make a bfloat16 param an exact float32.
-        rounding_seed: of the stochastic rounding, which is the same in each run (default: 0).
-    """
-
-    state_dtype: torch.dtype | str | None
-    master: str | None
-    rounding_seed: int
-
-
-def state_dtype_of(options: dict[str, Any]) -> Any:
-    """A name of a dtype stands for it."""
-    state_dtype = options.get("state_dtype")
-    return _NAMED.get(state_dtype, state_dtype) if isinstance(state_dtype, str) else state_dtype
-
-
-def check(options: dict[str, Any]) -> None:
-    """Raise ValueError for options of a param group that there are not, or that nothing can serve."""
-    state_dtype, master = state_dtype_of(options), options.get("master")
-    # As in `x in STATE_DTYPES`, but a str is never compared with a dtype.
-    if not any(type(state_dtype) is type(known) and state_dtype == known for known in STATE_DTYPES):
-        raise ValueError(
-            f'Invalid state_dtype: {state_dtype!r}; it must be torch.float32, torch.bfloat16, "int8" or None'
-        )
-    if master not in MASTERS:
-        raise ValueError(
-            f'Invalid master: {master!r}; it must be "stochastic", "split8", "split16" or None'
-        )
-    seed = options.get("rounding_seed", 0)
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise ValueError(f"Invalid rounding_seed: {seed!r}; it must be an int in [0, 2**64)")
-    if state_dtype is None and master is None:
-        return
-    if options.get("differentiable"):
-        raise ValueError("differentiable=True cannot be combined with state_dtype or master")
-    if backends.codec() is None:
-        raise ValueError("state_dtype and master need the C++ kernels, which are not there")
-
-
 def applies(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the group has options of formats, and they concern this param."""
+    """Return True if the group has options of formats, and they concern this param."""
     return (
         ("state_dtype" in group or "master" in group)
         and type(sharding.part_of(param)) in (Tensor, nn.Parameter)
@@ -103,19 +48,30 @@ _OF_CODES = {torch.int8: "signed8", torch.uint8: "root8"}
 SPLITS = {"split8": torch.int8, "split16": torch.int16}
 
 
+def n_scales(stream: Tensor) -> int:
+    return (stream.numel() + SCALE_BLOCK - 1) // SCALE_BLOCK
+
+
 def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
-    state_dtype = state_dtype_of(group)
-    if state_dtype is None:
-        return Format("plain", param.dtype)
-    if state_dtype == "int8" and param.numel() >= SMALLEST_INT8:
-        return Format("root8", torch.uint8) if is_square else Format("signed8", torch.int8)
-    if state_dtype == torch.bfloat16:
-        return Format("stochastic" if is_square else "plain", torch.bfloat16)
-    return PLAIN_FLOAT32
+    """How a state of this param is stored.
+
+    Args:
+        is_square: True if it is like a second moment, False if like a momentum.
+    """
+    codec = backends.codec()
+    assert codec is not None
+    storage, dtype = codec.storage_of(
+        _name(state_dtype_of(group)), is_square, _name(param.dtype), param.numel()
+    )
+    return Format(storage, getattr(torch, dtype))
+
+
+def _name(dtype: torch.dtype | str | None) -> str:
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def ignores_master(params: Any, options: dict[str, Any]) -> bool:
-    """Whether the options ask for a master that none of these params can have."""
+    """Return True if the options ask for a master that none of these params can have."""
     dtypes = {param.dtype for param in params if isinstance(param, Tensor)}
     return (
         options.get("master") is not None
@@ -129,8 +85,15 @@ def master_of(param: Tensor, group: dict[str, Any]) -> str | None:
 
 
 def counts_steps(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether random bits need a step that the rule itself does not count."""
+    """Return True if random bits need a step that the rule itself does not count."""
     return master_of(param, group) in ("stochastic", "split8")
+
+
+def first_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Make step as torch.optim would for the param, from one made on meta without fused."""
+    if group.get("fused") and param.device.type != "cpu":
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    return torch.zeros_like(step, device=param.device) if step.is_meta else step
 
 
 def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
@@ -138,7 +101,10 @@ def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
 
 
 def on_meta(param: Tensor) -> Tensor:
-    """What this process holds of a param and its grad, without values; without a grad, one like the param."""
+    """Copy this process's part of a param and its grad to the meta device, without values.
+
+    A param without a grad gets one like itself.
+    """
 
     def twin(tensor: Tensor) -> Tensor:
         part = sharding.part_of(tensor)
@@ -167,7 +133,7 @@ def _transcode(
     codec.transcode(
         packs,
         format.storage,
-        str(stream.dtype).removeprefix("torch."),
+        _name(stream.dtype),
         stream.data_ptr(),
         0 if extra is None else extra.data_ptr(),
         values.data_ptr(),
@@ -179,7 +145,7 @@ def _transcode(
 
 
 def decode(format: Format, stream: Tensor, extra: Tensor | None) -> Tensor:
-    """In float32, on the CPU; extra: the scales, or the remainder of a param."""
+    """Decode a stream to float32, on the CPU; extra: the scales, or the remainder of a param."""
     if stream.layout != torch.strided:  # a momentum like a sparse grad
         stream = stream.to_dense()
     if format.storage in ("plain", "stochastic"):
@@ -201,11 +167,11 @@ def decode(format: Format, stream: Tensor, extra: Tensor | None) -> Tensor:
 def encode(
     format: Format, like: Tensor, values: Tensor, key: tuple[int, int, int, int], first: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """(stream, its scales or remainder), laid out like a tensor and on its device.
+    """Encode values: (stream, its scales or remainder), laid out like a tensor, on its device.
 
     Args:
-        key: of the random bits: (seed, number of the param, stream, step).
-        first: they are those of the elements from this one on.
+        key: (seed, number of the param, stream, step), for the random bits.
+        first: index of the first element in the whole param, for the random bits.
     """
     if values.shape != like.shape:
         raise ValueError(f"values of shape {tuple(values.shape)} for {tuple(like.shape)}")
@@ -217,9 +183,7 @@ def encode(
     values = _like(like, torch.float32).copy_(values)
     extra = None
     if format.storage in ("signed8", "root8"):
-        extra = torch.empty(
-            (stream.numel() + GROUP - 1) // GROUP, dtype=torch.bfloat16, device="cpu"
-        )
+        extra = torch.empty(n_scales(stream), dtype=torch.bfloat16, device="cpu")
     elif format.storage in SPLITS:
         extra = _like(like, SPLITS[format.storage])
     _transcode(True, format, stream, extra, values, key, first)
@@ -227,7 +191,7 @@ def encode(
 
 
 def _zeros(format: Format, values: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `encode` makes them; in the layout of `values` if those would be kept."""
+    """Encode zeros, in the layout of `values` if their format and shape fit already."""
     is_kept = format.storage == "plain" and (values.dtype, values.shape) == (
         format.dtype,
         like.shape,
@@ -235,12 +199,12 @@ def _zeros(format: Format, values: Tensor, like: Tensor) -> tuple[Tensor, Tensor
     stream = _like(values if is_kept else like, format.dtype, like.device).zero_()
     if format.storage not in ("signed8", "root8"):
         return stream, None
-    n_groups = (stream.numel() + GROUP - 1) // GROUP
+    n_groups = n_scales(stream)
     return stream, torch.zeros(n_groups, dtype=torch.bfloat16, device=like.device)
 
 
 def decode_codes(states: States, names: list[str]) -> States:
-    """Float32 in place of 8 bits; without scales."""
+    """Decode 8-bit states to float32 and drop their scales."""
     coded = [name for name in names if states.get(f"{name}_scale") is not None]
     scales = [f"{name}_scale" for name in coded]
     decoded = decode_states({key: states[key] for key in coded + scales}, coded)
@@ -248,7 +212,7 @@ def decode_codes(states: States, names: list[str]) -> States:
 
 
 def decode_states(states: States, names: list[str]) -> States:
-    """Float32 in place of 8 and of 16 bits; without scales."""
+    """Decode 8-bit and 16-bit states to float32; drop scales and the remainder."""
     decoded = {key: value for key, value in states.items() if not _is_extra(key, names)}
     for name in names:
         value, scale = states.get(name), states.get(f"{name}_scale")
@@ -270,7 +234,7 @@ def _is_extra(key: str, names: list[str]) -> bool:
 
 
 def decode_param(param: Tensor, states: States) -> Tensor:
-    """The float32 that a param and its remainder, if there is one, stand for; a new tensor, on its device."""
+    """Decode a param, with its remainder if it has one, to a new float32 tensor on its device."""
     rest = states.get(REMAINDER)
     if rest is None or param.dtype == torch.float32:
         return param.detach().to(torch.float32, copy=True)
@@ -295,7 +259,7 @@ def _check_remainder(rest: Any, param: Tensor) -> None:
 def encode_param(
     param: Tensor, group: dict[str, Any], values: Tensor, key: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor | None]:
-    """What the param and its remainder, if it has one, become of float32 values."""
+    """Encode float32 values as a param and its remainder, if it has one."""
     seed, number, step = key
     format = Format(master_of(param, group) or "plain", param.dtype)
     part, values = sharding.part_of(param), sharding.part_of(sharding.sharded_like(values, param))
@@ -303,6 +267,51 @@ def encode_param(
     stream, rest = encode(format, part, values, (seed, number, _PARAM, step), first)
     stream = sharding.rebuilt(stream, param)
     return stream, None if rest is None else sharding.rebuilt(rest, param)
+
+
+# The largest code in a block that the kernels have written. The scale is rounded up by less than 2**-7:
+# 126 / (1 + 2**-7) - 0.5 > 124, 253 / (1 + 2**-7) - 1 > 250.
+_LARGEST = {torch.int8: (124, 125, 126), torch.uint8: (250, 251, 252, 253)}
+
+
+@torch.no_grad()
+def restore_codes(values: Tensor, stream: Tensor, scales: Tensor) -> None:
+    """Re-encode decoded 8-bit states to the codes they came from, so that a checkpoint loses nothing.
+
+    Rounding to 8 bits is not idempotent: a block's largest code need not be the largest that there is, and
+    the scale made of it would then be another one. Blocks that no codes stand for exactly are left alone.
+
+    Args:
+        values: float32, in the shape of the stream.
+        stream: int8 codes, or uint8 ones of square roots, dense.
+        scales: bfloat16, one for each 64 elements in the order of the memory.
+    """
+    if stream.numel() == 0:
+        return
+    flat = _in_memory_order(stream)
+    ordered = torch.empty_like(stream, dtype=torch.float32).copy_(values)
+    n = flat.numel()
+    groups = functional.pad(_in_memory_order(ordered), (0, -n % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    is_square = stream.dtype == torch.uint8
+    roots = groups.sqrt() if is_square else groups
+    largest = roots.abs().amax(dim=1, keepdim=True)
+    codes = functional.pad(flat, (0, -n % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    for code in _LARGEST[stream.dtype]:
+        scale = (largest / code).to(torch.bfloat16)
+        size = scale.float()
+        found = (roots / size).round()
+        decoded = found * size
+        if is_square:
+            decoded = decoded * decoded
+        # 0 * inf and 0 / 0 are NaN, which equals nothing: such groups stay as they are.
+        exact = (decoded == groups).all(dim=1) & (found.abs().amax(dim=1) == code)
+        codes[exact] = found[exact].to(stream.dtype)
+        scales[exact] = scale[exact, 0]
+    flat.copy_(codes.view(-1)[:n])
+
+
+def _in_memory_order(dense: Tensor) -> Tensor:
+    return torch.as_strided(dense, (dense.numel(),), (1,))
 
 
 @torch.no_grad()
@@ -313,14 +322,14 @@ def encode_states(
     rule: dict[str, Any],
     key: tuple[int, int, int] | None,
 ) -> States:
-    """The states in the formats that the group asks for; None in place of what there is no longer.
+    """Convert states to the formats that the group asks for; None: there is no such state any more.
 
-    What fits already is kept as it is.
+    A state that fits already is kept as it is.
 
     Args:
-        rule: of csrc/rules.h, as its description says it (backends.codec().rules()).
-        key: (seed, number of the param, step) of the random bits. None: the states become zeros; what this
-            process holds of those that are given may be on the meta device.
+        rule: its description from csrc/rules.h (backends.codec().rules()).
+        key: (seed, number of the param, step) of the random bits. None: the states become zeros;
+            the given ones may be on the meta device.
     """
     names = rule["states"]
     converted: States = dict(states)
@@ -343,7 +352,7 @@ def encode_states(
             part, first = sharding.part_of(param), sharding.place_of(param)[1]
             stream, scale = encode(wanted, part, values, of_stream, first)
             if scale is not None and number == CONVERTING:
-                codes.restore(values, stream, scale)
+                restore_codes(values, stream, scale)
             converted[name] = sharding.rebuilt(stream, param)
         if scale is not None or scale_key in states:
             converted[scale_key] = scale
@@ -372,7 +381,7 @@ def _lies_like(a: Tensor, b: Tensor) -> bool:
 
 
 def is_scale_of(scale: Tensor, stream: Tensor) -> bool:
-    n_groups = (sharding.part_of(stream).numel() + GROUP - 1) // GROUP
+    n_groups = n_scales(sharding.part_of(stream))
     return scale.dtype == torch.bfloat16 and scale.shape == (n_groups,) and scale.is_contiguous()
 
 
@@ -397,7 +406,7 @@ def _convert_remainder(
         return
     wide = rest.to(torch.int32)
     if rest.dtype != dtype:
-        # How many units of the 16 bits one of the 8 bits is. The param stays as it is: there is no carry.
+        # One unit of the 8 bits in units of the 16 bits. The param stays: there is no carry.
         unit = torch.full_like(wide, 256)
         if param.dtype == torch.float16:
             size = param.detach().abs()
@@ -416,7 +425,7 @@ SAVED_STEP = "step_of_codes"
 
 
 def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict that torch.optim's load_state_dict refuses if it holds codes.
+    """Make torch.optim's load_state_dict refuse this state_dict if it holds codes.
 
     Args:
         rule: as in `encode_states`.
@@ -447,7 +456,7 @@ def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def accept(saved: dict[str, Any]) -> dict[str, Any]:
-    """What `refuse_stock` was given, or any other state_dict as it is."""
+    """Undo `refuse_stock`; any other state_dict comes back as it is."""
     groups = [
         {**group, "params": [index for index in group["params"] if index != NOT_FOR_STOCK]}
         for group in saved["param_groups"]
@@ -491,10 +500,11 @@ def check_saved(states: States, names: list[str], index: Any, param: Tensor) -> 
             )
             raise ValueError(
                 f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, "
-                f"which needs one bfloat16 scale for each {GROUP} elements, but its '{name}_scale' is {found}"
+                f"which needs one bfloat16 scale for each {SCALE_BLOCK} elements, "
+                f"but its '{name}_scale' is {found}"
             )
 
 
 def first_number(groups: list[dict[str, Any]], g: int) -> int:
-    """Of the first param of a group, among the params of all groups."""
+    """Number of a group's first param among the params of all groups."""
     return sum(len(group["params"]) for group in groups[:g])

@@ -6,24 +6,25 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "view.h"
+#include "group.h"
 
 namespace fused_optim {
 
-// What the tensors of one launch have in common.
+// The properties that all tensors of one launch share.
 struct BatchKey {
   Device device;
   std::array<Dtype, MAX_STREAMS> dtypes;  // N_DTYPES: there is no such stream
   std::array<Storage, MAX_STREAMS> storages;
-  unsigned options;         // those that decide which states there are
+  unsigned options;         // bits of the variant that decide which states there are
   bool prepared_on_device;  // the host does not know the step, or a hyperparameter
   bool operator==(const BatchKey& other) const {
     return device == other.device && dtypes == other.dtypes && storages == other.storages &&
            options == other.options && prepared_on_device == other.prepared_on_device;
   }
-  bool wide() const {  // what is computed in float64
+  bool wide() const {  // the compute type is float64
     return std::find(dtypes.begin(), dtypes.end(), F64) != dtypes.end();
   }
   bool packed() const {
@@ -32,12 +33,7 @@ struct BatchKey {
   }
 };
 
-// An address of a number, as prepare takes it.
-inline int64_t tagged(const void* address, Dtype dtype) {
-  return static_cast<int64_t>(reinterpret_cast<intptr_t>(address)) | (dtype == F64 ? 1 : 0);
-}
-
-inline int64_t table_versions = 0;  // so far, in the process; under the GIL
+inline int64_t table_versions = 0;  // number given so far in the process; under the GIL
 
 template <class T>
 class Table {
@@ -58,14 +54,14 @@ class Table {
   int64_t version_ = 0;
 };
 
-// One row of a batch's numbers: hypers, or the options that a device makes them of.
+// One row of a batch's numbers: hypers, or the options from which a device makes them.
 struct Row {
   double values[MAX_HYPERS];
-  int64_t addresses[MAX_HYPERS];  // of options that are tensors on the device; 0: the value holds
+  int64_t addresses[MAX_HYPERS];  // option tensors on the device; 0: the value holds
   unsigned variant;
   double grad_sign, step;  // step: 0 if no number depends on it, or a device knows it
-  double ema;              // the EMA's weight, or its decay where a device makes that of it
-  double ema_warmup;       // whether that decay is warmed up
+  double ema;              // the EMA's weight, or its decay where a device makes the weight
+  double ema_warmup;       // 1: that decay is warmed up
   bool operator==(const Row& other) const;
 };
 
@@ -77,19 +73,19 @@ class Batch {
   }
 
   void begin();
-  // One more tensor; `row` stays where it is until end(). step, waiting, n_averaged: addresses for
+  // One more tensor; `row` stays where it is until end(). step, started, n_averaged: addresses for
   // prepare, lowest bit set for a float64, or 0.
-  void add(const Slice& slice, const Row& row, int64_t step, int64_t waiting, int64_t n_averaged);
+  void add(const Slice& slice, const Row& row, int64_t step, int64_t started, int64_t n_averaged);
   void end();
   int64_t n_tensors() const { return n_tensors_; }
-  // Of all that is uploaded: one row of hypers is handed to the kernel by value.
+  // The latest version of all that is uploaded; one row of hypers goes to the kernel by value.
   int64_t version() const { return version_; }
   bool by_value() const { return n_rows_ == 1 && !key.prepared_on_device; }
 
   const BatchKey key;
   std::vector<int> streams;  // that have a column in `tensors`
   Table<int64_t> numels, tensors, steps, addresses;
-  Table<double> options;  // rows of what a device makes hypers of,
+  Table<double> options;  // rows from which a device makes hypers,
   Table<int32_t> hypers;  // or the hypers' bits in the compute type, two words each for a float64
 
  private:
@@ -115,5 +111,56 @@ class GradBatch {
   const Dtype dtype;
   Table<int64_t> numels, grads;
 };
+
+// The sources of a row: neighbouring tensors mostly share them.
+struct RowOrigin {
+  int64_t group, hypers;  // hypers: index in the step's table; -1 where a device prepares them
+  unsigned variant;
+  bool by_address;
+  double step, ema, ema_warmup;
+  bool operator==(const RowOrigin& other) const {
+    return group == other.group && hypers == other.hypers && variant == other.variant &&
+           by_address == other.by_address && step == other.step && ema == other.ema &&
+           ema_warmup == other.ema_warmup;
+  }
+};
+
+// The keys and rows of one step's tensors on devices.
+struct DeviceRows {
+  std::vector<BatchKey> keys;
+  std::vector<Row> rows;
+  RowOrigin last;  // the last row's
+
+  // Both return the index of an entry that is new or equals the last one.
+  size_t enter_key(const BatchKey& key);
+  size_t enter_row(const RowOrigin& origin, const Group& group, const double* hypers);
+  void clear() {
+    keys.clear();
+    rows.clear();
+  }
+};
+
+struct DeviceTask {
+  size_t key, row;                    // in DeviceRows
+  int64_t step, started, n_averaged;  // addresses, see Batch::add
+};
+
+struct Work;
+
+// Keeps the batches of all steps so far, each with its Python object.
+class Tables {
+ public:
+  // Both return a list of those that this step needs.
+  Ref batches(const Work& work, int n_states);
+  Ref grads(Work& work);  // for the norm
+
+ private:
+  std::vector<std::pair<std::shared_ptr<Batch>, Ref>> batches_;
+  std::vector<std::pair<std::shared_ptr<GradBatch>, Ref>> grads_;
+};
+
+// Makes the batch's Python object (module.cpp).
+Ref to_python(const std::shared_ptr<Batch>& batch);
+Ref to_python(const std::shared_ptr<GradBatch>& batch);
 
 }  // namespace fused_optim

@@ -1,7 +1,10 @@
-#include "batch.h"
+#include "tables.h"
 
 #include <algorithm>
 #include <cstring>
+
+#include "norm.h"
+#include "work.h"
 
 namespace fused_optim {
 
@@ -52,16 +55,16 @@ void Batch::add_hypers(const Row& row) {
   add_whole(step >> 32);
 }
 
-void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waiting,
+void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t started,
                 int64_t n_averaged) {
   if (last_ == nullptr || (&row != last_ && !(row == *last_))) {
     key.prepared_on_device ? add_options(row) : add_hypers(row);
     n_rows_++;
   }
   last_ = &row;
-  // What whole blocks need: wide accesses 16 bytes; random bits, each of which serves two elements
-  // of 32, both of these in one block, and in a block numbers with the same upper bits. No block is
-  // larger than 2^16.
+  // Whole blocks need streams on 16 bytes, for wide accesses. For random bits, of which one draw
+  // serves two elements of 32, they need both in one block, and numbers with the same upper bits in
+  // a block. No block is larger than 2^16.
   bool aligned = true;
   if (key.packed()) {
     const int64_t first = slice.packing->offset, last = first + slice.numel - 1;
@@ -86,7 +89,7 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t waitin
   }
   if (key.prepared_on_device) {
     steps.add(step);
-    steps.add(waiting);
+    steps.add(started);
     steps.add(n_averaged);
     steps.add(n_rows_ - 1);
   }
@@ -121,6 +124,93 @@ void GradBatch::add(const void* grad, int64_t numel, int64_t first_chunk) {
 void GradBatch::end() {
   numels.end();
   grads.end();
+}
+
+size_t DeviceRows::enter_key(const BatchKey& key) {
+  if (keys.empty() || !(keys.back() == key)) keys.push_back(key);
+  return keys.size() - 1;
+}
+
+size_t DeviceRows::enter_row(const RowOrigin& origin, const Group& group, const double* hypers) {
+  if (!rows.empty() && last == origin) return rows.size() - 1;
+  last = origin;
+  Row row = {};
+  const double* values = origin.hypers < 0 ? group.options : hypers + origin.hypers;
+  std::copy(values, values + MAX_HYPERS, row.values);
+  if (origin.by_address)
+    std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, row.addresses);
+  row.variant = origin.variant;
+  row.grad_sign = group.grad_sign;
+  row.step = origin.step;
+  row.ema = origin.ema;
+  row.ema_warmup = origin.ema_warmup;
+  rows.push_back(row);
+  return rows.size() - 1;
+}
+
+namespace {
+
+// The batch that fits, made if there is none, and begun for this step.
+template <class B, class Fits, class... Args>
+B& batch_for(std::vector<std::pair<std::shared_ptr<B>, Ref>>& known, const Fits& fits,
+             const Args&... args) {
+  for (const auto& [batch, object] : known)
+    if (fits(*batch)) return *batch;
+  auto fresh = std::make_shared<B>(args...);
+  fresh->begin();
+  known.emplace_back(fresh, to_python(fresh));
+  return *fresh;
+}
+
+// Ends all batches; a list of those that have tensors.
+template <class B>
+Ref finish(const std::vector<std::pair<std::shared_ptr<B>, Ref>>& known) {
+  const Ref used = Ref::own(PyList_New(0));
+  for (const auto& [batch, object] : known) {
+    batch->end();
+    if (!batch->numels.current().empty()) append(used, object);
+  }
+  return used;
+}
+
+}  // namespace
+
+Ref Tables::batches(const Work& work, int n_states) {
+  for (const auto& [batch, object] : batches_) batch->begin();
+  Batch* batch = nullptr;
+  size_t last_key = 0;
+  for (const Task& task : work.tasks) {
+    if (task.device < 0) continue;
+    const DeviceTask& on_device = work.device_tasks[task.device];
+    if (batch == nullptr || last_key != on_device.key) {
+      const BatchKey& key = work.rows.keys[last_key = on_device.key];
+      const auto fits = [&](const Batch& known) { return known.key == key; };
+      batch = &batch_for(batches_, fits, key, n_states);
+    }
+    batch->add(task.slice, work.rows.rows[on_device.row], on_device.step, on_device.started,
+               on_device.n_averaged);
+  }
+  return finish(batches_);
+}
+
+Ref Tables::grads(Work& work) {
+  for (const auto& [batch, object] : grads_) batch->begin();
+  std::vector<std::pair<Device, int64_t>> n_chunks;
+  for (size_t t = 0; t < work.tasks.size(); t++) {
+    if (work.tasks[t].device < 0) continue;
+    const Device device = work.rows.keys[work.device_tasks[work.tasks[t].device].key].device;
+    const NormTask task = norm_task(work, t);
+    const auto fits = [&](const GradBatch& known) {
+      return known.device == device && known.dtype == task.dtype;
+    };
+    GradBatch& batch = batch_for(grads_, fits, device, task.dtype);
+    auto on_device = std::find_if(n_chunks.begin(), n_chunks.end(),
+                                  [&](const auto& count) { return count.first == device; });
+    if (on_device == n_chunks.end()) on_device = n_chunks.insert(on_device, {device, 0});
+    batch.add(task.grad, task.numel, on_device->second);
+    on_device->second += (task.numel + NORM_CHUNK - 1) / NORM_CHUNK;
+  }
+  return finish(grads_);
 }
 
 }  // namespace fused_optim

@@ -1,53 +1,32 @@
-"""Exponential moving averages (EMA) of the params: their entries, and those that no kernel averages.
+"""Exponential moving averages (EMA) of the params: their entries, and those that no kernel moves.
 
 An entry is a list ``[ema, n_averaged]``: the average, of the param's shape, and how many steps went into it,
 a float32 tensor on the param's device where the host cannot know.
-The kernels average in the step's own pass (csrc/ema.cpp); the arithmetic is the same here.
+The kernels average in the step's own pass (csrc/averages.cpp); the arithmetic is the same here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-# Keys of a param group; in it only if the user gave some.
-OPTIONS = ("ema_decay", "ema_warmup", "ema_dtype")
+if TYPE_CHECKING:
+    from fused_optim.optimizer import FusedOptimizer
 
 Entry = list  # [Tensor, int | Tensor]
-Emas = dict[Tensor, Entry]
+Averages = dict[Tensor, Entry]
 
 
-def number(value: Any) -> float:
-    """NaN, which no range includes, in place of what is no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
-
-
-def check(options: dict[str, Any]) -> None:
-    """Raise ValueError for options of a param group outside their range."""
-    decay = options.get("ema_decay")
-    if decay is not None and options.get("differentiable"):
-        raise ValueError("differentiable=True cannot be combined with ema_decay")
-    if decay is not None and not 0 <= number(decay) < 1:
-        raise ValueError(f"Invalid ema_decay: {decay!r}; it must be in [0, 1) or None")
-    dtype = options.get("ema_dtype")
-    if dtype not in (None, torch.float32):
-        raise ValueError(f"Invalid ema_dtype: {dtype}; it must be torch.float32 or None")
-
-
-def entry_of(emas: Emas, param: Tensor, group: dict[str, Any]) -> Entry:
+def entry_of(known: Averages, param: Tensor, group: dict[str, Any]) -> Entry:
     """The param's entry, made or made to fit if need be."""
-    entry = emas.get(param)
+    entry = known.get(param)
     if entry is None or entry[0].shape != param.shape or entry[0].device != param.device:
-        entry = emas[param] = create(param, group, entry)
+        entry = known[param] = create(param, group, entry)
     return entry
 
 
@@ -69,13 +48,13 @@ def create(param: Tensor, group: dict[str, Any], entry: Entry | None = None) -> 
 
 def dtype_of(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     wanted = group.get("ema_dtype")
-    # float32 means what is coarser; whole and complex numbers stay what they are.
+    # float32 replaces coarser dtypes only; whole and complex numbers stay as they are.
     coarser = param.dtype in (torch.bfloat16, torch.float16)
     return wanted if wanted is not None and coarser else param.dtype
 
 
 def weight(group: dict[str, Any], n_averaged: int) -> float:
-    """How far the next average moves towards the param; csrc/ema.cpp has the same."""
+    """How far the next average moves towards the param; csrc/averages.cpp has the same."""
     decay = float(group["ema_decay"])
     if group.get("ema_warmup"):
         decay = min(decay, (1 + n_averaged) / (10 + n_averaged))
@@ -83,7 +62,7 @@ def weight(group: dict[str, Any], n_averaged: int) -> float:
 
 
 @torch.no_grad()
-def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None) -> None:
+def move(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None) -> None:
     """Move these averages towards their params by their weights, and count that.
 
     Args:
@@ -95,7 +74,7 @@ def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = No
         ema = entry[0]
         if isinstance(towards, tuple):
             decay, warmup = towards
-            _average_on_device(param, entry, decay, warmup, found_inf)
+            _move_on_device(param, entry, decay, warmup, found_inf)
         elif towards == 1:
             ema.copy_(param)
         elif not ema.dtype.is_floating_point and not ema.is_complex():
@@ -113,10 +92,10 @@ def average(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = No
             entry[1] += 1
 
 
-def _average_on_device(
+def _move_on_device(
     param: Tensor, entry: Entry, decay: float, warmup: bool, found_inf: Tensor | None
 ) -> None:
-    """`weight` and `average` without waiting for the device."""
+    """`weight` and `move` without waiting for the device."""
     ema, n_averaged = entry
     n = n_averaged.double()
     decayed = torch.full_like(n, decay)
@@ -139,7 +118,7 @@ def _average_on_device(
     ema.copy_(moved)
 
 
-def groups_with_ema(param_groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def averaged_params(param_groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """(group, param) of each param that is averaged."""
     for group in param_groups:
         if group.get("ema_decay") is not None:
@@ -147,20 +126,20 @@ def groups_with_ema(param_groups: list[dict[str, Any]]) -> Iterator[tuple[dict[s
                 yield group, param
 
 
-def save(param_groups: list[dict[str, Any]], emas: Emas) -> dict[int, dict[str, Any]]:
-    """For state_dict(): index of the param -> its average and count."""
+def save(param_groups: list[dict[str, Any]], known: Averages) -> dict[int, dict[str, Any]]:
+    """Return index of the param -> its average and count, for state_dict()."""
     params = (param for group in param_groups for param in group["params"])
     return {
-        index: {"ema": emas[param][0], "n_averaged": int(emas[param][1])}
+        index: {"ema": known[param][0], "n_averaged": int(known[param][1])}
         for index, param in enumerate(params)
-        if param in emas
+        if param in known
     }
 
 
 def match(
     saved: dict[str, Any], param_groups: list[dict[str, Any]]
 ) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What `save` wrote, with the params of these groups.
+    """Pair the averages that `save` wrote with the params of these groups.
 
     Raises:
         ValueError: an average has another shape than its param.
@@ -190,14 +169,50 @@ def load(param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> Entry:
     return [average.copy_(saved["ema"]), int(saved["n_averaged"])]
 
 
+def move_params(optimizer: FusedOptimizer, groups: list[dict[str, Any]], but: set[int]) -> None:
+    """Move the averages of these groups' params without kernels, except ids in `but`."""
+    known, left = optimizer._averages, []
+    for group, param in averaged_params(groups):
+        if id(param) not in but:
+            entry = entry_of(known, param, group)
+            left.append((param, entry, weight(group, int(entry[1]))))
+    move(left)
+
+
+def forget_removed_params(optimizer: FusedOptimizer) -> None:
+    """Drop the averages of params that are in no group any more: they would be kept for good."""
+    known = optimizer._averages
+    if len(known) > sum(len(group["params"]) for group in optimizer.param_groups):
+        there = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        for param in [param for param in known if id(param) not in there]:
+            del known[param]
+
+
+def of_params(optimizer: FusedOptimizer) -> list[Tensor]:
+    """See :meth:`FusedOptimizer.ema_params`."""
+    found = [
+        entry_of(optimizer._averages, param, group)[0]
+        for group, param in averaged_params(optimizer.param_groups)
+    ]
+    if not found:
+        raise RuntimeError("no param group has an ema_decay")
+    return found
+
+
 @contextlib.contextmanager
-def swapped(emas: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Each param holds its average, given with it, and gets its own values back at the end."""
-    own = [param.detach().clone() for param, _ in emas]
+def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
+    """See :meth:`FusedOptimizer.swapped_ema`."""
+    averages = of_params(optimizer)
+    if optimizer._is_swapped:
+        raise RuntimeError("swapped_ema() is in use already")
+    params = [param for _, param in averaged_params(optimizer.param_groups)]
+    own = [param.detach().clone() for param in params]
+    optimizer._is_swapped = True
     try:
-        for param, ema in emas:
-            param.detach().copy_(ema)
+        for param, average in zip(params, averages):
+            param.detach().copy_(average)
         yield
     finally:
-        for (param, _), values in zip(emas, own):
+        for param, values in zip(params, own):
             param.detach().copy_(values)
+        optimizer._is_swapped = False

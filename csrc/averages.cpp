@@ -1,0 +1,76 @@
+// The exponential moving average (EMA) of the params: one more stream of the kernels where they can
+// take it.
+#include <algorithm>
+
+#include "gather.h"
+
+namespace fused_optim {
+
+namespace {
+
+// Returns true if the average has the param's shape and device.
+bool fits(PyObject* average, PyObject* param) {
+  View view, p;
+  const Ref part = part_of(average, param), param_part = part_of(param, param);
+  if (part != nullptr && param_part != nullptr && view.read(part) && p.read(param_part))
+    return view.same_shape(p) && view.device == p.device;
+  return true;  // torch says what is wrong
+}
+
+bool is_entry(PyObject* entry) { return PyList_Check(entry) && PyList_GET_SIZE(entry) == 2; }
+
+}  // namespace
+
+// Returns the index of the param's average, made if need be.
+int Gatherer::gather_average(Candidate& c) {
+  PyObject* known = memory_.averages.find(work_.all_averages, c.param, c.hint.average_position);
+  if (known != nullptr && !is_entry(known))
+    raise(PyExc_TypeError, "an EMA entry is a list [ema, n_averaged]");
+  Average average = {};
+  average.param = Ref::share(c.param);
+  average.is_new = known == nullptr || !fits(list_item(known, 0), c.param);
+  if (average.is_new) {
+    average.entry = Ref::own(PyObject_CallMethodObjArgs(
+        request_.optimizer, names._create_average, c.param, static_cast<PyObject*>(c.group.dict),
+        known == nullptr ? Py_None : known, nullptr));
+    memory_.hold = false;
+    if (!is_entry(average.entry))
+      raise(PyExc_TypeError, "an EMA entry is a list [ema, n_averaged]");
+  } else {
+    average.entry = Ref::share(known);
+  }
+  average.tensor = Ref::share(list_item(average.entry, 0));
+  average.count = Ref::share(list_item(average.entry, 1));
+  average.decay = c.group.ema_decay;
+  average.warmup = c.group.ema_warmup;
+  View p;
+  const Ref part = request_.device_types == 0 ? Ref() : part_of(c.param, c.param);
+  const bool on_device = part != nullptr && p.read(part) && request_.serves(p.device);
+  // The interpreter's device is the CPU.
+  if (on_device && average.n_averaged.find(average.count, p) &&
+      (average.n_averaged.on_device || p.device.type == dlpack::CPU)) {
+    average.n_averaged.on_device = true;
+  } else {
+    average.n_averaged = {};
+    const double n = number(average.count);
+    // The first average is the param; the warm-up is that of Abadi et al.'s TensorFlow,
+    // tf.train.ExponentialMovingAverage with num_updates.
+    double decay = average.decay;
+    if (average.warmup) decay = std::min(decay, (1 + n) / (10 + n));
+    average.weight = n == 0 ? 1 : 1 - decay;
+    average.count = Ref::own(PyLong_FromDouble(n + 1));
+    if (on_device && (c.group.capturable || request_.asks(SKIP_ON_DEVICE)))
+      count_on_device(average, p);
+  }
+  work_.averages.push_back(std::move(average));
+  return static_cast<int>(work_.averages.size()) - 1;
+}
+
+// Has the device count from now on, unless it does already.
+void Gatherer::count_on_device(Average& average, const View& p) {
+  if (average.n_averaged.on_device) return;
+  average.n_averaged.move(list_item(average.entry, 1), average.param, p, request_.launcher);
+  average.count = average.n_averaged.tensor;
+}
+
+}  // namespace fused_optim

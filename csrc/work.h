@@ -1,0 +1,68 @@
+// One step's work between gather and commit: for each tensor that a kernel serves, what the kernel
+// gets (Task, which knows nothing of Python) and the Python objects that it keeps alive (Held).
+#pragma once
+
+#include <vector>
+
+#include "group.h"
+#include "norm.h"
+#include "overlap.h"
+#include "parallel.h"
+#include "tables.h"
+
+namespace fused_optim {
+
+// The exponential moving average of one param of a group that has one.
+struct Average {
+  Ref param, entry, tensor;  // entry: the list [average, n_averaged]
+  bool is_new;               // not yet in the optimizer's `_averages`
+  double weight;             // if the host counts
+  Ref count;                 // for the entry: the number after the step, or a device's tensor
+  Scalar n_averaged;         // only where a device counts
+  double decay;
+  bool warmup;
+  bool in_kernel;  // else torch moves it
+};
+
+struct Held {
+  Origin origin;
+  Ref param, grad;          // as the user has them
+  Ref parts[MAX_STREAMS];   // plain tensors: those, or what this process holds of them
+  std::vector<Ref> others;  // scales, a remainder, copies in another order
+  Ref states;               // the param's dict
+  Ref created;              // states that enter it when the step can no longer fail,
+  bool converted = false;   // if so, with None for what has to go
+  Scalar step;
+  bool step_moved = false;  // the tensor enters `states` in place of one on the CPU
+  int average = -1;         // index into Work::averages, if the kernel moves it
+};
+
+struct Work {
+  std::vector<Task> tasks;
+  std::vector<Held> held;  // one for each task
+  std::vector<Layout> layouts;
+  std::vector<Packing> packings;
+  std::vector<double> hypers;
+  std::vector<Average> averages;
+  std::vector<DeviceTask> device_tasks;
+  DeviceRows rows;
+  Ref fallbacks;            // list of (group index, param index, reason); none if there are none
+  Ref state, all_averages;  // the optimizer's dicts
+  bool entered = false;     // Plan::enter() has run: the rest of the commit cannot fail
+  // Counted on the way, as many tasks do not fit into a cache together.
+  int64_t n_on_devices = 0;
+  bool has_new_states = false;   // some task has `created` states, or a step that has moved
+  bool leaves_averages = false;  // no kernel moves some average
+
+  // The memory from a stream's first element to its last one; enters all that a task writes.
+  Range range(size_t task, int stream) const;
+  void enter_written(size_t task, Written& written) const;
+  void fall_back(const Origin& origin, const char* reason);
+  void drop(const std::vector<bool>& which, const char* reason);
+  void clear();
+};
+
+// The grad of one task, for the norm of all grads.
+NormTask norm_task(Work& work, size_t task);
+
+}  // namespace fused_optim

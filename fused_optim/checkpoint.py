@@ -1,0 +1,228 @@
+"""state_dict() and back: averages, states in formats, and states that no step has reached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_optim import averages, backends, options, sharding, storage
+
+if TYPE_CHECKING:
+    from fused_optim.optimizer import FusedOptimizer
+
+Saved = dict[str, Any]
+_KEPT = options.FORMATS + options.AVERAGING  # options of groups that torch.optim does not know
+
+
+def save(optimizer: FusedOptimizer, stock_state_dict: Callable[[], Saved]) -> Saved:
+    """See :meth:`FusedOptimizer.state_dict`."""
+    with _without(optimizer, "_optimizer_state_dict_post_hooks") as hooks:
+        with only_stepped(optimizer):
+            saved = stock_state_dict()
+        saved = _save_formats(optimizer, saved)
+    kept = averages.save(optimizer.param_groups, optimizer._averages)
+    if kept:
+        saved["ema"] = kept
+    for hook in hooks:
+        result = hook(optimizer, saved)
+        saved = saved if result is None else result
+    return saved
+
+
+def load(
+    optimizer: FusedOptimizer, state_dict: Saved, stock_load_state_dict: Callable[[Saved], None]
+) -> None:
+    """See :meth:`FusedOptimizer.load_state_dict`."""
+    groups = optimizer.param_groups
+    with _without(optimizer, "_optimizer_load_state_dict_pre_hooks") as hooks:
+        state_dict = state_dict.copy()
+        for hook in hooks:
+            result = hook(optimizer, state_dict)
+            state_dict = state_dict if result is None else result
+        matched = averages.match(state_dict, groups)
+        state_dict = storage.accept(state_dict)
+        for saved_group in state_dict["param_groups"]:
+            options.refuse_in_group(saved_group)
+        converted = {}
+        if backends.codec() is not None:
+            for saved_group, group in zip(state_dict["param_groups"], groups):
+                converted |= _convert_saved(optimizer, state_dict["state"], saved_group, group)
+        before = [{key: group[key] for key in _KEPT if key in group} for group in groups]
+        with _without(optimizer, "_optimizer_load_state_dict_post_hooks") as post_hooks:
+            stock_load_state_dict(state_dict)
+    for group, kept in zip(optimizer.param_groups, before):
+        for key, value in kept.items():
+            group.setdefault(key, value)
+    for param, states in converted.items():
+        # torch.optim has cast all states but step to the param's dtype.
+        step = {key: value for key, value in optimizer.state[param].items() if key == "step"}
+        optimizer.state[param] = {**states, **step}
+    of_params = {id(p): g for g, p in averages.averaged_params(optimizer.param_groups)}
+    optimizer._averages = {
+        param: averages.load(param, of_params[id(param)], entry)
+        for param, entry in matched
+        if id(param) in of_params
+    }
+    for hook in post_hooks:
+        hook(optimizer)
+
+
+def save_for_stock(optimizer: FusedOptimizer) -> Saved:
+    """See :meth:`FusedOptimizer.state_dict_for_stock`."""
+    saved = storage.accept(optimizer.state_dict())
+    rule = optimizer._description()
+    saved["state"] = {
+        index: {
+            key: value
+            for key, value in storage.decode_states(states, rule["states"]).items()
+            if key != "step" or rule["has_step"]
+        }
+        for index, states in saved["state"].items()
+    }
+    saved["state"] = {index: states for index, states in saved["state"].items() if states}
+    saved["param_groups"] = [
+        {key: value for key, value in group.items() if key not in options.FORMATS}
+        for group in saved["param_groups"]
+    ]
+    return saved
+
+
+@contextlib.contextmanager
+def _without(optimizer: FusedOptimizer, hooks: str) -> Iterator[list[Callable[..., Any]]]:
+    """Take hooks away for a while: the caller runs them itself, so that they see the averages."""
+    registered = getattr(optimizer, hooks)
+    setattr(optimizer, hooks, OrderedDict())
+    try:
+        yield list(registered.values())
+    finally:
+        setattr(optimizer, hooks, registered)
+
+
+@contextlib.contextmanager
+def only_stepped(optimizer: FusedOptimizer) -> Iterator[None]:
+    """Hide, for a while, states that only skipped steps have made. Waits for the device.
+
+    torch.optim has no states there. Those of params that have left the groups would make
+    state_dict() raise KeyError, and momentum that has not started would count as begun.
+    """
+    there = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    gone = optimizer.__dict__.get("_unsure", set()) - there
+    launcher = optimizer.__dict__.get("_plan", (None, None))[1]
+    if launcher is not None and not launcher.any_waiting:
+        launcher = None
+    if not gone and launcher is None:
+        yield
+        return
+    whole = optimizer.state
+    (name, *_) = optimizer._description()["states"]
+
+    def is_stepped(param: Tensor, states: dict[str, Any]) -> bool:
+        if id(param) in gone and not _has_begun(states):
+            return False
+        buffer = states.get(name)
+        return launcher is None or buffer is None or not launcher.has_not_started(buffer)
+
+    optimizer.state = defaultdict(dict, {p: s for p, s in whole.items() if is_stepped(p, s)})
+    try:
+        yield
+    finally:
+        optimizer.state = whole
+
+
+def _has_begun(states: dict[str, Any]) -> bool:
+    numbers = [states["step"]] if "step" in states else states.values()
+    return any(bool(n.any() if isinstance(n, Tensor) else n) for n in numbers)
+
+
+def _save_formats(optimizer: FusedOptimizer, saved: Saved) -> Saved:
+    groups = optimizer.param_groups
+    if not any(key in group for group in groups for key in options.FORMATS):
+        return saved
+    # Blocks of 64 elements lie elsewhere in other processes' parts.
+    for_any = sharding.is_for_distributed_checkpoint()
+    rule = optimizer._description()
+    states = dict(saved["state"])
+    for saved_group, group in zip(saved["param_groups"], groups):
+        for index, param in zip(saved_group["params"], group["params"]):
+            if (
+                index in states
+                and storage.applies(param, group)
+                and (for_any or sharding.is_sharded(param))
+            ):
+                # States that the constructor made are not in the formats yet.
+                converted = optimizer._convert_states(param, group, states[index])
+                states[index] = {
+                    key: value
+                    for key, value in storage.decode_codes(converted, rule["states"]).items()
+                    if value is not None
+                }
+    saved = {**saved, "state": states}
+    if optimizer._has_some_params:  # ZeroRedundancyOptimizer loads it by torch.optim's own code
+        return saved
+    return storage.refuse_stock(saved, rule)
+
+
+def _convert_saved(
+    optimizer: FusedOptimizer, saved: dict[Any, Any], saved_group: Saved, group: dict[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """Convert the saved states of this group's params to the formats that it will ask for."""
+    options.check_formats({k: saved_group[k] for k in options.FORMATS if k in saved_group})
+    names = optimizer._description()["states"]
+    wanted = {
+        **{key: group[key] for key in options.FORMATS if key in group},
+        **{key: value for key, value in saved_group.items() if key != "params"},
+    }
+    converted = {}
+    for index, param in zip(saved_group["params"], group["params"]):
+        states = saved.get(index)
+        if not isinstance(states, dict) or not storage.applies(param, wanted):
+            continue
+        storage.check_saved(states, names, index, param)
+        copies = {
+            key: value.detach().to(param.device, copy=True)
+            if isinstance(value, Tensor) and key != "step"
+            else value
+            for key, value in states.items()
+        }
+        copies = optimizer._convert_states(param, wanted, copies)
+        converted[param] = {key: value for key, value in copies.items() if value is not None}
+    return converted
+
+
+def master_params(optimizer: FusedOptimizer) -> list[Tensor]:
+    """See :meth:`FusedOptimizer.master_params`."""
+    return [
+        storage.decode_param(param, optimizer.state.get(param, {}))
+        if param.dtype in (torch.bfloat16, torch.float16)
+        else param.detach().clone()
+        for group in optimizer.param_groups
+        for param in group["params"]
+    ]
+
+
+@torch.no_grad()
+def load_master_params(optimizer: FusedOptimizer, values: Sequence[Tensor]) -> None:
+    """See :meth:`FusedOptimizer.load_master_params`."""
+    targets = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    if len(values) != len(targets):
+        raise ValueError(f"{len(values)} values for {len(targets)} params")
+    for i, ((_, param), value) in enumerate(zip(targets, values)):
+        if value.shape != param.shape:
+            raise ValueError(
+                f"value {i} has shape {tuple(value.shape)}, its param {tuple(param.shape)}"
+            )
+    for number, ((group, param), value) in enumerate(zip(targets, values)):
+        if storage.master_of(param, group) is None or not storage.applies(param, group):
+            param.copy_(value)
+            continue
+        key = (group.get("rounding_seed", 0), number, 0)
+        stream, rest = storage.encode_param(param, group, value, key)
+        param.copy_(stream)
+        if rest is not None:
+            states = optimizer.state.get(param, {})
+            optimizer.state[param] = {**states, storage.REMAINDER: rest}
