@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from smoke import FORMATS, ONE_PASS, OPTIMIZERS, expect
+from smoke import FORMATS, ONE_PASS, OPTIONS, expect
 
 import fused_optim
 
@@ -40,7 +40,7 @@ def params_of(dtype: torch.dtype, device: torch.device) -> list[torch.nn.Paramet
 
 def cases() -> Iterator[tuple[str, tuple[torch.dtype, ...], dict[str, Any]]]:
     """Optimizer, dtypes of its params, options."""
-    for name, options in OPTIMIZERS.items():
+    for name, options in OPTIONS.items():
         yield name, PLAIN, options
     yield "AdamW", PLAIN, ONE_PASS
     for dtype, options in FORMATS:

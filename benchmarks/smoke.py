@@ -31,16 +31,16 @@ from fused_optim import backends
 from fused_optim.cli.contestants import device_copy
 from fused_optim.cli.device import EventTimer
 from fused_optim.cli.timing import HostTimer, Step, quartiles
+from fused_optim.optimizers import OPTIMIZERS
 
-# Each optimizer with all of its states.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9, "nesterov": True},
+# Each optimizer with all of its states; those that are not here have them by default.
+ALL_STATES: dict[str, dict[str, Any]] = {
     "Adam": {"amsgrad": True},
-    "AdamW": {},
+    "SGD": {"momentum": 0.9, "nesterov": True},
     "RMSprop": {"centered": True, "momentum": 0.9},
-    "Adagrad": {},
     "Lion": {"weight_decay": 0.1},
 }
+OPTIONS = {name: ALL_STATES.get(name, {}) for name in OPTIMIZERS}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMATS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.float32, {"state_dtype": "int8"}),
@@ -319,7 +319,7 @@ def checks_on(device: torch.device) -> list[Check]:
     add("environment", environment, on_cpu=True)
     add("copy_ of 1 GiB", bandwidth)
     add("a plain Triton kernel", plain_triton, on_cpu=True)
-    for name, options in OPTIMIZERS.items():
+    for name, options in OPTIONS.items():
         for dtype in DTYPES:
             what = f"bits {name} {text_of(dtype, {})}"
             add(what, same_bits, name, dtype, on_cpu=True, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     _rule = "adam"
     _stock = torch.optim.Adam
+    _sparse_refusal = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
     def __init__(
         self,
@@ -94,6 +95,3 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-
-    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
-        return "Adam does not support sparse gradients, please consider SparseAdam instead"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     _rule = "adam"
     _stock = torch.optim.AdamW
+    _sparse_refusal = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
     def __init__(
         self,
@@ -82,6 +83,3 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-
-    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
-        return "Adam does not support sparse gradients, please consider SparseAdam instead"

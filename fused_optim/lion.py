@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -60,6 +60,7 @@ class Lion(FusedOptimizer, lion_stock.Lion):
 
     _rule = "lion"
     _stock = lion_stock.Lion
+    _sparse_refusal = "Lion does not support sparse gradients"
 
     def __init__(
         self,
@@ -83,6 +84,3 @@ class Lion(FusedOptimizer, lion_stock.Lion):
             foreach=foreach,
             differentiable=differentiable,
         )
-
-    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
-        return "Lion does not support sparse gradients"

@@ -82,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _rule: ClassVar[str]  # key of _C.rules()
     _stock: ClassVar[type[torch.optim.Optimizer]]
+    _sparse_refusal: ClassVar[str | None] = None  # stock's error text if it takes no sparse grads
 
     _clipping: clipping.Clipping | None = None  # there once an option of it is in use
     _group_options: dict[str, Any] | None = None  # what a new param group gets
@@ -330,7 +331,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""
-        return None
+        return self._sparse_refusal
 
     @left_to_the_interpreter
     def add_param_group(self, param_group: dict[str, Any]) -> None:

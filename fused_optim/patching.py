@@ -7,21 +7,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fused_optim.adagrad import Adagrad
-from fused_optim.adam import Adam
-from fused_optim.adamw import AdamW
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.optimizers import REPLACED
 from fused_optim.options import KernelOptions, check_all
-from fused_optim.rmsprop import RMSprop
-from fused_optim.sgd import SGD
 from fused_optim.tracing import left_to_the_interpreter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_OURS: dict[type, type[FusedOptimizer]] = {
-    ours._stock: ours for ours in (Adam, AdamW, SGD, RMSprop, Adagrad)
-}
 _Constructor = Callable[..., None]
 
 _originals: dict[type, _Constructor] = {}  # the stock classes' own; there while patched
@@ -33,8 +26,8 @@ derived: set[type] = set()
 def patch(**options: Unpack[KernelOptions]) -> None:
     """From now on ``torch.optim.AdamW(...)`` makes a ``fused_optim.AdamW``, in the whole process.
 
-    The same for Adam, SGD, RMSprop and Adagrad. The classes of torch.optim stay what they are, and only
-    their constructors are replaced. So it does not matter how or when a program has imported a class;
+    The same for the other optimizers that both have. The classes of torch.optim stay what they are, and
+    only their constructors are replaced. So it does not matter how or when a program has imported a class;
     ``isinstance(optimizer, torch.optim.AdamW)`` holds for all AdamW, made before or afterwards;
     ``type(optimizer) is torch.optim.AdamW`` does not. Optimizers that exist already, copies of them and
     what is unpickled keep their class. So do optimizers of classes that derive from torch.optim's: they
@@ -66,7 +59,7 @@ def patch(**options: Unpack[KernelOptions]) -> None:
     check_all(options, FusedOptimizer)
     global _options
     _options = options
-    for stock in _OURS:
+    for stock in REPLACED:
         if stock not in _originals:
             _originals[stock] = stock.__init__
             stock.__init__ = _make_ours(stock)
@@ -106,7 +99,7 @@ def patched(**options: Unpack[KernelOptions]) -> Iterator[None]:
 
 
 def _make_ours(stock: type) -> _Constructor:
-    original, ours = _originals[stock], _OURS[stock]
+    original, ours = _originals[stock], REPLACED[stock]
 
     # With the signature of the original, which programs inspect: does it have `fused`?
     @left_to_the_interpreter

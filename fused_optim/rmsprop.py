@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     _rule = "rmsprop"
     _stock = torch.optim.RMSprop
+    _sparse_refusal = "RMSprop does not support sparse gradients"
 
     def __init__(
         self,
@@ -93,6 +94,3 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             maximize=maximize,
             differentiable=differentiable,
         )
-
-    def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
-        return "RMSprop does not support sparse gradients"

@@ -9,17 +9,11 @@ from torch import Tensor
 from variants import Format, check_served
 
 from fused_optim._C import SMALLEST_INT8
+from fused_optim.cli.choice import OPTIONS, TITLES
+from fused_optim.optimizers import OPTIMIZERS
 
 # Of sizes at which a step count per tensor no longer shows, and the last group of 64 may be short.
 SHAPES = ((500, 500), (64, 64, 3, 3), (SMALLEST_INT8,), (67, 67))
-OPTIMIZERS = {
-    "Adam": {},
-    "AdamW": {},
-    "SGD momentum": {"momentum": 0.9},
-    "RMSprop": {},
-    "Adagrad": {},
-    "Lion": {},
-}
 
 
 @dataclass(frozen=True)
@@ -45,16 +39,16 @@ class Footprint:
 
 
 def measure(format: Format) -> dict[str, Footprint]:
-    """Take one step with each of OPTIMIZERS."""
-    return {name: _footprint(format, name.split()[0], o) for name, o in OPTIMIZERS.items()}
+    """Take one step with each of OPTIMIZERS; the keys are TITLES."""
+    return {TITLES.get(name, name): _footprint(format, name) for name in OPTIMIZERS}
 
 
-def _footprint(format: Format, optimizer_name: str, options: dict) -> Footprint:
+def _footprint(format: Format, optimizer_name: str) -> Footprint:
     torch.manual_seed(0)
     params = [torch.randn(shape).to(format.param_dtype).requires_grad_() for shape in SHAPES]
     for param in params:
         param.grad = torch.randn(param.shape).to(format.param_dtype)
-    optimizer = format.make(optimizer_name, params, lr=1e-3, **options)
+    optimizer = format.make(optimizer_name, params, lr=1e-3, **OPTIONS.get(optimizer_name, {}))
     optimizer.step()
     check_served([optimizer])
     numel = sum(param.numel() for param in params)

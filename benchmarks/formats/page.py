@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from footprint import OPTIMIZERS, SHAPES, Footprint
+from footprint import SHAPES, Footprint
 from replay import EPS, LR, NEAREST, Replay
 from training import KINDS, Comparison, Summary, summarize
 from variants import FLOAT32, SMALLEST_WITH_MASTER, Format
@@ -211,7 +211,8 @@ def _bytes_table(footprints: dict[Format, dict[str, Footprint]]) -> str:
         (*format.cells, *(f"{found.kept:.2f} ({found.total:.2f})" for found in row.values()))
         for format, row in footprints.items()
     ]
-    return _table(("params", "`state_dtype`", "`master`", *OPTIMIZERS), rows)
+    names = next(iter(footprints.values()))
+    return _table(("params", "`state_dtype`", "`master`", *names), rows)
 
 
 def _peers_table(footprints: dict[Format, dict[str, Footprint]]) -> str:

@@ -4,27 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
-import fused_optim
-from fused_optim import FusedOptimizer
 from fused_optim.cli import factory
 from fused_optim.cli.models import FORMATS, MODELS, OWN, Model, model
 from fused_optim.cli.workloads import Workload
+from fused_optim.optimizers import OPTIMIZERS
 
 DEFAULT_MODEL = "gpt2"
 DEFAULT_OPTIMIZER = "AdamW"
 # As they are mostly used; of the others, the defaults.
 OPTIONS = {"SGD": {"momentum": 0.9}}
 TITLES = {"SGD": "SGD momentum"}
-
-
-def optimizers() -> dict[str, type[FusedOptimizer]]:
-    """Name -> class, of all that the package has."""
-    classes = {name: getattr(fused_optim, name) for name in fused_optim.__all__}
-    return {
-        name: cls
-        for name, cls in classes.items()
-        if isinstance(cls, type) and issubclass(cls, FusedOptimizer) and cls is not FusedOptimizer
-    }
 
 
 def product(
@@ -38,7 +27,7 @@ def product(
     Args:
         models: keys of MODELS.
         factories: see factory.load(). With neither models nor factories: DEFAULT_MODEL.
-        names: of optimizers(); None: DEFAULT_OPTIMIZER.
+        names: keys of OPTIMIZERS; None: DEFAULT_OPTIMIZER.
         formats: keys of FORMATS; None: the models' own.
 
     Raises:
@@ -49,7 +38,7 @@ def product(
     models = list(dict.fromkeys(models or ([] if factories else [DEFAULT_MODEL])))
     for option, given, known in (
         ("--model", models, MODELS),
-        ("--optimizer", names, optimizers()),
+        ("--optimizer", names, OPTIMIZERS),
         ("--format", formats, FORMATS),
     ):
         for name in given:

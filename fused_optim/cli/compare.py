@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_optim import patching, sharding
-from fused_optim.cli.recorder import Recorder, count
+from fused_optim import sharding
+from fused_optim.cli.recorder import SERVED, Recorder, count
 from fused_optim.cli.run import Program, arm, execute
+from fused_optim.optimizers import REPLACED
 from fused_optim.options import KernelOptions
 
 SIDES = ("torch.optim", "fused_optim")
@@ -75,7 +76,7 @@ def lines(stock: Record, ours: Record) -> list[str]:
     """The report."""
     if stock.n_steps == ours.n_steps == 0:
         times = []
-        params = "no step of Adam, AdamW, SGD, RMSprop or Adagrad in either run"
+        params = f"no step of {SERVED} in either run"
     else:
         times = [
             _row("in step()", stock.step_seconds, ours.step_seconds),
@@ -181,7 +182,7 @@ def _run(job: Path, result: Path) -> int:
     side, program, options = pickle.loads(job.read_bytes())
     recorder = Recorder(keeps_params=True)
     if side == SIDES[0]:
-        recorder.start(*patching._OURS)
+        recorder.start(*REPLACED)
     else:
         arm(options, recorder)
     atexit.register(_save, recorder, result, os.getpid())

@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 import fused_optim
 from fused_optim import FusedOptimizer, backends
 from fused_optim.cli import choice
+from fused_optim.optimizers import OPTIMIZERS
 
 N_STEPS = 3
 DTYPES = (torch.float32, torch.bfloat16)
@@ -83,7 +84,7 @@ def run() -> bool:
     print(COLUMNS.format("device", "optimizer", "stepped by", *map(_name, DTYPES), "").rstrip())
     rows = []
     for device in (device for device in found["devices"] if device.startswith(SERVED)):
-        for cls in choice.optimizers().values():
+        for cls in OPTIMIZERS.values():
             rows.append(examine(cls, device))
             print(rows[-1], flush=True)
     maps = Path("/proc/self/maps")

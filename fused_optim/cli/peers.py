@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim.cli.workloads import Workload
+from fused_optim.optimizers import REPLACED
 
 # Of torch.optim's classes: variant -> its arguments.
 STOCK_FLAGS = {
@@ -125,7 +126,6 @@ def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
 _ADAM = ("lr", "betas", "eps", "weight_decay")
 _LION = ("lr", "betas", "weight_decay")
 _SGD = ("lr", "momentum")
-_COMPILED_OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad")
 PEERS = (
     Peer(
         "DeepSpeedCPUAdam", "deepspeed.ops.adam", "deepspeed",
@@ -141,8 +141,8 @@ PEERS = (
         },
     ),
     Peer(
-        "torch.compile", "torch", "torch", dict.fromkeys(_COMPILED_OPTIMIZERS, _compiled),
-        compiles=True,
+        "torch.compile", "torch", "torch",
+        {stock.__name__: _compiled for stock in REPLACED}, compiles=True,
     ),
     Peer(
         "torchao", "torchao.optim", "torchao",

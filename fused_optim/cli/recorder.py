@@ -17,8 +17,12 @@ from torch.optim import Optimizer
 from fused_optim import patching
 from fused_optim.cli.unserved import Unserved
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.optimizers import REPLACED
 from fused_optim.step import Outcome
 from fused_optim.tracing import left_to_the_interpreter
+
+*_first, _last = (stock.__name__ for stock in REPLACED)
+SERVED = f"{', '.join(_first)} or {_last}"
 
 
 @dataclass
@@ -165,7 +169,7 @@ class Recorder:
             share = 100 * self.step_seconds() / self.whole_seconds()
             lines.append(f"step() took {share:.3g}% of the whole {self.whole_seconds():.3g} s")
         else:
-            lines.append("no step of Adam, AdamW, SGD, RMSprop or Adagrad in this process")
+            lines.append(f"no step of {SERVED} in this process")
         for derived in sorted(patching.derived, key=lambda cls: cls.__qualname__):
             base = next(cls for cls in derived.__mro__ if cls.__module__.startswith("torch.optim"))
             lines.append(

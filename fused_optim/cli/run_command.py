@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fused_optim
+from fused_optim.cli.recorder import SERVED
 from fused_optim.cli.run import Program, run
 from fused_optim.options import KernelOptions
 
@@ -17,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         usage="%(prog)s [OPTIONS] (PROGRAM | -m MODULE | -c CODE) [ARGS ...]",
         help="run a program, unmodified, with these optimizers in place of torch.optim's",
         description="Runs a script as `python script.py args` would, a module as `python -m`, or code as "
-        "`python -c`. Wherever it makes an Adam, AdamW, SGD, RMSprop or Adagrad of torch.optim, it gets "
+        f"`python -c`. Wherever it makes an {SERVED} of torch.optim, it gets "
         "ours. When it ends, each of its processes that took steps prints to stderr how many, how long "
         "they took, and which tensors no kernel could serve. The exit status is the program's.",
     )

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fused_optim import patching
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.optimizers import REPLACED
 from fused_optim.tracing import left_to_the_interpreter
 
-_SERVED = (FusedOptimizer, *patching._OURS)  # with the classes that derive from them
+_SERVED = (FusedOptimizer, *REPLACED)  # with the classes that derive from them
 
 
 class Unserved:

@@ -12,7 +12,7 @@ import torch
 
 import fused_optim
 from fused_optim import backends, cli
-from fused_optim.cli import choice, doctor
+from fused_optim.cli import doctor
 from support.cases import VARIANTS
 from support.marks import needs_cpu_kernels
 from support.processes import fresh_python, python
@@ -39,7 +39,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(fused_optim, "config", lambda: found)
 
     def run(*classes: type) -> tuple[int, list[str]]:
-        monkeypatch.setattr(choice, "optimizers", lambda: {cls.__name__: cls for cls in classes})
+        monkeypatch.setattr(doctor, "OPTIMIZERS", {cls.__name__: cls for cls in classes})
         status = cli.main(["doctor"])
         return status, capsys.readouterr().out.splitlines()
 

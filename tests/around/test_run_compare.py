@@ -165,12 +165,12 @@ def last_line(stock: Record, ours: Record) -> str:
 
 
 def test_programs_without_a_step() -> None:
-    found = lines(record(n_steps=0), record(n_steps=0))
+    *found, served = lines(record(n_steps=0), record(n_steps=0))
     assert found == [
         "              torch.optim    fused_optim",
         "whole time            4 s            4 s  1x",
-        "no step of Adam, AdamW, SGD, RMSprop or Adagrad in either run",
     ]
+    assert re.fullmatch(r"no step of \w+(, \w+)* or \w+ in either run", served)
 
 
 def test_what_does_not_match_is_said() -> None:

@@ -57,12 +57,6 @@ def test_every_model_is_checked_and_told_of_in_the_help(capsys):
     assert {peer.name for peer in peers.PEERS} - {"torch.compile"} <= set(words)
 
 
-def test_optimizers_are_those_of_the_package():
-    assert {"Adam", "AdamW", "SGD", "RMSprop", "Adagrad"} <= set(choice.optimizers())
-    assert "FusedOptimizer" not in choice.optimizers()
-    assert all(getattr(fused_optim, name) is cls for name, cls in choice.optimizers().items())
-
-
 def test_rows_are_the_product_and_named_by_it():
     rows = choice.product(["tiny", "resnet50"], None, ["AdamW", "SGD"], ["own", "int8"])
     assert [row.name for row in rows] == [

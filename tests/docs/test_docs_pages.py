@@ -21,6 +21,8 @@ import torch
 import fused_optim
 from fused_optim import cli
 from fused_optim.cli.workloads import select
+from fused_optim.optimizers import OPTIMIZERS
+from support.cases import OF_TORCH
 from support.marks import needs_cpu_kernels
 from support.processes import HANG_S
 
@@ -237,6 +239,26 @@ def test_bytes_of_the_first_page_are_those_that_were_measured() -> None:
         (name, *nbytes) for cell, *nbytes in lines for name in re.findall(r"`([A-Z]\w+)`", cell)
     ]
     assert sorted(shown) == sorted(columns)
+    assert {name for name, *_ in shown} == OPTIMIZERS.keys()
+
+
+NAME = rf"`?\b(?:{'|'.join(OPTIMIZERS)})\b`?"
+LISTING = ("README.md", "docs/run.md")
+
+
+@pytest.mark.parametrize("page", [p for p in ALL if p.name != "CHANGELOG.md"], ids=name_of)
+def test_lists_of_optimizers_are_complete(page: Path) -> None:
+    """Five names in a row mean all, with those that torch.optim lacks or without."""
+    found = re.findall(rf"{NAME}(?:,?(?:\s(?:and|or))?\s{NAME}){{4,}}", page.read_text())
+    assert found or name_of(page) not in LISTING
+    for names in found:
+        listed = sorted({*re.findall(r"\w+", names)} - {"and", "or"})
+        assert listed in (OF_TORCH, sorted(OPTIMIZERS)), names
+
+
+def test_the_changelog_has_every_optimizer() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert [name for name in OPTIMIZERS if f"`{name}`" not in text] == []
 
 
 def test_the_reference_has_every_public_name() -> None:

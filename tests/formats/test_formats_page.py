@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.cases import VARIANTS
 from support.marks import needs_cpu_kernels
 
 pytestmark = needs_cpu_kernels
@@ -47,7 +48,7 @@ def test_the_page_has_every_row(folder):
         ["`bfloat16`", state_dtype, master] for master in MASTERS for state_dtype in STATE_DTYPES
     ]
     assert [row[:3] for row in footprints[1:]] == float32 + bfloat16
-    assert {len(row) for row in footprints} == {9}
+    assert {len(row) for row in footprints} == {3 + len(VARIANTS)}
     assert len(peers) == 1 + 4
     assert [row[0] for row in nmse[1:]][:3] == ["`None`", "`bfloat16`", "`int8`"]
     assert len(nmse) == 1 + 4

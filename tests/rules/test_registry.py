@@ -10,7 +10,8 @@ import torch
 
 import fused_optim
 from fused_optim import _C
-from support.cases import CASES, VARIANTS, Case, stock_class
+from fused_optim.optimizers import OPTIMIZERS, REPLACED
+from support.cases import CASES, OF_TORCH, VARIANTS, Case, stock_class
 
 RULES = _C.rules()
 every_optimizer = pytest.mark.parametrize("name", VARIANTS)
@@ -31,14 +32,21 @@ def fused_class(name: str) -> type:
 
 
 def test_table_package_and_kernels_list_the_same_optimizers() -> None:
-    exported = (getattr(fused_optim, name) for name in fused_optim.__all__)
+    exported = {name: getattr(fused_optim, name) for name in fused_optim.__all__}
     classes = {
-        item.__name__
-        for item in exported
+        name: item
+        for name, item in exported.items()
         if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)
     }
-    assert classes - {"FusedOptimizer"} == VARIANTS.keys()
+    assert classes.pop("FusedOptimizer") is fused_optim.FusedOptimizer
+    assert classes == OPTIMIZERS
+    assert OPTIMIZERS.keys() == VARIANTS.keys()
     assert {fused_class(name)._rule for name in VARIANTS} == RULES.keys()
+
+
+def test_those_of_torch_optim_are_replaced() -> None:
+    expected = {getattr(torch.optim, name): fused_class(name) for name in OF_TORCH}
+    assert expected == REPLACED
 
 
 @every_optimizer

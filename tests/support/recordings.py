@@ -13,10 +13,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from support.cases import OF_TORCH
 from support.twins import IMPLEMENTATION_FLAGS, assert_close
 
 Groups = list[dict[str, Any]]
-REPLACED = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
+REPLACED = tuple(getattr(torch.optim, name) for name in OF_TORCH)
 
 
 @dataclass

@@ -1,0 +1,24 @@
+"""The optimizers of the package. Whatever needs their names reads them here."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_optim.adagrad import Adagrad
+from fused_optim.adam import Adam
+from fused_optim.adamw import AdamW
+from fused_optim.lion import Lion
+from fused_optim.optimizer import FusedOptimizer
+from fused_optim.rmsprop import RMSprop
+from fused_optim.sgd import SGD
+
+# Name -> class, in the order in which tables and sentences have them.
+OPTIMIZERS: dict[str, type[FusedOptimizer]] = {
+    cls.__name__: cls for cls in (Adam, AdamW, SGD, RMSprop, Adagrad, Lion)
+}
+# torch.optim's class -> ours, where it has one.
+REPLACED: dict[type, type[FusedOptimizer]] = {
+    ours._stock: ours
+    for name, ours in OPTIMIZERS.items()
+    if getattr(torch.optim, name, None) is ours._stock
+}
