@@ -120,7 +120,7 @@ const char* Gatherer::gather(Candidate& c) {
   if ((reason = identify(c)) || (reason = find_states(c)) || (reason = read_states(c)) ||
       (reason = read_step(c)) || (reason = lay_out(c)))
     return reason;
-  return enter(c);
+  return complete(c);
 }
 
 // What it is, and who may step it.
@@ -189,6 +189,11 @@ const char* Gatherer::find_states(Candidate& c) {
       raise(PyExc_TypeError, "the states of a param must be a dict");
     memory_.hold = false;
   };
+  if (known == nullptr && PyDict_CheckExact(static_cast<PyObject*>(work_.state)) &&
+      !request_.asks(DRY_RUN)) {
+    PyErr_SetObject(PyExc_KeyError, c.param);  // as stock: only a defaultdict makes an entry
+    throw PythonError();
+  }
   if (c.fresh) {
     make(names._create_states, request_.asks(SKIP_ON_DEVICE) ? Py_True : Py_False);
     if (c.used != 0 && (!c.on_device || !request_.asks(SKIP_ON_DEVICE)))
@@ -384,7 +389,7 @@ const char* Gatherer::order(Candidate& c, const int64_t* const* strides) {
 }
 
 // Its numbers and its kernel: the task is complete.
-const char* Gatherer::enter(Candidate& c) {
+const char* Gatherer::complete(Candidate& c) {
   Group& group = c.group;
   Task& task = c.task;
   const Scalar& step = c.held.step;
@@ -417,7 +422,7 @@ const char* Gatherer::enter(Candidate& c) {
         memory_.hold && std::equal(std::begin(c.now.packed), std::end(c.now.packed), c.hint.packed);
     c.held.others = std::move(c.packed.held);
   }
-  c.on_device ? enter_on_device(c, by_address, prepared) : enter_on_cpu(c);
+  c.on_device ? complete_on_device(c, by_address, prepared) : complete_on_cpu(c);
   task.slice.grad_sign = group.grad_sign;
   task.slice.clip = 1;
   task.slice.grad_write = request_.grad_write();
@@ -438,7 +443,7 @@ const char* Gatherer::enter(Candidate& c) {
   return nullptr;
 }
 
-void Gatherer::enter_on_cpu(Candidate& c) {
+void Gatherer::complete_on_cpu(Candidate& c) {
   const Packing& packing = c.packed.packing;
   const Dtype* dtypes = c.task.slice.dtypes;
   const Dtype dtype = dtypes[PARAM];
@@ -456,7 +461,7 @@ void Gatherer::enter_on_cpu(Candidate& c) {
   c.task.hypers = c.group.hypers;
 }
 
-void Gatherer::enter_on_device(Candidate& c, bool by_address, bool prepared) {
+void Gatherer::complete_on_device(Candidate& c, bool by_address, bool prepared) {
   const Scalar& step = c.held.step;
   const Average* average = c.held.average >= 0 ? &work_.averages[c.held.average] : nullptr;
   BatchKey key;

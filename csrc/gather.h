@@ -13,7 +13,7 @@ enum Bits : unsigned {
   MEASURES = 4,        // the norm of the grads is taken
   WRITES_CLIPPED = 8,  // clipped grads are left in the grads,
   ZEROES = 16,         // or zeros
-  SOME_WAIT = 32,      // a device may not have started every momentum
+  SOME_WAIT = 32,      // some momentum may not have started, as a device has skipped its first step
   DRY_RUN = 64,        // no commit follows
   DEVICES = 128,       // found: tensors that a device's kernels serve,
   FALLBACKS = 256,     // tensors that no kernel serves,
@@ -57,11 +57,12 @@ struct Candidate {
   Task& task;
   View views[MAX_STREAMS];
   bool on_device = false;
-  int average = -1;  // index into Work::averages
-  // Its states: which the variant uses, whether they are stored in formats, and whether they are
-  // new.
-  unsigned variant, used = 0;
-  bool has_formats = false, has_step = false, fresh = false;
+  int average = -1;          // index into Work::averages
+  unsigned variant;          // the rule's, with its first step's bit if this is one
+  unsigned used = 0;         // bit s: the variant has state s
+  bool has_formats = false;  // the group asks for formats, and they concern this param
+  bool has_step = false;     // the rule counts steps, or random bits need them
+  bool fresh = false;        // its states are made now
   Packed packed;
   Scalar started;  // not 0 if its momentum has started, where a device alone knows that
 };
@@ -70,11 +71,13 @@ class Gatherer {
  public:
   Gatherer(const Schema& schema, Memory& memory, Work& work, const Request& request)
       : schema_(schema), memory_(memory), work_(work), request_(request) {}
-  // Returns the Bits that were asked for and found. Raises PythonError. Writes nothing.
+  // Returns the Bits that Python has to decide about; 0: there is nothing. Raises PythonError.
+  // Writes to no tensor, and enters nothing into `state` and `_averages`.
   unsigned run();
 
  private:
-  // Each returns null, or the reason that torch.optim's code has to step the param.
+  // Each returns null, or the reason that torch.optim's code has to step the param; NO_GRAD if it
+  // is not stepped. Raises where torch.optim would have written before it raises.
   const char* gather(Candidate& c);
   const char* identify(Candidate& c);
   const char* find_states(Candidate& c);
@@ -83,14 +86,14 @@ class Gatherer {
   const char* lay_out(Candidate& c);
   const char* check_memory(Candidate& c, int stream);
   const char* order(Candidate& c, const int64_t* const* strides);
-  const char* enter(Candidate& c);
+  const char* complete(Candidate& c);
 
   int gather_average(Candidate& c);
   void count_on_device(Average& average, const View& p);
   void check_dtypes(const Candidate& c) const;
   void find_started(Candidate& c);
-  void enter_on_device(Candidate& c, bool by_address, bool prepared);
-  void enter_on_cpu(Candidate& c);
+  void complete_on_device(Candidate& c, bool by_address, bool prepared);
+  void complete_on_cpu(Candidate& c);
   void move_overlapping_to_stock();
 
   const Schema& schema_;

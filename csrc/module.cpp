@@ -203,7 +203,7 @@ void bind_plan(py::module_& m) {
       .def("grad_batches", [](Plan& plan) { return to_pybind(plan.grad_batches()); })
       .def("drop_devices",
            [](Plan& plan, const std::string& reason) { plan.drop_devices(reason.c_str()); })
-      .def("enter", &Plan::enter)
+      .def("begin_commit", &Plan::begin_commit)
       .def("commit",
            [](Plan& plan, double clip, double grad_scale, int num_threads) {
              return to_pybind(plan.commit(clip, grad_scale, num_threads));

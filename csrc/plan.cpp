@@ -37,7 +37,7 @@ void remove_nones(PyObject* dict) {
 
 unsigned Plan::gather(const Request& request) {
   work_.clear();
-  entries_.clear();
+  state_dicts_.clear();
   grad_write_ = request.grad_write();
   return Gatherer(schema_, memory_, work_, request).run();
 }
@@ -141,8 +141,8 @@ void Plan::drop_devices(const char* reason) {
   work_.device_tasks.clear();
 }
 
-void Plan::enter() {
-  work_.entered = true;
+void Plan::begin_commit() {
+  work_.commit_begun = true;
   // Before the kernels: an average of nothing may be seen, one that is half counted may not.
   for (const Average& average : work_.averages)
     if (average.is_new && PyObject_SetItem(work_.all_averages, average.param, average.entry) != 0)
@@ -166,8 +166,8 @@ void Plan::enter() {
   for (const Held& held : work_.held) {
     if (!work_.has_new_states) break;
     if (held.created == nullptr) continue;
-    entries_.push_back(Ref::own(PyObject_GetItem(work_.state, held.param)));
-    if (!PyDict_Check(static_cast<PyObject*>(entries_.back())))
+    state_dicts_.push_back(Ref::own(PyObject_GetItem(work_.state, held.param)));
+    if (!PyDict_Check(static_cast<PyObject*>(state_dicts_.back())))
       raise(PyExc_TypeError, "a param's state must be a dict");
   }
 }
@@ -177,7 +177,7 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
     Plan& plan;
     ~Release() { plan.release(); }
   } release_at_end{*this};
-  if (!work_.entered) enter();
+  if (!work_.commit_begun) begin_commit();
   const auto n_on_devices = static_cast<Py_ssize_t>(work_.n_on_devices);
   const auto n_on_cpu = static_cast<Py_ssize_t>(work_.tasks.size()) - n_on_devices;
   const Ref left = fallbacks();
@@ -207,7 +207,7 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
     if (held.step_moved && PyDict_SetItem(held.states, names.step, held.step.tensor) != 0)
       throw PythonError();
     if (held.created == nullptr) continue;
-    PyObject* entry = entries_[next++];
+    PyObject* entry = state_dicts_[next++];
     if (PyDict_Update(entry, held.created) != 0) throw PythonError();
     if (held.converted) remove_nones(entry);
   }

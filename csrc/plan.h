@@ -10,20 +10,22 @@ class Plan {
  public:
   explicit Plan(const std::string& rule) : schema_(rule) {}
 
-  // Validates everything and writes nothing. Returns Bits.
+  // Validates everything and writes nothing. Returns the Bits to decide about; 0: there is nothing.
   unsigned gather(const Request& request);
 
   // The findings of gather().
-  Ref tasks()
-      const;  // (group index, param index, on a device, bytes moved, averages, strided) each
+  // (group index, param index, on a device, bytes moved, averages, strided) of each task.
+  Ref tasks() const;
   Ref fallbacks() const;      // (group index, param index, reason) each, or None
   Ref sharded_grads() const;  // DTensors among the tasks' grads
-  Ref averages_left() const;  // (param, EMA entry, weight) of each that no kernel moves
+  // (param, EMA entry, weight, or (decay, warmup) where a device counts) of each that no kernel
+  // moves.
+  Ref averages_left() const;
   int64_t n_on_cpu() const;
-  bool host_counts()
-      const;  // the host counts some average's steps: it must know whether one is skipped
+  // The host counts some average's steps: it must know whether one is skipped.
+  bool host_counts() const;
   GradWrite grad_write() const { return grad_write_; }
-  Sum sum_of_squares(int num_threads);  // over the CPU tasks' grads, but DTensors
+  Sum sum_of_squares(int num_threads);  // over the CPU tasks' grads, except DTensors
 
   // For the tasks on devices: streams in several orders go through copies in one.
   Ref tasks_to_stage() const;  // (task, tensors, whether each is written) each
@@ -32,16 +34,16 @@ class Plan {
   Ref grad_batches() { return tables_.grads(work_); }
   void drop_devices(const char* reason);  // torch.optim's code steps them
 
-  // Enters what may fail into Python: averages, version counters. commit() does it itself, unless
-  // kernels are launched on devices before.
-  void enter();
-  // Runs the kernels and completes the step; it cannot fail. The grads are divided by grad_scale
-  // (0: not) and multiplied by clip. Returns (tensors stepped on the CPU, on devices, fallbacks or
-  // None).
+  // Enters new averages and raises version counters. commit() does it itself, unless kernels are
+  // launched on devices before.
+  void begin_commit();
+  // Runs the CPU's kernels and completes the step; it cannot fail. The grads are divided by
+  // grad_scale (0: not) and multiplied by clip. Returns (tensors stepped on the CPU, on devices,
+  // fallbacks or None).
   Ref commit(double clip, double grad_scale, int num_threads);
   void release() {
     work_.clear();
-    entries_.clear();
+    state_dicts_.clear();
   }
 
  private:
@@ -50,7 +52,7 @@ class Plan {
   Work work_;
   Tables tables_;
   GradWrite grad_write_ = KEPT;
-  std::vector<Ref> entries_;  // dicts in `state` of the tasks with new states
+  std::vector<Ref> state_dicts_;  // of the tasks with new states, in `state`
 };
 
 }  // namespace fused_optim

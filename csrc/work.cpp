@@ -72,7 +72,7 @@ void Work::clear() {
   device_tasks.clear();
   rows.clear();
   fallbacks = state = all_averages = Ref();
-  entered = has_new_states = leaves_averages = false;
+  commit_begun = has_new_states = leaves_averages = false;
   n_on_devices = 0;
 }
 

@@ -15,7 +15,7 @@ namespace fused_optim {
 // The exponential moving average of one param of a group that has one.
 struct Average {
   Ref param, entry, tensor;  // entry: the list [average, n_averaged]
-  bool is_new;               // not yet in the optimizer's `_averages`
+  bool is_new;               // `_averages` lacks this entry, or has one that no longer fits
   double weight;             // if the host counts
   Ref count;                 // for the entry: the number after the step, or a device's tensor
   Scalar n_averaged;         // only where a device counts
@@ -31,7 +31,7 @@ struct Held {
   std::vector<Ref> others;  // scales, a remainder, copies in another order
   Ref states;               // the param's dict
   Ref created;              // states that enter it when the step can no longer fail,
-  bool converted = false;   // if so, with None for what has to go
+  bool converted = false;   // they have None for keys that have to go
   Scalar step;
   bool step_moved = false;  // the tensor enters `states` in place of one on the CPU
   int average = -1;         // index into Work::averages, if the kernel moves it
@@ -39,7 +39,7 @@ struct Held {
 
 struct Work {
   std::vector<Task> tasks;
-  std::vector<Held> held;  // one for each task
+  std::vector<Held> held;  // one for each task, until commit() drops the devices' tasks
   std::vector<Layout> layouts;
   std::vector<Packing> packings;
   std::vector<double> hypers;
@@ -48,7 +48,7 @@ struct Work {
   DeviceRows rows;
   Ref fallbacks;            // list of (group index, param index, reason); none if there are none
   Ref state, all_averages;  // the optimizer's dicts
-  bool entered = false;     // Plan::enter() has run: the rest of the commit cannot fail
+  bool commit_begun = false;
   // Counted on the way, as many tasks do not fit into a cache together.
   int64_t n_on_devices = 0;
   bool has_new_states = false;   // some task has `created` states, or a step that has moved

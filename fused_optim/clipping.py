@@ -58,7 +58,7 @@ class Clipping:
         return self.n_skipped_on_device + self.n_skipped
 
     def coefficient(self, norm: float) -> float:
-        """As torch.nn.utils.clip_grad_norm_ has it: NaN for a NaN."""
+        """As torch.nn.utils.clip_grad_norm_ has it, NaN for a NaN; an infinite limit never clips."""
         if self._max_grad_norm is None or math.isinf(self._max_grad_norm):
             return 1.0
         coefficient = self._max_grad_norm / (norm + 1e-6)

@@ -55,12 +55,13 @@ _NO_SCALING = Scaling(None, None)
 
 
 def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outcome | None:
-    """Step the params of these groups; None if found_inf skips that.
+    """Step the params of these groups; None if the host knows at once that GradScaler skips that.
 
     Args:
         groups: the optimizer's, or copies with some of their params, whose ``_origin`` says which: the
             group's index, the params' indices, and the first one's number among all params.
-        keeper: its attribute ``_plan`` keeps plan and launcher from one step of such groups to the next.
+        keeper: the optimizer, or a bucket of release_gradients: its attribute ``_plan`` keeps plan and
+            launcher from one step of such groups to the next.
     """
     grad_scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
@@ -91,7 +92,7 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
             averages.forget_removed_params(optimizer)
         return outcome
     except BaseException:
-        plan = kernels.Plan(optimizer._rule)  # it may trust what it has not finished
+        plan = kernels.Plan(optimizer._rule)  # the other one remembers a step that did not finish
         raise
     finally:
         if launcher is not None and "_plan" in keeper.__dict__:  # by a step in another thread
@@ -101,7 +102,7 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
 
 def _decide_and_commit(
     optimizer: FusedOptimizer, scaling: Scaling, kernels: Any, plan: Any, launcher: Any, todo: int
-) -> Outcome | None:
+) -> Outcome:
     if todo & kernels.DEVICES and not _ready(plan, launcher, todo & kernels.MEASURES):
         todo = todo & ~kernels.DEVICES | kernels.FALLBACKS | kernels.AVERAGES
     on_cpu, falls_back = plan.n_on_cpu() > 0, bool(todo & kernels.FALLBACKS)
@@ -121,10 +122,10 @@ def _decide_and_commit(
     # A clip that the device alone knows leaves no tensor to the CPU's kernels.
     clip_on_cpu = 1.0 if isinstance(clip, Tensor) else clip
     grad_scale, n_threads = scaling.number() if on_cpu else 0.0, torch.get_num_threads()
-    # Ctrl-C comes with a call of Python's: from the first write on, there are none that need not be.
+    # Ctrl-C interrupts calls of Python's: from the first write on, there are as few as can be.
     left = fallback.step(optimizer, plan.fallbacks(), clip, launcher) if falls_back else []
     if todo & kernels.DEVICES:
-        plan.enter()
+        plan.begin_commit()
         try:
             launcher.launch()
         finally:  # an interrupted launch does not leave the rest half done

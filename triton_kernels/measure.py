@@ -32,7 +32,7 @@ class GradBatch(Protocol):
 
 
 class OnePass(Protocol):
-    """fused_optim.one_pass.OnePass."""
+    """fused_optim.clipping.Clipping."""
 
     n_skipped_on_device: Tensor | None
 

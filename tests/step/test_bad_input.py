@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.cases import DEVICE, ONE_EACH, Case, stock_class
-from support.marks import all_cases, few_cases, over
+from support.marks import all_cases, each_optimizer, few_cases, over
 from support.surgeries import tensors_of
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot, step_or_leave_untouched
 
@@ -234,6 +234,20 @@ def test_inference_tensors(case: Case) -> None:
     with pytest.raises(RuntimeError, match=match):
         run.opt.step()
     assert_untouched(run.opt, before)
+
+
+@each_optimizer
+def test_a_plain_dict_makes_no_entry(case: Case) -> None:
+    """Stock's error, before stock steps what no kernel serves."""
+    run = begun(case)
+    params = [
+        torch.nn.Parameter(run.randn((3,)).to(dtype)) for dtype in (torch.complex64, torch.float32)
+    ]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    run.opt.add_param_group({"params": params})
+    run.opt.state = {p: state for p, state in run.opt.state.items() if p is not params[1]}
+    assert_refused(run, KeyError, "")
 
 
 FUSED = [
