@@ -45,7 +45,7 @@ def load(
             result = hook(optimizer, state_dict)
             state_dict = state_dict if result is None else result
         matched = averages.match(state_dict, groups)
-        state_dict = storage.accept(state_dict)
+        state_dict = accept(state_dict)
         for saved_group in state_dict["param_groups"]:
             options.refuse_in_group(saved_group)
         converted = {}
@@ -74,7 +74,7 @@ def load(
 
 def save_for_stock(optimizer: FusedOptimizer) -> Saved:
     """See :meth:`FusedOptimizer.state_dict_for_stock`."""
-    saved = storage.accept(optimizer.state_dict())
+    saved = accept(optimizer.state_dict())
     rule = optimizer._description()
     saved["state"] = {
         index: {
@@ -164,7 +164,7 @@ def _save_formats(optimizer: FusedOptimizer, saved: Saved) -> Saved:
     saved = {**saved, "state": states}
     if optimizer._has_some_params:  # ZeroRedundancyOptimizer loads it by torch.optim's own code
         return saved
-    return storage.refuse_stock(saved, rule)
+    return refuse_stock(saved, rule)
 
 
 def _convert_saved(
@@ -182,7 +182,7 @@ def _convert_saved(
         states = saved.get(index)
         if not isinstance(states, dict) or not storage.applies(param, wanted):
             continue
-        storage.check_saved(states, names, index, param)
+        check_saved(states, names, index, param)
         copies = {
             key: value.detach().to(param.device, copy=True)
             if isinstance(value, Tensor) and key != "step"
@@ -192,6 +192,93 @@ def _convert_saved(
         copies = optimizer._convert_states(param, wanted, copies)
         converted[param] = {key: value for key, value in copies.items() if value is not None}
     return converted
+
+
+# torch.optim would load codes as if they were numbers. It can be stopped where it takes a `step` that is no
+# tensor for a number; without one, where it counts the params of a group.
+NOT_FOR_STOCK = "8-bit states of fused_optim: torch.optim loads what state_dict_for_stock() gives"
+SAVED_STEP = "step_of_codes"
+
+
+def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
+    """Make torch.optim's load_state_dict refuse this state_dict if it holds codes.
+
+    Args:
+        rule: as in `storage.encode_states`.
+    """
+    scales = [f"{name}_scale" for name in rule["states"]]
+    coded = {
+        index
+        for index, states in saved["state"].items()
+        if isinstance(states, dict)
+        and any(key in states for key in scales)
+        and ("step" in states or not rule["has_step"])
+    }
+    if not rule["has_step"]:
+        groups = [
+            {**group, "params": [*group["params"], NOT_FOR_STOCK]}
+            if coded.intersection(group["params"])
+            else group
+            for group in saved["param_groups"]
+        ]
+        return {**saved, "param_groups": groups}
+    state = {
+        index: {**states, "step": NOT_FOR_STOCK.encode(), SAVED_STEP: states["step"]}
+        if index in coded
+        else states
+        for index, states in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def accept(saved: dict[str, Any]) -> dict[str, Any]:
+    """Undo `refuse_stock`; any other state_dict comes back as it is."""
+    groups = [
+        {**group, "params": [index for index in group["params"] if index != NOT_FOR_STOCK]}
+        for group in saved["param_groups"]
+    ]
+    state = {}
+    for index, states in saved["state"].items():
+        if isinstance(states, dict) and SAVED_STEP in states:
+            states = dict(states)
+            step = states.pop(SAVED_STEP)
+            if isinstance(states.get("step"), bytes):  # else the program has put one there
+                states["step"] = step
+        state[index] = states
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def check_saved(states: dict[str, Any], names: list[str], index: Any, param: Tensor) -> None:
+    """Raise ValueError if saved states contradict themselves, or are not those of such a param."""
+    if states.get(storage.REMAINDER) is not None:
+        storage.check_remainder(states[storage.REMAINDER], param)
+    for name in names:
+        tensor, scale = states.get(name), states.get(f"{name}_scale")
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"loaded state dict has '{name}' of shape {tuple(tensor.shape)} for param {index}, "
+                f"which has shape {tuple(param.shape)}"
+            )
+        if tensor.dtype not in storage.OF_CODES:
+            if scale is not None:
+                raise ValueError(
+                    f"loaded state dict has '{name}_scale' for param {index}, but '{name}' is "
+                    f"{tensor.dtype}: torch.optim, say, has converted codes as if they were numbers"
+                )
+            continue
+        if not isinstance(scale, Tensor) or not storage.is_scale_of(scale, tensor):
+            found = (
+                "none"
+                if not isinstance(scale, Tensor)
+                else f"{tuple(scale.shape)} of {scale.dtype}"
+            )
+            raise ValueError(
+                f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, "
+                f"which needs one bfloat16 scale for each {options.SCALE_BLOCK} elements, "
+                f"but its '{name}_scale' is {found}"
+            )
 
 
 def master_params(optimizer: FusedOptimizer) -> list[Tensor]:

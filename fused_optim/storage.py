@@ -44,7 +44,7 @@ class Format:
 
 
 PLAIN_FLOAT32 = Format("plain", torch.float32)
-_OF_CODES = {torch.int8: "signed8", torch.uint8: "root8"}
+OF_CODES = {torch.int8: "signed8", torch.uint8: "root8"}
 SPLITS = {"split8": torch.int8, "split16": torch.int16}
 
 
@@ -219,8 +219,8 @@ def decode_states(states: States, names: list[str]) -> States:
         if not isinstance(value, Tensor):
             continue
         part = sharding.part_of(value)
-        if scale is not None and value.dtype in _OF_CODES:
-            values = decode(Format(_OF_CODES[value.dtype], value.dtype), part, scale)
+        if scale is not None and value.dtype in OF_CODES:
+            values = decode(Format(OF_CODES[value.dtype], value.dtype), part, scale)
         elif value.dtype in (torch.bfloat16, torch.float16):
             values = decode(PLAIN_FLOAT32, part, None)
         else:
@@ -238,14 +238,14 @@ def decode_param(param: Tensor, states: States) -> Tensor:
     rest = states.get(REMAINDER)
     if rest is None or param.dtype == torch.float32:
         return param.detach().to(torch.float32, copy=True)
-    _check_remainder(rest, param)
+    check_remainder(rest, param)
     storage = "split8" if rest.dtype == torch.int8 else "split16"
     part, rest = sharding.part_of(param), sharding.part_of(rest)
     values = decode(Format(storage, param.dtype), part, rest).to(part.device)
     return sharding.rebuilt(values, param)
 
 
-def _check_remainder(rest: Any, param: Tensor) -> None:
+def check_remainder(rest: Any, param: Tensor) -> None:
     if isinstance(rest, Tensor) and rest.shape == param.shape and rest.dtype in SPLITS.values():
         return
     found = f"{tuple(rest.shape)} of {rest.dtype}" if isinstance(rest, Tensor) else repr(rest)
@@ -399,7 +399,7 @@ def _convert_remainder(
         zeros = _like(param, dtype, param.device).zero_()
         converted[REMAINDER] = sharding.rebuilt(zeros, whole)
         return
-    _check_remainder(rest, whole)
+    check_remainder(rest, whole)
     rest = converted[REMAINDER] = sharding.sharded_like(rest, whole)
     rest = sharding.part_of(rest)
     if rest.dtype == dtype and _lies_like(rest, _like(param, dtype, "meta")):
@@ -416,93 +416,6 @@ def _convert_remainder(
         else:
             wide = wide * unit
     converted[REMAINDER] = sharding.rebuilt(_like(param, dtype, param.device).copy_(wide), whole)
-
-
-# torch.optim would load codes as if they were numbers. It can be stopped where it takes a `step` that is no
-# tensor for a number; without one, where it counts the params of a group.
-NOT_FOR_STOCK = "8-bit states of fused_optim: torch.optim loads what state_dict_for_stock() gives"
-SAVED_STEP = "step_of_codes"
-
-
-def refuse_stock(saved: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
-    """Make torch.optim's load_state_dict refuse this state_dict if it holds codes.
-
-    Args:
-        rule: as in `encode_states`.
-    """
-    scales = [f"{name}_scale" for name in rule["states"]]
-    coded = {
-        index
-        for index, states in saved["state"].items()
-        if isinstance(states, dict)
-        and any(key in states for key in scales)
-        and ("step" in states or not rule["has_step"])
-    }
-    if not rule["has_step"]:
-        groups = [
-            {**group, "params": [*group["params"], NOT_FOR_STOCK]}
-            if coded.intersection(group["params"])
-            else group
-            for group in saved["param_groups"]
-        ]
-        return {**saved, "param_groups": groups}
-    state = {
-        index: {**states, "step": NOT_FOR_STOCK.encode(), SAVED_STEP: states["step"]}
-        if index in coded
-        else states
-        for index, states in saved["state"].items()
-    }
-    return {**saved, "state": state}
-
-
-def accept(saved: dict[str, Any]) -> dict[str, Any]:
-    """Undo `refuse_stock`; any other state_dict comes back as it is."""
-    groups = [
-        {**group, "params": [index for index in group["params"] if index != NOT_FOR_STOCK]}
-        for group in saved["param_groups"]
-    ]
-    state = {}
-    for index, states in saved["state"].items():
-        if isinstance(states, dict) and SAVED_STEP in states:
-            states = dict(states)
-            step = states.pop(SAVED_STEP)
-            if isinstance(states.get("step"), bytes):  # else the program has put one there
-                states["step"] = step
-        state[index] = states
-    return {**saved, "state": state, "param_groups": groups}
-
-
-def check_saved(states: States, names: list[str], index: Any, param: Tensor) -> None:
-    """Raise ValueError if saved states contradict themselves, or are not those of such a param."""
-    if states.get(REMAINDER) is not None:
-        _check_remainder(states[REMAINDER], param)
-    for name in names:
-        tensor, scale = states.get(name), states.get(f"{name}_scale")
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"loaded state dict has '{name}' of shape {tuple(tensor.shape)} for param {index}, "
-                f"which has shape {tuple(param.shape)}"
-            )
-        if tensor.dtype not in _OF_CODES:
-            if scale is not None:
-                raise ValueError(
-                    f"loaded state dict has '{name}_scale' for param {index}, but '{name}' is "
-                    f"{tensor.dtype}: torch.optim, say, has converted codes as if they were numbers"
-                )
-            continue
-        if not isinstance(scale, Tensor) or not is_scale_of(scale, tensor):
-            found = (
-                "none"
-                if not isinstance(scale, Tensor)
-                else f"{tuple(scale.shape)} of {scale.dtype}"
-            )
-            raise ValueError(
-                f"loaded state dict has 8-bit '{name}' of shape {tuple(tensor.shape)} for param {index}, "
-                f"which needs one bfloat16 scale for each {SCALE_BLOCK} elements, "
-                f"but its '{name}_scale' is {found}"
-            )
 
 
 def first_number(groups: list[dict[str, Any]], g: int) -> int:

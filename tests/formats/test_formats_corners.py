@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fused_optim
-from fused_optim import storage
+from fused_optim import checkpoint
 from fused_optim._C import SMALLEST_INT8
 from support.cases import OF_TORCH, fullest
 from support.formats import MASTERS, each_state_dtype, packed_states, run_of
@@ -105,7 +105,7 @@ def test_codes_that_stock_took_for_numbers_are_refused():
     run = run_of("Adam", shapes=[(5000,)], state_dtype="int8")
     run.step()
     stock = torch.optim.Adam([nn.Parameter(torch.zeros(5000))], amsgrad=True)
-    stock.load_state_dict(storage.accept(run.opt.state_dict()))  # saved by an older version
+    stock.load_state_dict(checkpoint.accept(run.opt.state_dict()))  # saved by an older version
     with pytest.raises(ValueError, match="as if they were numbers"):
         run.opt.load_state_dict(stock.state_dict())
 
@@ -123,12 +123,12 @@ def test_torch_optim_refuses_codes(name, tmp_path):
     match = r"state_dict_for_stock\(\)" if counts else "doesn't match the size of optimizer's group"
     with pytest.raises(ValueError, match=match):
         stock.load_state_dict(saved)
-    assert storage.NOT_FOR_STOCK in str(saved)
+    assert checkpoint.NOT_FOR_STOCK in str(saved)
     stock = fullest(name).stock(params)
     stock.load_state_dict(run.opt.state_dict_for_stock())
-    for checkpoint in (saved, storage.accept(saved)):  # of this version, and of older ones
+    for saved_as in (saved, checkpoint.accept(saved)):  # of this version, and of older ones
         again = run_of(name, shapes=[(70, 70), (5,)], state_dtype="int8")
-        again.opt.load_state_dict(copy.deepcopy(checkpoint))
+        again.opt.load_state_dict(copy.deepcopy(saved_as))
         for param, twin in zip(run.params, again.params):
             assert again.state(twin).keys() == run.state(param).keys()
             assert_same_bits([*run.state(param).values()], [*again.state(twin).values()])
@@ -141,7 +141,7 @@ def test_a_step_that_was_put_into_saved_codes_is_loaded():
     saved["state"][0]["step"] = torch.tensor(1.0)
     run.opt.load_state_dict(saved)
     assert run.opt.state[run.params[0]]["step"] == 1
-    assert storage.SAVED_STEP not in run.opt.state[run.params[0]]
+    assert checkpoint.SAVED_STEP not in run.opt.state[run.params[0]]
 
 
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
