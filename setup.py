@@ -12,6 +12,8 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/plan.cpp",
     "csrc/gather.cpp",
+    "csrc/lay_out.cpp",
+    "csrc/complete.cpp",
     "csrc/averages.cpp",
     "csrc/group.cpp",
     "csrc/storage.cpp",

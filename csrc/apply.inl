@@ -92,9 +92,9 @@ inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
     if constexpr (states & 0b100) s2 = state2[k];
     Rule::template update<VARIANT, T>(p, factor * grad[k], s0, s1, s2, h);
     if constexpr (ROOTS) {
-      if constexpr (Rule::SQUARES & 0b001) s0 = std::sqrt(s0);
-      if constexpr (Rule::SQUARES & 0b010) s1 = std::sqrt(s1);
-      if constexpr (Rule::SQUARES & 0b100) s2 = std::sqrt(s2);
+      if constexpr (Rule::state_kinds[0] == SQUARE) s0 = std::sqrt(s0);
+      if constexpr (Rule::state_kinds[1] == SQUARE) s1 = std::sqrt(s1);
+      if constexpr (Rule::state_kinds[2] == SQUARE) s2 = std::sqrt(s2);
     }
     param[k] = p;
     if constexpr (states & 0b001) state0[k] = s0;

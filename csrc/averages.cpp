@@ -40,25 +40,25 @@ int Gatherer::gather_average(Candidate& c) {
     average.entry = Ref::share(known);
   }
   average.tensor = Ref::share(list_item(average.entry, 0));
-  average.count = Ref::share(list_item(average.entry, 1));
   average.decay = c.group.ema_decay;
   average.warmup = c.group.ema_warmup;
   View p;
   const Ref part = request_.device_types == 0 ? Ref() : part_of(c.param, c.param);
   const bool on_device = part != nullptr && p.read(part) && request_.serves(p.device);
+  PyObject* const count = list_item(average.entry, 1);
   // The interpreter's device is the CPU.
-  if (on_device && average.n_averaged.find(average.count, p) &&
+  if (on_device && average.n_averaged.find(count, p) &&
       (average.n_averaged.on_device || p.device.type == dlpack::CPU)) {
     average.n_averaged.on_device = true;
   } else {
     average.n_averaged = {};
-    const double n = number(average.count);
+    const double n = number(count);
     // The first average is the param; the warm-up is that of Abadi et al.'s TensorFlow,
     // tf.train.ExponentialMovingAverage with num_updates.
     double decay = average.decay;
     if (average.warmup) decay = std::min(decay, (1 + n) / (10 + n));
     average.weight = n == 0 ? 1 : 1 - decay;
-    average.count = Ref::own(PyLong_FromDouble(n + 1));
+    average.n_averaged.object = Ref::own(PyLong_FromDouble(n + 1));
     if (on_device && (c.group.capturable || request_.asks(SKIP_ON_DEVICE)))
       count_on_device(average, p);
   }
@@ -66,11 +66,26 @@ int Gatherer::gather_average(Candidate& c) {
   return static_cast<int>(work_.averages.size()) - 1;
 }
 
+// Makes the average a stream of the param's kernel, if one can take it.
+void Gatherer::join_average(Candidate& c) {
+  Average& average = work_.averages[c.average];
+  const View& p = c.views[PARAM];
+  View& view = c.views[EMA];
+  Ref& part = c.held.parts[EMA] = part_of(average.tensor, c.param);
+  average.in_kernel = part != nullptr && view.read(part) && view.dtype != N_DTYPES &&
+                      view.same_shape(p) && view.device == p.device &&
+                      (view.dtype == F64) == (p.dtype == F64);
+  if (!average.in_kernel) return;
+  c.task.streams |= 1u << EMA;
+  c.task.slice.ema_weight = average.weight;
+  c.held.average = c.average;
+  c.now.objects[EMA] = average.tensor;
+}
+
 // Has the device count from now on, unless it does already.
 void Gatherer::count_on_device(Average& average, const View& p) {
   if (average.n_averaged.on_device) return;
   average.n_averaged.move(list_item(average.entry, 1), average.param, p, request_.launcher);
-  average.count = average.n_averaged.tensor;
 }
 
 }  // namespace fused_optim

@@ -29,17 +29,23 @@ std::vector<const char*> names_in(const char* list, bool as_keys) {
   return names;
 }
 
+// A struct of doubles.
+template <class T>
+T as(const double* values) {
+  T whole;
+  std::memcpy(&whole, values, sizeof(whole));
+  return whole;
+}
+
 template <class Rule>
 RuleInfo describe() {
   static_assert(Rule::VARIANTS <= MAX_VARIANTS, "raise MAX_VARIANTS");
   static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
                 "raise MAX_HYPERS");
-  const auto options_of = [](const double* values) {
-    typename Rule::Options options;
-    std::memcpy(&options, values, sizeof(options));
-    return options;
-  };
-  static const auto to_options = options_of;
+  static_assert(sizeof(typename Rule::Scalars) <= MAX_RULE_SCALARS * sizeof(double),
+                "raise MAX_RULE_SCALARS");
+  using Options = typename Rule::Options;
+  using Scalars = typename Rule::Scalars;
   unsigned deciding = 0;
   for (unsigned bit = 1; bit < MAX_VARIANTS; bit <<= 1)
     for (unsigned variant = 0; variant < MAX_VARIANTS; variant++)
@@ -47,18 +53,27 @@ RuleInfo describe() {
   return {Rule::name,
           names_in(Rule::option_names, true),
           {std::begin(Rule::state_names), std::end(Rule::state_names)},
+          names_in(Rule::scalar_names, false),
           names_in(Rule::hyper_names, false),
+          Rule::state_kinds,
           Rule::FLAGS,
           Rule::has_step,
-          Rule::FIRST_STEP,
-          [](const double* options) { return Rule::variant(to_options(options)); },
+          Rule::HIDDEN,
+          [](const double* options) { return Rule::variant(as<Options>(options)); },
           [](unsigned variant) { return Rule::states(variant); },
           deciding,
           [](unsigned variant) { return Rule::lerped_states(variant); },
-          Rule::SQUARES,
           [](unsigned variant) { return Rule::decays_grad(variant); },
-          [](const double* options, double step, double* hypers) {
-            const auto prepared = Rule::prepare(to_options(options), step);
+          [](const double* options, double* scalars) {
+            auto advanced = as<Scalars>(scalars);
+            Rule::advance(as<Options>(options), advanced);
+            std::memcpy(scalars, &advanced, sizeof(advanced));
+          },
+          [](const double* options, const double* scalars) {
+            return Rule::step_variant(as<Options>(options), as<Scalars>(scalars));
+          },
+          [](const double* options, const double* scalars, double* hypers) {
+            const auto prepared = Rule::prepare(as<Options>(options), as<Scalars>(scalars));
             std::memcpy(hypers, &prepared, sizeof(prepared));
           }};
 }

@@ -14,17 +14,21 @@ struct RuleInfo {
   const char* name;
   std::vector<const char*> option_names;
   std::vector<const char*> state_names;
+  std::vector<const char*> scalar_names;
   std::vector<const char*> hyper_names;
+  const StateKind* state_kinds;
   unsigned flags;  // bit i: option i is true or false, not a number
   bool has_step;
-  unsigned first_step_variant;  // added to the variant of a tensor whose states do not exist yet
+  unsigned hidden_scalars;  // bit i: scalar i is not among the states
   unsigned (*variant)(const double* options);
   unsigned (*states)(unsigned variant);         // bit i: state i is used
   unsigned deciding;                            // the bits of the variant that `states` depends on
   unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
-  unsigned square_states;  // bit i: state i is like a second moment, not like a momentum
-  bool (*decays_grad)(unsigned variant);  // grad + weight_decay * param comes first
-  void (*prepare)(const double* options, double step, double* hypers);
+  bool (*decays_grad)(unsigned variant);        // grad + weight_decay * param comes first
+  void (*advance)(const double* options, double* scalars);
+  // Both take the scalars after the step.
+  unsigned (*step_variant)(const double* options, const double* scalars);
+  void (*prepare)(const double* options, const double* scalars, double* hypers);
 };
 
 const std::vector<RuleInfo>& rules();

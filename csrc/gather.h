@@ -13,19 +13,18 @@ enum Bits : unsigned {
   MEASURES = 4,        // the norm of the grads is taken
   WRITES_CLIPPED = 8,  // clipped grads are left in the grads,
   ZEROES = 16,         // or zeros
-  SOME_WAIT = 32,      // some momentum may not have started, as a device has skipped its first step
-  DRY_RUN = 64,        // no commit follows
-  DEVICES = 128,       // found: tensors that a device's kernels serve,
-  FALLBACKS = 256,     // tensors that no kernel serves,
-  AVERAGES = 512,      // averages that no kernel moves
+  DRY_RUN = 32,        // no commit follows
+  DEVICES = 64,        // found: tensors that a device's kernels serve,
+  FALLBACKS = 128,     // tensors that no kernel serves,
+  AVERAGES = 256,      // averages that no kernel moves
 };
 
 constexpr std::pair<const char*, Bits> BIT_NAMES[] = {
-    {"SCALES", SCALES},       {"SKIP_ON_DEVICE", SKIP_ON_DEVICE},
-    {"MEASURES", MEASURES},   {"WRITES_CLIPPED", WRITES_CLIPPED},
-    {"ZEROES", ZEROES},       {"SOME_WAIT", SOME_WAIT},
-    {"DRY_RUN", DRY_RUN},     {"DEVICES", DEVICES},
-    {"FALLBACKS", FALLBACKS}, {"AVERAGES", AVERAGES}};
+    {"SCALES", SCALES},     {"SKIP_ON_DEVICE", SKIP_ON_DEVICE},
+    {"MEASURES", MEASURES}, {"WRITES_CLIPPED", WRITES_CLIPPED},
+    {"ZEROES", ZEROES},     {"DRY_RUN", DRY_RUN},
+    {"DEVICES", DEVICES},   {"FALLBACKS", FALLBACKS},
+    {"AVERAGES", AVERAGES}};
 
 // Borrowed references.
 struct Request {
@@ -43,6 +42,16 @@ struct Request {
   }
 };
 
+// A param's state, borrowed or null: among so few keys, an interned one is found sooner by looking
+// at each.
+inline PyObject* item(PyObject* states, PyObject* wanted) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(states, &position, &key, &value))
+    if (key == wanted) return value;
+  return get_item(states, wanted);
+}
+
 // The param under way.
 struct Candidate {
   Candidate(Group& group, int64_t position, size_t number, PyObject* param, Hint& hint, Work& work);
@@ -58,13 +67,14 @@ struct Candidate {
   View views[MAX_STREAMS];
   bool on_device = false;
   int average = -1;          // index into Work::averages
-  unsigned variant;          // the rule's, with its first step's bit if this is one
+  unsigned variant;          // with what the scalars make of it, where the host knows them
   unsigned used = 0;         // bit s: the variant has state s
   bool has_formats = false;  // the group asks for formats, and they concern this param
   bool has_step = false;     // the rule counts steps, or random bits need them
   bool fresh = false;        // its states are made now
   Packed packed;
-  Scalar started;  // not 0 if its momentum has started, where a device alone knows that
+  Scalar scalars[MAX_RULE_SCALARS];
+  double numbers[MAX_RULE_SCALARS] = {};  // those after the step, where the host knows them
 };
 
 class Gatherer {
@@ -82,16 +92,19 @@ class Gatherer {
   const char* identify(Candidate& c);
   const char* find_states(Candidate& c);
   const char* read_states(Candidate& c);
-  const char* read_step(Candidate& c);
+  const char* read_scalars(Candidate& c);
+  void check_corrections(const Candidate& c) const;
   const char* lay_out(Candidate& c);
   const char* check_memory(Candidate& c, int stream);
   const char* order(Candidate& c, const int64_t* const* strides);
   const char* complete(Candidate& c);
 
   int gather_average(Candidate& c);
+  void join_average(Candidate& c);
   void count_on_device(Average& average, const View& p);
   void check_dtypes(const Candidate& c) const;
-  void find_started(Candidate& c);
+  void find_hidden(Candidate& c);
+  bool prepare(Candidate& c);
   void complete_on_device(Candidate& c, bool by_address, bool prepared);
   void complete_on_cpu(Candidate& c);
   void move_overlapping_to_stock();
@@ -101,6 +114,8 @@ class Gatherer {
   Work& work_;
   const Request& request_;
   double lowest_lr_ = 0;  // among the groups, if negative
+  Ref unsure_;            // the optimizer's (unsure.py), where a device may know more than the host
+  bool is_unsure_ = false;
 };
 
 }  // namespace fused_optim

@@ -24,6 +24,7 @@ Schema::Schema(const std::string& name)
     state_keys.push_back(interned(state));
     scale_keys.push_back(interned((std::string(state) + "_scale").c_str()));
   }
+  for (const char* scalar : rule.scalar_names) scalar_keys.push_back(interned(scalar));
 }
 
 namespace {

@@ -61,11 +61,12 @@ struct Group {
   bool has_ema = false, ema_warmup = false;
   double ema_decay = 0;
   unsigned variant = 0;
-  // The latest hypers: the step that they were prepared for (-1: none yet), their index in the
-  // step's table, and whether float32 holds all of them.
-  double prepared_step = -1;
-  int64_t hypers = 0;
-  bool hypers_fit = true;
+  struct Prepared {
+    double scalars[MAX_RULE_SCALARS] = {-1};  // for which it was; -1: none yet
+    int64_t hypers = 0;                       // index in the step's table
+    bool fits = true;                         // float32 holds all of them
+    unsigned variant = 0;
+  } prepared;  // latest
 
  private:
   void read_origin();

@@ -9,12 +9,15 @@ constexpr int MAX_STATES = 3;
 constexpr int PARAM = 0, GRAD = 1, STATES = 2, EMA = STATES + MAX_STATES;
 constexpr int MAX_STREAMS = EMA + 1;
 constexpr int MAX_HYPERS = 8;
+// The scalars of a rule, and beside them how many steps went into the EMA.
+constexpr int STEP = 0, MAX_RULE_SCALARS = 2, N_AVERAGED = MAX_RULE_SCALARS;
+constexpr int MAX_SCALARS = MAX_RULE_SCALARS + 1;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
 // States of 8 bits: elements of one scale; elements of the smallest state that has 8 bits, others
 // stay float32.
 constexpr int SCALE_BLOCK = 64, SMALLEST_INT8 = 4096;
-inline int64_t n_scales(int64_t numel) { return (numel + SCALE_BLOCK - 1) / SCALE_BLOCK; }
+constexpr int64_t n_scales(int64_t numel) { return (numel + SCALE_BLOCK - 1) / SCALE_BLOCK; }
 
 // The dtype of one stream. The values index ITEMSIZE. Those behind N_DTYPES occur in packed streams
 // only.
@@ -34,6 +37,9 @@ enum KernelForm : uint8_t {
   N_FORMS
 };
 
+// A state is: any number; never negative, like a second moment; or one that no format may round.
+enum StateKind : uint8_t { SIGNED, SQUARE, EXACT };
+
 // Meaning of a stream's bits (formats.h): the dtype's own; the same, rounded stochastically; 8 bits
 // with a scale, of the value or of its root; a param with a remainder of 8 or 16 bits.
 enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
@@ -41,6 +47,14 @@ enum Storage : uint8_t { PLAIN, STOCHASTIC, SIGNED8, ROOT8, SPLIT8, SPLIT16 };
 // Bytes of a remainder for each element.
 constexpr int remainder_itemsize(Storage master) {
   return master == SPLIT8 ? 1 : master == SPLIT16 ? 2 : 0;
+}
+
+// Elements are codes of 8 bits, with a scale for each block of them.
+constexpr bool has_scales(Storage storage) { return storage == SIGNED8 || storage == ROOT8; }
+
+// Bytes beside a stream: its scales, or a remainder.
+constexpr int64_t extra_nbytes(Storage storage, int64_t numel) {
+  return has_scales(storage) ? n_scales(numel) * 2 : numel * remainder_itemsize(storage);
 }
 
 // For all of a tensor.
@@ -78,6 +92,8 @@ struct Slice {
   void* remainder;         // the param's; a stream of its own
   int64_t first;  // index of the run's first element in the tensor; packed: starts a scale block
 
+  // The memory beside a packed stream, see extra_nbytes.
+  void* extra(int stream) const { return stream == PARAM ? remainder : packing->scales[stream]; }
   int remainder_itemsize() const {
     return remainder == nullptr ? 0 : fused_optim::remainder_itemsize(packing->storage[PARAM]);
   }

@@ -15,32 +15,46 @@ py::dict describe_rules() {
   py::dict described;
   for (const RuleInfo& rule : rules()) {
     py::dict entry;
-    py::list options, states, hypers;
+    py::list options, states, scalars, hypers, kinds;
+    py::dict deciding;  // bit of the variant -> bits of the states that there are only with it
+    for (unsigned bit = 1; bit <= rule.deciding; bit <<= 1)
+      if (bit & rule.deciding)
+        deciding[py::int_(bit)] = rule.states(rule.deciding) & ~rule.states(rule.deciding & ~bit);
     for (const char* name : rule.option_names) options.append(name);
     for (const char* name : rule.state_names) states.append(name);
+    for (const char* name : rule.scalar_names) scalars.append(name);
     for (const char* name : rule.hyper_names) hypers.append(name);
+    for (size_t s = 0; s < rule.state_names.size(); s++)
+      kinds.append(STATE_KIND_NAMES[rule.state_kinds[s]]);
     entry["options"] = options;
     entry["states"] = states;
     entry["hypers"] = hypers;
-    entry["deciding"] = rule.deciding;
+    entry["scalars"] = scalars;
+    entry["kinds"] = kinds;
+    entry["deciding"] = deciding;
     entry["has_step"] = rule.has_step;
-    entry["squares"] = rule.square_states;
     described[rule.name] = entry;
   }
   return described;
 }
 
-// The hypers that the rule prepares, in double. For tests of the same arithmetic elsewhere.
-std::vector<double> prepare(const std::string& name, const std::vector<double>& options,
-                            double step) {
+// The hypers that the rule prepares, in double, and the variant that the scalars make. For tests of
+// the same arithmetic elsewhere.
+std::pair<std::vector<double>, unsigned> prepare(const std::string& name,
+                                                 const std::vector<double>& options,
+                                                 const std::vector<double>& scalars) {
   for (const RuleInfo& rule : rules()) {
     if (name != rule.name) continue;
     if (options.size() != rule.option_names.size())
       throw std::invalid_argument(name + " has " + std::to_string(rule.option_names.size()) +
                                   " options");
+    if (scalars.size() != rule.scalar_names.size())
+      throw std::invalid_argument(name + " has " + std::to_string(rule.scalar_names.size()) +
+                                  " scalars");
     double hypers[MAX_HYPERS] = {};
-    rule.prepare(options.data(), step, hypers);
-    return {hypers, hypers + rule.hyper_names.size()};
+    rule.prepare(options.data(), scalars.data(), hypers);
+    return {{hypers, hypers + rule.hyper_names.size()},
+            rule.step_variant(options.data(), scalars.data())};
   }
   throw std::invalid_argument("no rule is called '" + name + "'");
 }
@@ -113,11 +127,13 @@ Dtype find_dtype(const std::string& name) {
 }
 
 // See storage_of; state_dtype: "" for torch.optim's.
-py::tuple describe_storage(const std::string& state_dtype, bool is_square, const std::string& param,
-                           int64_t numel) {
+py::tuple describe_storage(const std::string& state_dtype, const std::string& kind,
+                           const std::string& param, int64_t numel) {
   const auto format = static_cast<StateFormat>(find_name<std::size(STATE_FORMAT_NAMES)>(
       state_dtype, [](size_t i) { return STATE_FORMAT_NAMES[i]; }));
-  const Stored stored = storage_of(format, is_square, find_dtype(param), numel);
+  const auto state_kind = static_cast<StateKind>(
+      find_name<std::size(STATE_KIND_NAMES)>(kind, [](size_t i) { return STATE_KIND_NAMES[i]; }));
+  const Stored stored = storage_of(format, state_kind, find_dtype(param), numel);
   return py::make_tuple(STORAGE_NAMES[stored.storage], name_of(stored.dtype));
 }
 
@@ -234,7 +250,7 @@ void bind_tables(py::module_& m) {
                              })
       .def_readonly("numels", &Batch::numels)
       .def_readonly("tensors", &Batch::tensors)
-      .def_readonly("steps", &Batch::steps)
+      .def_readonly("scalars", &Batch::scalars)
       .def_readonly("addresses", &Batch::addresses)
       .def_readonly("options", &Batch::options)
       .def_readonly("hypers", &Batch::hypers);
@@ -265,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SCALE_BLOCK") = SCALE_BLOCK;
   m.attr("SMALLEST_INT8") = SMALLEST_INT8;
   m.def("rules", &describe_rules);
-  m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("step"));
+  m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("scalars"));
   m.def("isas", &available_isas);
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("set_isa", &set_isa, py::arg("name"));
@@ -274,7 +290,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("transcode", &transcode, py::arg("packs"), py::arg("storage"), py::arg("dtype"),
         py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"), py::arg("key"),
         py::arg("num_threads"), py::arg("offset") = 0);
-  m.def("storage_of", &describe_storage, py::arg("state_dtype"), py::arg("is_square"),
-        py::arg("param"), py::arg("numel"));
+  m.def("storage_of", &describe_storage, py::arg("state_dtype"), py::arg("kind"), py::arg("param"),
+        py::arg("numel"));
   m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));
 }

@@ -7,16 +7,14 @@ namespace fused_optim {
 namespace {
 
 // The bytes that a kernel reads and writes for one tensor; a step count is not worth counting.
-int64_t moved_nbytes(const Task& task, const Packing* packing) {
+int64_t moved_nbytes(const Task& task) {
   int64_t nbytes = 0;
   for (int s = 0; s < MAX_STREAMS; s++) {
     if (!(task.streams >> s & 1)) continue;
     const int times = task.written >> s & 1 ? 2 : 1;
     nbytes += times * task.slice.numel * ITEMSIZE[task.slice.dtypes[s]];
-    if (packing == nullptr) continue;
-    if (packing->scales[s] != nullptr) nbytes += times * n_scales(task.slice.numel) * 2;
-    if (s == PARAM)
-      nbytes += times * task.slice.numel * remainder_itemsize(packing->storage[PARAM]);
+    if (task.slice.packing != nullptr)
+      nbytes += times * extra_nbytes(task.slice.packing->storage[s], task.slice.numel);
   }
   return nbytes;
 }
@@ -47,10 +45,9 @@ Ref Plan::tasks() const {
   for (size_t t = 0; t < work_.tasks.size(); t++) {
     const Task& task = work_.tasks[t];
     const Origin& origin = work_.held[t].origin;
-    const Packing* packing = task.packing >= 0 ? &work_.packings[task.packing] : nullptr;
     const Ref entry = Ref::own(Py_BuildValue(
         "(LLOLOO)", static_cast<long long>(origin.group), static_cast<long long>(origin.index),
-        as_bool(task.device >= 0), static_cast<long long>(moved_nbytes(task, packing)),
+        as_bool(task.device >= 0), static_cast<long long>(moved_nbytes(task)),
         as_bool(task.streams >> EMA & 1), as_bool(task.layout >= 0)));
     append(found, entry);
   }
@@ -194,7 +191,8 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
       task.slice.grad_scale = grad_scale;
       if (grad_scale == 0 && task.slice.grad_write == UNSCALED) task.slice.grad_write = KEPT;
     }
-  for (const Held& held : work_.held) held.step.write();
+  for (const Held& held : work_.held)
+    for (const Scalar& scalar : work_.scalars_of(held)) scalar.write();
   if (!tasks.empty()) {
     Py_BEGIN_ALLOW_THREADS run(tasks, work_.layouts, num_threads);
     Py_END_ALLOW_THREADS
@@ -204,8 +202,10 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
   size_t next = 0;
   for (const Held& held : work_.held) {
     if (!work_.has_new_states) break;
-    if (held.step_moved && PyDict_SetItem(held.states, names.step, held.step.tensor) != 0)
-      throw PythonError();
+    for (const Scalar& scalar : work_.scalars_of(held))
+      if (scalar.moved && scalar.key != nullptr &&
+          PyDict_SetItem(held.states, scalar.key, scalar.object) != 0)
+        throw PythonError();
     if (held.created == nullptr) continue;
     PyObject* entry = state_dicts_[next++];
     if (PyDict_Update(entry, held.created) != 0) throw PythonError();
@@ -214,7 +214,7 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
   for (const Average& average : work_.averages) {
     if (!average.in_kernel && !average.n_averaged.on_device) continue;
     // Cannot fail: gather has seen a list of two.
-    PyList_SetItem(average.entry, 1, Ref(average.count).release());
+    PyList_SetItem(average.entry, 1, Ref(average.n_averaged.object).release());
   }
   return outcome;
 }

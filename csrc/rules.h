@@ -1,12 +1,13 @@
 // Every update rule, simplest first. A rule is arithmetic on one element: it knows no pointer,
 // dtype, thread or storage format. Each rule names its states (keys of optimizer.state[param]) and
 // has
-//   OPTIONS   what a param group says, as doubles
-//   variant   the compile-time choices that these options make
-//   HYPERS    the numbers one element needs, all of type T
-//   prepare   Options and step -> Hypers, in double, once per tensor
-//   states    bit i: the variant has state i
-//   update    one element; grad is already unscaled and, if maximizing, negated
+//   OPTIONS       what a param group says, as doubles
+//   SCALARS       numbers of one param that each step advances, as doubles: how many steps it has
+//   seen variant       the compile-time choices that these options make HYPERS        the numbers
+//   one element needs, all of type T advance       Scalars before the step -> after it step_variant
+//   choices that the Scalars make on top prepare       Options and Scalars after the step ->
+//   Hypers, in double, once per tensor states        bit i: the variant has state i update one
+//   element; grad is already unscaled and, if maximizing, negated
 //
 // Included inside a namespace: each instruction set compiles its own copy (see apply.inl).
 // The order of operations is torch.optim's non-fused code's unless a comment says otherwise.
@@ -29,24 +30,20 @@ inline T lerp(T start, T end, T weight) {
   return (near_start ? start : end) + (near_start ? weight : weight - T(1)) * (end - start);
 }
 
-// Defaults, which a rule replaces where it differs. The functions take a variant.
-struct Rule {
-  static constexpr unsigned FLAGS = 0;       // bit i: option i is true or false
-  static constexpr unsigned SQUARES = 0;     // bit i: state i is like a second moment
-  static constexpr unsigned FIRST_STEP = 0;  // bit of the variant in a tensor's first step
-  static constexpr bool has_step = true;     // the states count steps
-  static constexpr bool valid(unsigned) { return true; }
-  static constexpr unsigned lerped_states(unsigned) { return 0; }  // bit i: torch.lerp_ writes it
-  static constexpr bool decays_grad(unsigned) { return false; }    // adds weight_decay * param
-};
-
 // Keys of a param group, and numbers that an element needs: a struct of these members, and their
-// names in one string. The option beta1 is the first item of group["betas"].
+// names in one string. The option beta1 is the first item of group["betas"]. Scalars are float32 or
+// float64 tensors among the states, `step` first.
 #define OPTIONS(...)    \
   struct Options {      \
     double __VA_ARGS__; \
   };                    \
   static constexpr const char* option_names = #__VA_ARGS__
+
+#define SCALARS(...)    \
+  struct Scalars {      \
+    double __VA_ARGS__; \
+  };                    \
+  static constexpr const char* scalar_names = #__VA_ARGS__
 
 #define HYPERS(...)  \
   template <class T> \
@@ -54,6 +51,29 @@ struct Rule {
     T __VA_ARGS__;   \
   };                 \
   static constexpr const char* hyper_names = #__VA_ARGS__
+
+// Defaults, which a rule replaces where it differs.
+struct Rule {
+  static constexpr unsigned FLAGS = 0;                      // bit i: option i is true or false
+  static constexpr StateKind state_kinds[MAX_STATES] = {};  // SIGNED
+  SCALARS(step);
+  static constexpr bool has_step = true;  // false: `step` is among the states for random bits alone
+  // Bit i: scalar i is not among the states. Before the step it is 0 if those do not exist yet, and
+  // 1 if they do; where a device alone knows that, a tensor on the device that the host keeps.
+  static constexpr unsigned HIDDEN = 0;
+  template <class Options>
+  static void advance(const Options&, Scalars& s) {
+    s.step += 1;
+  }
+  template <class Options>
+  static unsigned step_variant(const Options&, const Scalars&) {
+    return 0;
+  }
+  // These take a variant.
+  static constexpr bool valid(unsigned) { return true; }
+  static constexpr unsigned lerped_states(unsigned) { return 0; }  // bit i: torch.lerp_ writes it
+  static constexpr bool decays_grad(unsigned) { return false; }    // adds weight_decay * param
+};
 
 // SGD with momentum as in Sutskever et al. 2013, "On the importance of initialization and momentum
 // in deep learning", in torch.optim's form: the learning rate multiplies the buffer, not the grad.
@@ -63,7 +83,9 @@ struct SGD : Rule {
   static constexpr const char* state_names[] = {"momentum_buffer"};
   HYPERS(lr, momentum, dampening_comp, weight_decay);
   static constexpr unsigned FLAGS = 0b10000;
+  SCALARS(step, momentum_step);
   static constexpr bool has_step = false;
+  static constexpr unsigned HIDDEN = 0b10;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, NESTEROV = 4, FIRST_STEP = 8, VARIANTS = 16 };
   static constexpr bool valid(unsigned variant) {
@@ -75,7 +97,14 @@ struct SGD : Rule {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum != 0 ? MOMENTUM : 0u) |
            (o.momentum != 0 && o.nesterov != 0 ? NESTEROV : 0u);
   }
-  static Hypers<double> prepare(const Options& o, double /*step*/) {
+  static void advance(const Options&, Scalars& s) {
+    s.step += 1;
+    s.momentum_step += 1;
+  }
+  static unsigned step_variant(const Options&, const Scalars& s) {
+    return s.momentum_step == 1 ? FIRST_STEP : 0u;
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.lr, o.momentum, 1 - o.dampening, o.weight_decay};
   }
 
@@ -108,7 +137,7 @@ struct Lion : Rule {
   enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
   static constexpr unsigned states(unsigned) { return 0b1; }
   static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
-  static Hypers<double> prepare(const Options& o, double /*step*/) {
+  static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.lr, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.lr * o.weight_decay};
   }
 
@@ -127,15 +156,15 @@ struct Adagrad : Rule {
   static constexpr const char* name = "adagrad";
   OPTIONS(lr, lr_decay, eps, weight_decay);
   static constexpr const char* state_names[] = {"sum"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE};
   HYPERS(decayed_lr, eps, weight_decay);
-  static constexpr unsigned SQUARES = 0b1;
 
   enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
   static constexpr unsigned states(unsigned) { return 0b1; }
   static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
   static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
-  static Hypers<double> prepare(const Options& o, double step) {
-    return {o.lr / (1 + (step - 1) * o.lr_decay), o.eps, o.weight_decay};
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    return {o.lr / (1 + (s.step - 1) * o.lr_decay), o.eps, o.weight_decay};
   }
 
   template <unsigned VARIANT, class T>
@@ -152,9 +181,9 @@ struct RMSprop : Rule {
   static constexpr const char* name = "rmsprop";
   OPTIONS(lr, alpha, eps, weight_decay, momentum, centered);
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE};
   HYPERS(lr, alpha, alpha_comp, eps, weight_decay, momentum);
   static constexpr unsigned FLAGS = 0b100000;
-  static constexpr unsigned SQUARES = 0b001;
 
   enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, VARIANTS = 8 };
   static constexpr unsigned states(unsigned variant) {
@@ -168,7 +197,7 @@ struct RMSprop : Rule {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum > 0 ? MOMENTUM : 0u) |
            (o.centered != 0 ? CENTERED : 0u);
   }
-  static Hypers<double> prepare(const Options& o, double /*step*/) {
+  static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.lr, o.alpha, 1 - o.alpha, o.eps, o.weight_decay, o.momentum};
   }
 
@@ -199,9 +228,9 @@ struct Adam : Rule {
   static constexpr const char* name = "adam";
   OPTIONS(lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay);
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE, SQUARE};
   HYPERS(step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay);
   static constexpr unsigned FLAGS = 0b1100000;
-  static constexpr unsigned SQUARES = 0b110;
 
   enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, VARIANTS = 8 };
   static constexpr bool valid(unsigned variant) {
@@ -217,9 +246,9 @@ struct Adam : Rule {
            (o.weight_decay != 0 && o.decoupled_weight_decay != 0 ? DECOUPLED : 0u) |
            (o.amsgrad != 0 ? AMSGRAD : 0u);
   }
-  static Hypers<double> prepare(const Options& o, double step) {
-    const double bias_correction1 = 1 - integer_power(o.beta1, step);
-    const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, step));
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double bias_correction1 = 1 - integer_power(o.beta1, s.step);
+    const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
     return {o.lr / bias_correction1 * bias_correction2_sqrt,
             1 - o.beta1,
             o.beta2,

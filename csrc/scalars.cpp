@@ -1,7 +1,5 @@
 #include "scalars.h"
 
-#include <cmath>
-
 namespace fused_optim {
 
 bool Scalar::find(PyObject* candidate, const View& param) {
@@ -10,7 +8,7 @@ bool Scalar::find(PyObject* candidate, const View& param) {
       (view.device.type != dlpack::CPU && view.device != param.device) ||
       (view.dtype != F32 && view.dtype != F64) || view.data == nullptr)
     return false;
-  tensor = Ref::share(candidate);
+  object = Ref::share(candidate);
   data = view.data;
   impl = view.shape;
   dtype = view.dtype;
@@ -19,18 +17,10 @@ bool Scalar::find(PyObject* candidate, const View& param) {
 }
 
 void Scalar::move(PyObject* number, PyObject* param, const View& view, PyObject* launcher) {
-  const Ref moved =
+  const Ref made =
       Ref::own(PyObject_CallMethodObjArgs(launcher, names.scalar, number, param, nullptr));
-  if (!find(moved, view)) raise(PyExc_TypeError, "launcher.scalar must return a tensor");
-  on_device = true;  // the interpreter's device is the CPU
-}
-
-bool Scalar::count() {
-  if (dtype == F32)
-    value = *static_cast<float*>(data) + 1.0f;  // saturates at 2^24, as stock's does
-  else
-    value = *static_cast<double*>(data) + 1.0;
-  return value >= 1 && value <= 9007199254740992.0 && value == std::floor(value);
+  if (!find(made, view)) raise(PyExc_TypeError, "launcher.scalar must return a tensor");
+  on_device = moved = true;  // the interpreter's device is the CPU
 }
 
 void Scalar::write() const {

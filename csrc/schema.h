@@ -17,7 +17,8 @@ struct Schema {
 
   const RuleInfo& rule;
   int rule_index;
-  std::vector<PyObject*> option_keys, state_keys, scale_keys;  // interned: they stay
+  // Interned: they stay.
+  std::vector<PyObject*> option_keys, state_keys, scale_keys, scalar_keys;
   std::vector<int> option_items;  // index into a tuple option (betas); -1: the option is the number
   size_t lr = 0;                  // index of that option
 };

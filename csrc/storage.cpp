@@ -40,18 +40,12 @@ void random_key(uint64_t random_seed, uint64_t step, uint32_t* key) {
   key[1] = static_cast<uint32_t>(k >> 32);
 }
 
-Stored storage_of(StateFormat format, bool is_square, Dtype param, int64_t numel) {
-  switch (format) {
-    case STATE_AS_STOCK:
-      return {PLAIN, param};
-    case STATE_BF16:
-      return {is_square ? STOCHASTIC : PLAIN, BF16};
-    case STATE_INT8:
-      if (numel >= SMALLEST_INT8) return is_square ? Stored{ROOT8, U8} : Stored{SIGNED8, I8};
-      [[fallthrough]];
-    default:
-      return {PLAIN, F32};
-  }
+Stored storage_of(StateFormat format, StateKind kind, Dtype param, int64_t numel) {
+  if (format == STATE_AS_STOCK) return {PLAIN, param};
+  if (kind != EXACT && format == STATE_BF16) return {kind == SQUARE ? STOCHASTIC : PLAIN, BF16};
+  if (kind != EXACT && format == STATE_INT8 && numel >= SMALLEST_INT8)
+    return kind == SQUARE ? Stored{ROOT8, U8} : Stored{SIGNED8, I8};
+  return {PLAIN, F32};
 }
 
 bool Packed::read(const Group& group, PyObject* param, const View& p, const Place& place,
@@ -93,9 +87,9 @@ bool Packed::read_state(const Group& group, size_t s, PyObject* param, const Vie
   const Ref part = tensor == nullptr ? Ref() : part_of(tensor, param);
   if (part == nullptr || !view.read(part) || !view.same_shape(p) || view.device != p.device)
     return true;  // the gatherer says what is wrong
-  const bool is_square = group.schema.rule.square_states >> s & 1;
-  const Stored wanted = storage_of(group.state_format, is_square, p.dtype, place.numel);
-  const bool is_scaled = wanted.storage == SIGNED8 || wanted.storage == ROOT8;
+  const StateKind kind = group.schema.rule.state_kinds[s];
+  const Stored wanted = storage_of(group.state_format, kind, p.dtype, place.numel);
+  const bool is_scaled = has_scales(wanted.storage);
   PyObject* scale = find(states, group.schema.scale_keys[s]);
   if (is_scaled != (scale != nullptr) ||
       (view.dtype == N_DTYPES ? view.whole : view.dtype) != wanted.dtype ||

@@ -26,9 +26,10 @@ struct Stored {
   Dtype dtype;
 };
 
-// Chooses the storage of a state. numel: elements of the whole param. is_square: the state is like
-// a second moment.
-Stored storage_of(StateFormat format, bool is_square, Dtype param, int64_t numel);
+constexpr const char* STATE_KIND_NAMES[] = {"signed", "square", "exact"};
+
+// Chooses the storage of a state. numel: elements of the whole param.
+Stored storage_of(StateFormat format, StateKind kind, Dtype param, int64_t numel);
 
 inline bool needs_random_bits(Storage master, Dtype param) {
   return (master == STOCHASTIC || master == SPLIT8) && (param == BF16 || param == F16);

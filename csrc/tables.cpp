@@ -11,15 +11,16 @@ namespace fused_optim {
 bool Row::operator==(const Row& other) const {
   return std::equal(values, values + MAX_HYPERS, other.values) &&
          std::equal(addresses, addresses + MAX_HYPERS, other.addresses) &&
-         variant == other.variant && grad_sign == other.grad_sign && step == other.step &&
-         ema == other.ema && ema_warmup == other.ema_warmup;
+         std::equal(scalars, scalars + MAX_RULE_SCALARS, other.scalars) &&
+         variant == other.variant && grad_sign == other.grad_sign && ema == other.ema &&
+         ema_warmup == other.ema_warmup;
 }
 
 void Batch::begin() {
   n_tensors_ = n_rows_ = 0;
   numels.begin();
   tensors.begin();
-  steps.begin();
+  scalars.begin();
   addresses.begin();
   options.begin();
   hypers.begin();
@@ -30,8 +31,8 @@ void Batch::add_options(const Row& row) {
   options.add(row.variant);
   options.add(row.grad_sign);
   options.add(row.ema);
-  options.add(row.step);
   options.add(row.ema_warmup);
+  for (double scalar : row.scalars) options.add(scalar);
   for (int64_t address : row.addresses) addresses.add(address);
 }
 
@@ -50,13 +51,12 @@ void Batch::add_hypers(const Row& row) {
   add_whole(row.variant);
   add(row.grad_sign);
   add(row.ema);
-  const auto step = static_cast<int64_t>(row.step);  // random bits need all of it
+  const auto step = static_cast<int64_t>(row.scalars[STEP]);  // random bits need all of it
   add_whole(step & 0xffffffff);
   add_whole(step >> 32);
 }
 
-void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t started,
-                int64_t n_averaged) {
+void Batch::add(const Slice& slice, const Row& row, const int64_t* of_scalars) {
   if (last_ == nullptr || (&row != last_ && !(row == *last_))) {
     key.prepared_on_device ? add_options(row) : add_hypers(row);
     n_rows_++;
@@ -84,14 +84,12 @@ void Batch::add(const Slice& slice, const Row& row, int64_t step, int64_t starte
   if (key.packed()) {
     const Packing& packing = *slice.packing;
     tensors.add(packing.offset);
-    for (int s : streams) tensors.add(address(s == PARAM ? slice.remainder : packing.scales[s]));
+    for (int s : streams) tensors.add(address(slice.extra(s)));
     for (int s : streams) tensors.add(static_cast<int64_t>(packing.seeds[s]));
   }
   if (key.prepared_on_device) {
-    steps.add(step);
-    steps.add(started);
-    steps.add(n_averaged);
-    steps.add(n_rows_ - 1);
+    for (int i = 0; i < MAX_SCALARS; i++) scalars.add(of_scalars[i]);
+    scalars.add(n_rows_ - 1);
   }
   n_tensors_++;
 }
@@ -100,11 +98,11 @@ void Batch::end() {
   last_ = nullptr;
   numels.end();
   tensors.end();
-  steps.end();
+  scalars.end();
   addresses.end();
   options.end();
   hypers.end();
-  version_ = std::max({numels.version(), tensors.version(), steps.version(), addresses.version(),
+  version_ = std::max({numels.version(), tensors.version(), scalars.version(), addresses.version(),
                        options.version(), by_value() ? 0 : hypers.version()});
 }
 
@@ -141,7 +139,7 @@ size_t DeviceRows::enter_row(const RowOrigin& origin, const Group& group, const 
     std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, row.addresses);
   row.variant = origin.variant;
   row.grad_sign = group.grad_sign;
-  row.step = origin.step;
+  std::copy(origin.scalars.begin(), origin.scalars.end(), row.scalars);
   row.ema = origin.ema;
   row.ema_warmup = origin.ema_warmup;
   rows.push_back(row);
@@ -187,8 +185,7 @@ Ref Tables::batches(const Work& work, int n_states) {
       const auto fits = [&](const Batch& known) { return known.key == key; };
       batch = &batch_for(batches_, fits, key, n_states);
     }
-    batch->add(task.slice, work.rows.rows[on_device.row], on_device.step, on_device.started,
-               on_device.n_averaged);
+    batch->add(task.slice, work.rows.rows[on_device.row], on_device.scalars);
   }
   return finish(batches_);
 }

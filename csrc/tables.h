@@ -59,9 +59,10 @@ struct Row {
   double values[MAX_HYPERS];
   int64_t addresses[MAX_HYPERS];  // option tensors on the device; 0: the value holds
   unsigned variant;
-  double grad_sign, step;  // step: 0 if no number depends on it, or a device knows it
-  double ema;              // the EMA's weight, or its decay where a device makes the weight
-  double ema_warmup;       // 1: that decay is warmed up
+  double grad_sign;
+  double scalars[MAX_RULE_SCALARS];  // after the step; 0 where a device knows it or nobody asks
+  double ema;         // the EMA's weight, or its decay where a device makes the weight
+  double ema_warmup;  // 1: that decay is warmed up
   bool operator==(const Row& other) const;
 };
 
@@ -73,9 +74,9 @@ class Batch {
   }
 
   void begin();
-  // One more tensor; `row` stays where it is until end(). step, started, n_averaged: addresses for
+  // One more tensor; `row` stays where it is until end(). of_scalars: MAX_SCALARS addresses for
   // prepare, lowest bit set for a float64, or 0.
-  void add(const Slice& slice, const Row& row, int64_t step, int64_t started, int64_t n_averaged);
+  void add(const Slice& slice, const Row& row, const int64_t* of_scalars);
   void end();
   int64_t n_tensors() const { return n_tensors_; }
   // The latest version of all that is uploaded; one row of hypers goes to the kernel by value.
@@ -84,7 +85,7 @@ class Batch {
 
   const BatchKey key;
   std::vector<int> streams;  // that have a column in `tensors`
-  Table<int64_t> numels, tensors, steps, addresses;
+  Table<int64_t> numels, tensors, scalars, addresses;
   Table<double> options;  // rows from which a device makes hypers,
   Table<int32_t> hypers;  // or the hypers' bits in the compute type, two words each for a float64
 
@@ -117,10 +118,11 @@ struct RowOrigin {
   int64_t group, hypers;  // hypers: index in the step's table; -1 where a device prepares them
   unsigned variant;
   bool by_address;
-  double step, ema, ema_warmup;
+  std::array<double, MAX_RULE_SCALARS> scalars;
+  double ema, ema_warmup;
   bool operator==(const RowOrigin& other) const {
     return group == other.group && hypers == other.hypers && variant == other.variant &&
-           by_address == other.by_address && step == other.step && ema == other.ema &&
+           by_address == other.by_address && scalars == other.scalars && ema == other.ema &&
            ema_warmup == other.ema_warmup;
   }
 };
@@ -141,8 +143,8 @@ struct DeviceRows {
 };
 
 struct DeviceTask {
-  size_t key, row;                    // in DeviceRows
-  int64_t step, started, n_averaged;  // addresses, see Batch::add
+  size_t key, row;               // in DeviceRows
+  int64_t scalars[MAX_SCALARS];  // addresses, see Batch::add
 };
 
 struct Work;

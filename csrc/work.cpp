@@ -18,14 +18,13 @@ void Work::enter_written(size_t t, Written& written) const {
     const auto* data = static_cast<const char*>(memory);
     if (data != nullptr) written.add({data, data + nbytes, t});
   };
-  add(held[t].step.data, ITEMSIZE[held[t].step.dtype]);
+  for (const Scalar& scalar : scalars_of(held[t])) add(scalar.data, ITEMSIZE[scalar.dtype]);
   if (numel == 0) return;
   for (int s = 0; s < MAX_STREAMS; s++)
     if (task.written >> s & 1) written.add(range(t, s));
   if (task.packing < 0) return;
-  const Packing& packing = packings[task.packing];
-  for (const uint16_t* scales : packing.scales) add(scales, n_scales(numel) * 2);
-  add(task.slice.remainder, numel * remainder_itemsize(packing.storage[PARAM]));
+  for (int s = 0; s < MAX_STREAMS; s++)
+    add(task.slice.extra(s), extra_nbytes(task.slice.packing->storage[s], numel));
 }
 
 void Work::fall_back(const Origin& origin, const char* reason) {
@@ -57,14 +56,15 @@ void Work::drop(const std::vector<bool>& which, const char* reason) {
 
 void Work::clear() {
   // Swapped out first: a destructor may run Python code.
-  std::vector<Held> held;
-  std::vector<Average> averages;
-  this->held.swap(held);
-  this->averages.swap(averages);
-  held.clear();
-  averages.clear();
-  if (this->held.empty()) this->held.swap(held);  // keep the memory
-  if (this->averages.empty()) this->averages.swap(averages);
+  const auto empty = [](auto& kept) {
+    std::remove_reference_t<decltype(kept)> old;
+    old.swap(kept);
+    old.clear();
+    if (kept.empty()) kept.swap(old);  // keep the memory
+  };
+  empty(held);
+  empty(scalars);
+  empty(averages);
   tasks.clear();
   layouts.clear();
   packings.clear();

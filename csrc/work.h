@@ -17,8 +17,7 @@ struct Average {
   Ref param, entry, tensor;  // entry: the list [average, n_averaged]
   bool is_new;               // `_averages` lacks this entry, or has one that no longer fits
   double weight;             // if the host counts
-  Ref count;                 // for the entry: the number after the step, or a device's tensor
-  Scalar n_averaged;         // only where a device counts
+  Scalar n_averaged;         // if the host counts, its object is Python's number after the step
   double decay;
   bool warmup;
   bool in_kernel;  // else torch moves it
@@ -32,14 +31,14 @@ struct Held {
   Ref states;               // the param's dict
   Ref created;              // states that enter it when the step can no longer fail,
   bool converted = false;   // they have None for keys that have to go
-  Scalar step;
-  bool step_moved = false;  // the tensor enters `states` in place of one on the CPU
-  int average = -1;         // index into Work::averages, if the kernel moves it
+  size_t first_scalar = 0, n_scalars = 0;  // in Work::scalars
+  int average = -1;                        // index into Work::averages, if the kernel moves it
 };
 
 struct Work {
   std::vector<Task> tasks;
   std::vector<Held> held;  // one for each task, until commit() drops the devices' tasks
+  std::vector<Scalar> scalars;
   std::vector<Layout> layouts;
   std::vector<Packing> packings;
   std::vector<double> hypers;
@@ -51,13 +50,23 @@ struct Work {
   bool commit_begun = false;
   // Counted on the way, as many tasks do not fit into a cache together.
   int64_t n_on_devices = 0;
-  bool has_new_states = false;   // some task has `created` states, or a step that has moved
+  bool has_new_states = false;   // some task has `created` states, or a scalar that has moved
   bool leaves_averages = false;  // no kernel moves some average
 
   // The memory from a stream's first element to its last one; enters all that a task writes.
   Range range(size_t task, int stream) const;
   void enter_written(size_t task, Written& written) const;
   void fall_back(const Origin& origin, const char* reason);
+  // The scalars of a task, as `for` takes them.
+  struct ScalarRange {
+    const Scalar *first, *last;
+    const Scalar* begin() const { return first; }
+    const Scalar* end() const { return last; }
+  };
+  ScalarRange scalars_of(const Held& held) const {
+    const Scalar* first = scalars.data() + held.first_scalar;
+    return {first, first + held.n_scalars};
+  }
   void drop(const std::vector<bool>& which, const char* reason);
   void clear();
 };

@@ -8,6 +8,7 @@ The kernels average in the step's own pass (csrc/averages.cpp); the arithmetic i
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,19 @@ def dtype_of(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     return wanted if wanted is not None and coarser else param.dtype
 
 
-def weight(group: dict[str, Any], n_averaged: int) -> float:
+def weight_on_device(decay: float, warmup: bool, n_averaged: Tensor) -> Tensor:
     """How far the next average moves towards the param; csrc/averages.cpp has the same."""
-    decay = float(group["ema_decay"])
-    if group.get("ema_warmup"):
-        decay = min(decay, (1 + n_averaged) / (10 + n_averaged))
-    return 1.0 if n_averaged == 0 else 1 - decay
+    n = n_averaged.double()
+    decayed = torch.full_like(n, decay)
+    if warmup:
+        decayed = torch.minimum(decayed, (1 + n) / (10 + n))
+    return torch.where(n == 0, 1.0, 1 - decayed)
+
+
+@functools.lru_cache(64)
+def weight(decay: float, warmup: bool, n_averaged: int) -> float:
+    n = torch.tensor(n_averaged, dtype=torch.float64, device="cpu")
+    return weight_on_device(decay, warmup, n).item()
 
 
 @torch.no_grad()
@@ -95,13 +103,9 @@ def move(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None)
 def _move_on_device(
     param: Tensor, entry: Entry, decay: float, warmup: bool, found_inf: Tensor | None
 ) -> None:
-    """`weight` and `move` without waiting for the device."""
+    """`move` without waiting for the device."""
     ema, n_averaged = entry
-    n = n_averaged.double()
-    decayed = torch.full_like(n, decay)
-    if warmup:
-        decayed = torch.minimum(decayed, (1 + n) / (10 + n))
-    towards = torch.where(n == 0, 1.0, 1 - decayed)
+    towards = weight_on_device(decay, warmup, n_averaged)
     if ema.dtype.is_floating_point or ema.is_complex():
         # As torch.lerp by a number: 16-bit types have a weight in float32.
         wide = torch.promote_types(ema.dtype, torch.float32)
@@ -175,7 +179,8 @@ def move_params(optimizer: FusedOptimizer, groups: list[dict[str, Any]], but: se
     for group, param in averaged_params(groups):
         if id(param) not in but:
             entry = entry_of(known, param, group)
-            left.append((param, entry, weight(group, int(entry[1]))))
+            decay, warmup = float(group["ema_decay"]), bool(group.get("ema_warmup"))
+            left.append((param, entry, weight(decay, warmup, int(entry[1]))))
     move(left)
 
 

@@ -1,16 +1,16 @@
-"""state_dict() and back: averages, states in formats, and states that no step has reached."""
+"""state_dict() and back: averages, and states in formats."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fused_optim import averages, backends, options, sharding, storage
+from fused_optim import averages, backends, options, sharding, storage, unsure
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
@@ -22,7 +22,7 @@ _KEPT = options.FORMATS + options.AVERAGING  # options of groups that torch.opti
 def save(optimizer: FusedOptimizer, stock_state_dict: Callable[[], Saved]) -> Saved:
     """See :meth:`FusedOptimizer.state_dict`."""
     with _without(optimizer, "_optimizer_state_dict_post_hooks") as hooks:
-        with only_stepped(optimizer):
+        with unsure.only_stepped(optimizer):
             saved = stock_state_dict()
         saved = _save_formats(optimizer, saved)
     kept = averages.save(optimizer.param_groups, optimizer._averages)
@@ -101,42 +101,6 @@ def _without(optimizer: FusedOptimizer, hooks: str) -> Iterator[list[Callable[..
         yield list(registered.values())
     finally:
         setattr(optimizer, hooks, registered)
-
-
-@contextlib.contextmanager
-def only_stepped(optimizer: FusedOptimizer) -> Iterator[None]:
-    """Hide, for a while, states that only skipped steps have made. Waits for the device.
-
-    torch.optim has no states there. Those of params that have left the groups would make
-    state_dict() raise KeyError, and momentum that has not started would count as begun.
-    """
-    there = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    gone = optimizer.__dict__.get("_unsure", set()) - there
-    launcher = optimizer.__dict__.get("_plan", (None, None))[1]
-    if launcher is not None and not launcher.any_waiting:
-        launcher = None
-    if not gone and launcher is None:
-        yield
-        return
-    whole = optimizer.state
-    (name, *_) = optimizer._description()["states"]
-
-    def is_stepped(param: Tensor, states: dict[str, Any]) -> bool:
-        if id(param) in gone and not _has_begun(states):
-            return False
-        buffer = states.get(name)
-        return launcher is None or buffer is None or not launcher.has_not_started(buffer)
-
-    optimizer.state = defaultdict(dict, {p: s for p, s in whole.items() if is_stepped(p, s)})
-    try:
-        yield
-    finally:
-        optimizer.state = whole
-
-
-def _has_begun(states: dict[str, Any]) -> bool:
-    numbers = [states["step"]] if "step" in states else states.values()
-    return any(bool(n.any() if isinstance(n, Tensor) else n) for n in numbers)
 
 
 def _save_formats(optimizer: FusedOptimizer, saved: Saved) -> Saved:

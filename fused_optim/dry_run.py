@@ -39,6 +39,61 @@ class DryParam:
     averages: bool = False
     is_strided: bool = False
 
+    def format(self, group: dict[str, Any]) -> str:
+        """The dtypes of its param, grad, states and average, and how they are stored."""
+        tensor, grad = self.tensor, self.tensor.grad
+        own = _dtype(tensor)
+        if storage.applies(tensor, group) and storage.master_of(tensor, group) is not None:
+            parts = [f"{own} {storage.master_of(tensor, group)}"]
+        else:
+            parts = [own]
+        if storage.ignores_master([tensor], group):
+            parts.append(f"master {group['master']!r} unused")
+        if grad is not None and _dtype(grad) != own:
+            parts.append(f"grad {_dtype(grad)}")
+        states = [
+            _dtype(value)
+            for key, value in self.states.items()
+            if isinstance(value, Tensor)
+            and key not in ("step", storage.REMAINDER)
+            and not key.endswith("_scale")
+        ]
+        if set(states) - {own}:
+            parts.append(f"states {', '.join(dict.fromkeys(states))}")
+        if self.average is not None:
+            parts.append(f"EMA {_dtype(self.average)}")
+        if self.is_strided:
+            parts.append("in several orders")
+        return "; ".join(parts)
+
+    def state_nbytes(self) -> int:
+        states = sum(_nbytes(value) for value in self.states.values() if isinstance(value, Tensor))
+        return states + (0 if self.average is None else _nbytes(self.average))
+
+    def step_nbytes(self, sums_up: bool) -> int:
+        """Bytes that the kernel moves, and those of passes of their own.
+
+        Args:
+            sums_up: True if the step reads all grads for their norm first.
+        """
+        moved = self.moved
+        if self.average is not None and not self.averages:
+            moved += _nbytes(self.tensor) + 2 * _nbytes(self.average)
+        if sums_up and self.tensor.grad is not None:
+            moved += _nbytes(self.tensor.grad)
+        return moved
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _nbytes(tensor: Tensor) -> int:
+    part = sharding.part_of(tensor)
+    if part.layout == torch.sparse_coo:
+        return _nbytes(part._values()) + _nbytes(part._indices())
+    return part.numel() * part.element_size()
+
 
 class DryRun:
     """All params of an optimizer, group by group, in the next step.
@@ -53,9 +108,10 @@ class DryRun:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._by_id: dict[int, DryParam] = {}
-        # A plan asks an optimizer for these two and the methods below.
+        # A plan asks an optimizer for these and the methods below.
         self.state: dict[Tensor, Any] = {}
         self._averages: averages.Averages = {}
+        self._unsure = optimizer._unsure
         self._made: set[int] = set()
         self.n_assumed_grads = 0
         self.groups = [
@@ -152,7 +208,7 @@ class DryRun:
             if not isinstance(states.get(name), Tensor):
                 continue
             converted.pop(f"{name}_scale", None)
-            wanted = storage.of_state(tensor, group, bool(rule["squares"] >> s & 1))
+            wanted = storage.of_state(tensor, group, rule["kinds"][s])
             converted[name] = torch.empty_like(tensor, dtype=wanted.dtype, requires_grad=False)
             if wanted.storage in ("signed8", "root8"):
                 n_scales = storage.n_scales(sharding.part_of(tensor))

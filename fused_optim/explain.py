@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from fused_optim import backends, sharding, storage
-from fused_optim.dry_run import DryParam, DryRun
+from fused_optim import backends, sharding
+from fused_optim.dry_run import DryRun
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
@@ -136,7 +135,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
             device = param.tensor.device
             if measure and param.backend in ("cpu", "triton") and device not in bandwidths:
                 bandwidths[device] = _bandwidth(device, n_threads)
-            key = g, param.backend, device, _format(param, group), param.reason
+            key = g, param.backend, device, param.format(group), param.reason
             alike.setdefault(key, []).append(i)
     one_pass = optimizer._clipping
     sums_up = one_pass is not None and (
@@ -148,7 +147,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
     ):
         members = [dry_run.groups[g][i] for i in indices]
         names = optimizer.param_groups[g].get("param_names")
-        moved = None if backend == "stock" else sum(_moved(param, sums_up) for param in members)
+        moved = None if backend == "stock" else sum(param.step_nbytes(sums_up) for param in members)
         row = ExplainedRow(
             group=g,
             indices=tuple(indices),
@@ -158,7 +157,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
             format=text,
             reason=reason,
             numel=sum(sharding.part_of(param.tensor).numel() for param in members),
-            state_nbytes=sum(map(_state_nbytes, members)),
+            state_nbytes=sum(param.state_nbytes() for param in members),
             step_nbytes=moved,
             seconds=None
             if moved is None or device not in bandwidths
@@ -173,63 +172,6 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
         bandwidths,
         n_threads,
     )
-
-
-def _format(param: DryParam, group: dict[str, Any]) -> str:
-    tensor, grad = param.tensor, param.tensor.grad
-    own = _dtype(tensor)
-    if storage.applies(tensor, group) and storage.master_of(tensor, group) is not None:
-        parts = [f"{own} {storage.master_of(tensor, group)}"]
-    else:
-        parts = [own]
-    if storage.ignores_master([tensor], group):
-        parts.append(f"master {group['master']!r} unused")
-    if grad is not None and _dtype(grad) != own:
-        parts.append(f"grad {_dtype(grad)}")
-    states = [
-        _dtype(value)
-        for key, value in param.states.items()
-        if isinstance(value, Tensor)
-        and key not in ("step", storage.REMAINDER)
-        and not key.endswith("_scale")
-    ]
-    if set(states) - {own}:
-        parts.append(f"states {', '.join(dict.fromkeys(states))}")
-    if param.average is not None:
-        parts.append(f"EMA {_dtype(param.average)}")
-    if param.is_strided:
-        parts.append("in several orders")
-    return "; ".join(parts)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _nbytes(tensor: Tensor) -> int:
-    part = sharding.part_of(tensor)
-    if part.layout == torch.sparse_coo:
-        return _nbytes(part._values()) + _nbytes(part._indices())
-    return part.numel() * part.element_size()
-
-
-def _state_nbytes(param: DryParam) -> int:
-    states = sum(_nbytes(value) for value in param.states.values() if isinstance(value, Tensor))
-    return states + (0 if param.average is None else _nbytes(param.average))
-
-
-def _moved(param: DryParam, sums_up: bool) -> int:
-    """Bytes that the kernel moves, and those of passes of their own.
-
-    Args:
-        sums_up: True if the step reads all grads for their norm first.
-    """
-    moved = param.moved
-    if param.average is not None and not param.averages:
-        moved += _nbytes(param.tensor) + 2 * _nbytes(param.average)
-    if sums_up and param.tensor.grad is not None:
-        moved += _nbytes(param.tensor.grad)
-    return moved
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def refuse_cpu_params(groups: Groups) -> None:
 
 
 def step_all(
-    optimizer: FusedOptimizer, groups: Groups, scaling: Scaling, measures: bool, keeper: Any
+    optimizer: FusedOptimizer, groups: Groups, scaling: Scaling, measures: bool
 ) -> Outcome | None:
     """Step without any kernel; None if found_inf skips that."""
     if not measures and scaling.skips():
@@ -56,15 +56,12 @@ def step_all(
         clipping.skip(optimizer)
         return 0, 0, None
     if fallbacks:
-        launcher = keeper.__dict__.get("_plan", (None, None))[1]
-        write(step(optimizer, fallbacks, clip, launcher))
+        write(step(optimizer, fallbacks, clip))
     averages.move_params(optimizer, groups, set())
     return 0, 0, fallbacks
 
 
-def step(
-    optimizer: FusedOptimizer, fallbacks: Fallbacks, clip: float | Tensor, launcher: Any = None
-) -> Left:
+def step(optimizer: FusedOptimizer, fallbacks: Fallbacks, clip: float | Tensor) -> Left:
     """Run torch.optim's non-fused step for these params alone.
 
     Args:
@@ -89,9 +86,11 @@ def step(
         numbers.setdefault(g, []).append(storage.first_number(optimizer.param_groups, g) + i)
     if len(fallbacks) > 1 and _share_memory_in_other_formats(optimizer, fallbacks):
         # Each sees what the one before it has written.
-        return [left for one in fallbacks for left in step(optimizer, [one], clip, launcher)]
-    if launcher is not None and launcher.any_waiting:
-        _start_waiting(optimizer, fallbacks, launcher)
+        return [left for one in fallbacks for left in step(optimizer, [one], clip)]
+    if optimizer._unsure:
+        (name, *_) = optimizer._description()["states"]
+        for param in (param for params in chosen.values() for param in params):
+            optimizer._unsure.hand_over(optimizer.state.get(param, {}), name)
     kernels = backends.codec()
     odd = {g for g, _, why in fallbacks if kernels and why == kernels.ODD_OPTIONS}
     groups = [
@@ -128,18 +127,6 @@ def _stock_step(optimizer: FusedOptimizer) -> None:
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     step(optimizer)
-
-
-def _start_waiting(optimizer: FusedOptimizer, fallbacks: Fallbacks, launcher: Any) -> None:
-    """Have torch.optim start momentum whose every step GradScaler has skipped on a device."""
-    (name, *_) = optimizer._description()["states"]
-    for g, i, _ in fallbacks:
-        state = optimizer.state.get(optimizer.param_groups[g]["params"][i], {})
-        buffer = state.get(name)
-        if buffer is not None:
-            if launcher.has_not_started(buffer):
-                state[name] = None
-            launcher.forget(buffer)
 
 
 @contextlib.contextmanager

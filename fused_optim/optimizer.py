@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fused_optim import averages, backends, checkpoint, clipping, options, sharding, storage
+from fused_optim import averages, backends, checkpoint, clipping, options, sharding, storage, unsure
 from fused_optim.options import GroupOption, KernelOptions
 from fused_optim.step import step_groups
 from fused_optim.tracing import left_to_the_interpreter
@@ -87,9 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _clipping: clipping.Clipping | None = None  # there once an option of it is in use
     _group_options: dict[str, Any] | None = None  # what a new param group gets
     _averages: averages.Averages  # param -> entry
-    # Ids of params whose first step a device may have skipped; there once needed. One that is taken by
-    # another param does no harm, and torch.utils.swap_tensors() refuses tensors with weak references.
-    _unsure: set[int]
+    _unsure: unsure.Unsure
     _found_inf_to_report: Tensor  # there while a GradScaler waits for it
     _is_swapped = False
     _has_some_params = False  # of a model, the rest being another process's
@@ -120,6 +118,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self.max_grad_norm is not None or self.skip_nonfinite:
                 sharding.refuse_some_params()
         self._support_amp_scaling()
+
+    def _set_up(self) -> None:
+        self.__dict__.setdefault("_averages", {})
+        self.__dict__.setdefault("_unsure", unsure.Unsure())
 
     def _support_amp_scaling(self) -> None:
         """Have GradScaler leave unscaling and skipping to step() if an option of one pass is in use."""
@@ -288,13 +290,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             may_be_skipped: a device may skip the step that they are for, without the host knowing.
         """
         if may_be_skipped and not self.state.get(param):
-            self.__dict__.setdefault("_unsure", set()).add(id(param))
+            self._unsure.params.add(id(param))
         if not storage.applies(param, group):
             return self._create_state(param, group)
         # Made on meta: torch.optim's own take no memory, and no step on a device is waited for.
         created = self._create_state(storage.on_meta(param), {**group, "fused": False})
         if "step" in created:
-            created["step"] = storage.first_step(created["step"], param, group)
+            created["step"] = storage.new_step(created["step"], param, group)
         states = self._convert_first(param, group, {**self.state.get(param, {}), **created})
         return {key: value for key, value in states.items() if value is not None}
 
@@ -336,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @left_to_the_interpreter
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; options of averaging and of formats may differ by group."""
-        self.__dict__.setdefault("_averages", {})  # constructors pass here, whoever wrote them
+        self._set_up()  # constructors pass here, whoever wrote them
         if isinstance(param_group, dict):
             options.refuse_in_group(param_group)
             for key, value in (unwrapped(self)._group_options or {}).items():
@@ -454,7 +456,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(optimizer, state_dict, super(FusedOptimizer, optimizer).load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        with checkpoint.only_stepped(self):
+        with unsure.only_stepped(self):
             kept = super().__getstate__()
         kept |= {"_averages": self._averages, "_group_options": self._group_options}
         if self._clipping is not None:
@@ -464,7 +466,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         state = dict(state)
         saved_clipping = state.pop("_clipping", None)
-        self.__dict__.setdefault("_averages", {})
+        self._set_up()
         super().__setstate__(state)
         if saved_clipping is not None:
             self._clipping = clipping.Clipping()

@@ -73,7 +73,7 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
         return clipping.skip(optimizer)
     kernels = backends.cpu_kernels()
     if kernels is None or n_dispatch_modes():
-        return fallback.step_all(optimizer, groups, scaling, measures, keeper)
+        return fallback.step_all(optimizer, groups, scaling, measures)
     if backends.forced() == "triton" and not backends.interpreted():
         fallback.refuse_cpu_params(groups)
     # Taken out for the time of the step: two threads never share a plan.
@@ -123,7 +123,7 @@ def _decide_and_commit(
     clip_on_cpu = 1.0 if isinstance(clip, Tensor) else clip
     grad_scale, n_threads = scaling.number() if on_cpu else 0.0, torch.get_num_threads()
     # Ctrl-C interrupts calls of Python's: from the first write on, there are as few as can be.
-    left = fallback.step(optimizer, plan.fallbacks(), clip, launcher) if falls_back else []
+    left = fallback.step(optimizer, plan.fallbacks(), clip) if falls_back else []
     if todo & kernels.DEVICES:
         plan.begin_commit()
         try:
@@ -158,10 +158,9 @@ def _bits(
             bits |= kernels.ZEROES
     if launcher is not None:
         launcher.begin(scaling.grad_scale, scaling.found_inf, options)
+        optimizer._unsure.learn()
         if measures and options is not None and options.skips:
             bits |= kernels.SKIP_ON_DEVICE
-        if launcher.any_waiting:
-            bits |= kernels.SOME_WAIT
     return bits
 
 

@@ -52,16 +52,16 @@ def n_scales(stream: Tensor) -> int:
     return (stream.numel() + SCALE_BLOCK - 1) // SCALE_BLOCK
 
 
-def of_state(param: Tensor, group: dict[str, Any], is_square: bool) -> Format:
+def of_state(param: Tensor, group: dict[str, Any], kind: str) -> Format:
     """How a state of this param is stored.
 
     Args:
-        is_square: True if it is like a second moment, False if like a momentum.
+        kind: what the state is like, see csrc/kernel.h.
     """
     codec = backends.codec()
     assert codec is not None
     storage, dtype = codec.storage_of(
-        _name(state_dtype_of(group)), is_square, _name(param.dtype), param.numel()
+        _name(state_dtype_of(group)), kind, _name(param.dtype), param.numel()
     )
     return Format(storage, getattr(torch, dtype))
 
@@ -89,7 +89,7 @@ def counts_steps(param: Tensor, group: dict[str, Any]) -> bool:
     return master_of(param, group) in ("stochastic", "split8")
 
 
-def first_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+def new_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
     """Make step as torch.optim would for the param, from one made on meta without fused."""
     if group.get("fused") and param.device.type != "cpu":
         return torch.zeros((), dtype=torch.float32, device=param.device)
@@ -337,7 +337,7 @@ def encode_states(
         tensor, scale_key = states.get(name), f"{name}_scale"
         if not isinstance(tensor, Tensor):
             continue
-        wanted = of_state(param, group, bool(rule["squares"] >> s & 1))
+        wanted = of_state(param, group, rule["kinds"][s])
         scale = states.get(scale_key)
         if key is None:
             stream, scale = _zeros(wanted, sharding.part_of(tensor), sharding.part_of(param))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .measure import GradBatch, OnePass, Totals, squares_of
 from .multi_tensor import ROW, UNSCALED, multi_tensor
@@ -48,7 +47,7 @@ class _Launch(OnDevice):
         # The types of what is handed over by value are those of the first time.
         self._widest = (0, *(1 << 40 if is_wide else 0,) * ROW.value)
         self._tensors = DeviceCopy(torch.int64, self.device)
-        self._steps = DeviceCopy(torch.int64, self.device)
+        self._scalars = DeviceCopy(torch.int64, self.device)
         self._addresses = DeviceCopy(torch.int64, self.device)
         self._options = DeviceCopy(torch.float64, self.device)
         self._rows = DeviceCopy(self._word, self.device)
@@ -60,7 +59,7 @@ class _Launch(OnDevice):
     def copies(self) -> tuple[DeviceCopy, ...]:
         return (
             self._tensors,
-            self._steps,
+            self._scalars,
             self._addresses,
             self._options,
             self._rows,
@@ -117,7 +116,7 @@ class _Launch(OnDevice):
         there = self._tensors.bring_table(batch.tensors, capturing)
         n_rows = 1
         if self.prepares:
-            there = there and self._steps.bring_table(batch.steps, capturing)
+            there = there and self._scalars.bring_table(batch.scalars, capturing)
             there = there and self._addresses.bring_table(batch.addresses, capturing)
             there = there and self._options.bring_table(batch.options, capturing)
             n_rows = self._n_tensors
@@ -152,13 +151,13 @@ class _Launch(OnDevice):
         return [self._hypers, self._scaling, *(copy.tensor for copy in self.copies())]
 
     def _prepare_args(self) -> tuple:
-        tables = (self._steps.tensor, self._options.tensor, self._addresses.tensor, self._hypers)
+        tables = (self._scalars.tensor, self._options.tensor, self._addresses.tensor, self._hypers)
         return *tables, self._scaling[1], self._n_tensors
 
 
 class Launcher:
     """The device side of one optimizer. fused_optim/step.py calls it in the order of the methods,
-    the gatherer `started` and `scalar`.
+    the gatherer `scalar`.
 
     Args:
         rule: key of RULES.
@@ -175,9 +174,6 @@ class Launcher:
         self._all_totals: dict[torch.device, Totals] = {}
         self._totals: dict[torch.device, Totals] = {}  # of the step under way
         self._staged: list[tuple[Tensor, Tensor]] = []
-        # momentum buffer -> a float32 on its device, 0 until the first step that was not skipped
-        self._started: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._reading: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
         self._captured: list = []
         self._failure: str | None = None  # why the kernels are not tried in this step
         self._n_failures = 0  # in a row
@@ -200,60 +196,11 @@ class Launcher:
         self._staged.clear()
         self._ready.clear()
         self._totals.clear()
-        if self._started and not capturing():
-            self._learn_what_has_started()
 
     def adopt(self, other: Launcher | None) -> None:
-        """Keep what graphs and momentum of another launcher of the same optimizer need."""
-        if other is None:
-            return
-        self._captured += [other, *other._captured]
-        self._started.update(other._started)
-
-    @property
-    def any_waiting(self) -> bool:
-        """Whether some momentum may not have started."""
-        return len(self._started) > 0
-
-    def started(self, buffer: Tensor, create: bool) -> Tensor | None:
-        """The number that says whether this momentum has started, not 0 if so; None: it surely has."""
-        started = self._started.get(buffer)
-        if started is None and create:
-            started = torch.zeros((), dtype=torch.float32, device=buffer.device)
-            self._started[buffer] = started
-        return started
-
-    def forget(self, buffer: Tensor) -> None:
-        """This momentum has started, or is no more."""
-        self._started.pop(buffer, None)
-
-    def _learn_what_has_started(self) -> None:
-        """Forget momentum that has started: without waiting, by numbers asked for in an earlier step."""
-        if self._reading is None:
-            device = next(iter(self._started.values())).device
-            asked = [(b, s) for b, s in self._started.items() if s.device == device]
-            numbers = torch.stack([started for _, started in asked])
-            event = None
-            if device.type != "cpu":
-                on_host = torch.empty(
-                    len(asked), dtype=torch.float32, device="cpu", pin_memory=True
-                )
-                numbers = on_host.copy_(numbers, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
-            self._reading = [buffer for buffer, _ in asked], numbers, event
-            return
-        buffers, numbers, event = self._reading
-        if event is None or event.query():
-            self._reading = None
-            for buffer, has_started in zip(buffers, numbers.tolist()):
-                if has_started:
-                    self.forget(buffer)
-
-    def has_not_started(self, buffer: Tensor) -> bool:
-        """Whether no step has reached this momentum yet. Waits for the device."""
-        started = self._started.get(buffer)
-        return started is not None and started.item() == 0
+        """Keep what graphs of another launcher of the same optimizer need."""
+        if other is not None:
+            self._captured += [other, *other._captured]
 
     def scalar(self, number: Any, param: Tensor) -> Tensor:
         """A number that belongs to a param, a step say, as a tensor on the param's device."""
@@ -419,7 +366,7 @@ class Launcher:
                 with launch.guard():
                     launch.launch()
                     if launch.is_capturing:
-                        self._captured.append((launch.held(), list(self._started.values())))
+                        self._captured.append(launch.held())
             except BaseException as error:
                 failure = error
         if self._staged:

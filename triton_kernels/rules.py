@@ -15,11 +15,13 @@ quotients, the same order of operations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import triton
 import triton.language as tl
+
+from fused_optim import _C
 
 WEIGHT_DECAY = tl.constexpr(1)
 MOMENTUM = tl.constexpr(2)
@@ -153,19 +155,19 @@ class Rule:
 
     Attributes:
         update: the function above.
-        options: names of the options that prepare takes; "betas.0" is an item of group["betas"].
-        hypers: names of the numbers that one element needs, in the order of `hypers`.
-        states: names of the states, in the order of `states`.
+        options, states, scalars, hypers: csrc/rules.h's names, in the order in which functions take them;
+            "betas.0" is an item of group["betas"].
+        kinds: "signed", "square" or "exact" for each state.
         deciding: bit of the variant -> bits of the states that there are only with it.
-        squares: bits of the states that are like a second moment.
     """
 
     update: Callable[..., Any]
-    options: tuple[str, ...]
-    hypers: tuple[str, ...]
-    states: tuple[str, ...]
+    options: list[str]
+    states: list[str]
+    scalars: list[str]
+    hypers: list[str]
+    kinds: list[str]
     deciding: dict[int, int]
-    squares: int
 
     def states_with(self, deciding: int) -> list[bool]:
         """True for each state that is there; deciding: the variant's bits, as `update` takes them."""
@@ -176,54 +178,9 @@ class Rule:
         return [not absent >> s & 1 for s in range(len(self.states))]
 
 
-# The registry: one entry per rule, here and nowhere else in this package; its prepare has the same name.
+_FACTS = [field.name for field in fields(Rule)[1:]]
+# A rule's functions here and in prepare.py have its name.
 RULES = {
-    "sgd": Rule(
-        sgd,
-        ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
-        ("lr", "momentum", "dampening_comp", "weight_decay"),
-        ("momentum_buffer",),
-        {MOMENTUM.value: 0b1},
-        0b0,
-    ),
-    "lion": Rule(
-        lion,
-        ("lr", "betas.0", "betas.1", "weight_decay"),
-        ("lr", "beta1", "beta1_comp", "beta2", "beta2_comp", "param_decay"),
-        ("exp_avg",),
-        {},
-        0b0,
-    ),
-    "adagrad": Rule(
-        adagrad,
-        ("lr", "lr_decay", "eps", "weight_decay"),
-        ("decayed_lr", "eps", "weight_decay"),
-        ("sum",),
-        {},
-        0b1,
-    ),
-    "rmsprop": Rule(
-        rmsprop,
-        ("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
-        ("lr", "alpha", "alpha_comp", "eps", "weight_decay", "momentum"),
-        ("square_avg", "momentum_buffer", "grad_avg"),
-        {MOMENTUM.value: 0b10, CENTERED.value: 0b100},
-        0b1,
-    ),
-    "adam": Rule(
-        adam,
-        ("lr", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"),
-        (
-            "step_size",
-            "beta1_comp",
-            "beta2",
-            "beta2_comp",
-            "eps_hat",
-            "weight_decay",
-            "param_decay",
-        ),
-        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-        {AMSGRAD.value: 0b100},
-        0b110,
-    ),
+    name: Rule(globals()[name], *(facts[key] for key in _FACTS))
+    for name, facts in _C.rules().items()
 }

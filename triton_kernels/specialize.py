@@ -155,7 +155,10 @@ def prepare_constants(rule: str, averages: bool) -> dict[str, Any]:
     """The constexpr arguments of `prepare.prepare`, in the order of its signature."""
     return {
         "PREPARE": getattr(prepare, rule),
+        "ADVANCE": getattr(prepare, f"{rule}_advance", prepare.advance),
+        "STEP_VARIANT": getattr(prepare, f"{rule}_step_variant", None),
         "N_OPTIONS": len(RULES[rule].options),
+        "N_SCALARS": len(RULES[rule].scalars),
         "N_HYPERS": len(RULES[rule].hypers),
         "AVERAGES": averages,
         "BLOCK": PREPARE_BLOCK,

@@ -49,7 +49,7 @@ class Batch(Protocol):
 
     numels: Table
     tensors: Table
-    steps: Table
+    scalars: Table
     addresses: Table
     options: Table
     hypers: Table

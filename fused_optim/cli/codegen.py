@@ -80,7 +80,12 @@ def source(kernel: Kernel, target: str) -> tuple[ASTSource, dict[str, Any]]:
     elif kernel.dtypes is None:
         function, num_warps = prepare, specialize.PREPARE_BLOCK // 32
         constants = specialize.prepare_constants(kernel.rule, averages=kernel.scaled)
-        tables = {"steps": "*i64", "option_values": "*fp64", "addresses": "*i64", "hypers": "*i32"}
+        tables = {
+            "steps": "*i64",
+            "option_values": "*fp64",
+            "addresses": "*i64",
+            "hypers": "*i32",
+        }
         others = {"n_tensors": "i32"}
     else:
         specialization = kernel.specialization(target)

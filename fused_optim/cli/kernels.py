@@ -122,21 +122,22 @@ class Kernel:
         """Raises KeyError for `prepare` and `finish`, which have none."""
         rule = RULES[self.rule]
         there = rule.states_with(self.deciding)
-        squares = [bool(rule.squares >> s & 1) for s in range(len(there))]
         param_storage, storages = "plain", ["plain"] * len(there)
         if self.dtypes in PACKED:
             param, param_storage, state = PACKED[self.dtypes]
             grad = param
             of_state = {
-                "int8": ("signed8", "root8"),
-                "bfloat16": ("plain", "stochastic"),
-                "float32": ("plain", "plain"),
+                "int8": {"signed": "signed8", "square": "root8"},
+                "bfloat16": {"signed": "plain", "square": "stochastic"},
+                "float32": {"signed": "plain", "square": "plain"},
             }[state]
-            storages = [of_state[square] if t else "plain" for square, t in zip(squares, there)]
+            storages = [of_state[kind] if t else "plain" for kind, t in zip(rule.kinds, there)]
         else:
             param, grad, state = DTYPES[self.dtypes or ""]
-        of_square = "uint8" if state == "int8" else state
-        states = tuple((of_square if s else state) if t else None for s, t in zip(squares, there))
+        of_kind = {"square": "uint8" if state == "int8" else state}
+        states = tuple(
+            of_kind.get(kind, state) if t else None for kind, t in zip(rule.kinds, there)
+        )
         grad_write = ZEROED if self.one_pass else UNSCALED if self.scaled else KEPT
         return specialize.Specialization(
             self.rule,

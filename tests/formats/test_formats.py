@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import storage
-from fused_optim._C import SMALLEST_INT8
+from fused_optim._C import SMALLEST_INT8, storage_of
 from support.cases import BACKEND, VARIANTS, fullest
 from support.formats import (
     COMBINATIONS,
@@ -223,7 +223,7 @@ def test_checkpoints_of_stock_load_and_go_back(name, state_dtype):
         states = run.opt.state[param]
         for s, key in enumerate(rule["states"]):
             if isinstance(states.get(key), Tensor):
-                wanted = storage.of_state(param, run.opt.param_groups[0], rule["squares"] >> s & 1)
+                wanted = storage.of_state(param, run.opt.param_groups[0], rule["kinds"][s])
                 assert states[key].dtype == wanted.dtype
     run.step()
     assert run.opt.last_step.tensors == {"cpu": len(shapes)}
@@ -306,6 +306,14 @@ def test_small_states_and_other_params_stay_float32_or_stocks():
     double.step()
     assert all(s["exp_avg"].dtype == torch.float64 for s in double.opt.state.values())
     assert double.opt.last_step.tensors == {"cpu": len(SHAPES)}
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_state_that_is_exact_is_never_rounded(state_dtype):
+    assert storage_of(state_dtype, "exact", "bfloat16", 1 << 20) == ("plain", "float32")
+    for kind in ("signed", "square"):
+        stored = storage_of(state_dtype, kind, "bfloat16", 1 << 20)
+        assert (stored == ("plain", "float32")) == (state_dtype == "float32")
 
 
 def test_groups_have_formats_of_their_own():

@@ -93,4 +93,4 @@ def test_is_asked_about_no_more_once_the_host_has_learnt_it() -> None:
         step(opt)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-    assert not opt._plan[1].any_waiting
+    assert not opt._unsure

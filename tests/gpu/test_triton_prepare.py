@@ -9,12 +9,15 @@ from support.cases import BACKEND, DEVICE
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
 
-from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, VARIANT
+from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, STEP, VARIANT
 from fused_optim.triton_kernels.prepare import (
     EMA_DECAY,
     EMA_WARMUP,
+    N_AVERAGED,
+    OPTIONS_OF,
     OPTIONS_ROW,
-    STEP,
+    SCALARS,
+    STEPS_ROW,
     prepare,
 )
 from fused_optim.triton_kernels.rules import FIRST_STEP
@@ -50,29 +53,35 @@ def run(
     rule: str,
     options: list[list[float]],
     addresses: list[list[int]],
-    steps: list[int],
-    waiting: list[int],
+    scalars: list[list[int]],
     rows: list[int],
-    known_step: float = 0.0,
+    known: float = 0.0,
     found_inf: torch.Tensor | None = None,
     n_averaged: list[int] | None = None,
     decay: float = 0.0,
     warmup: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Rows of hypers' bits in this dtype, on the CPU."""
+    """Rows of hypers' bits in this dtype, on the CPU.
+
+    Args:
+        scalars: addresses of each of the rule's scalars; those that are 0 are `known`.
+    """
     n_options = len(RULES[rule]["options"])
     table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
     table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
-    table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, STEP.value] = 1.0, -1.0, known_step
+    table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, SCALARS.value :] = 1.0, -1.0, known
     table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
     tagged = torch.zeros(len(options), 8, dtype=torch.int64)
     tagged[:, :n_options] = torch.tensor(addresses)
     hypers = torch.full((len(rows), ROW.value), 7, dtype=WORDS[dtype], device=DEVICE)
-    counts = n_averaged or [0] * len(rows)
-    table_of_steps = torch.tensor([steps, waiting, counts, rows]).t().contiguous()
+    of_scalars = torch.zeros(len(rows), STEPS_ROW.value, dtype=torch.int64)
+    for i, column in enumerate(scalars):
+        of_scalars[:, i] = torch.tensor(column)
+    of_scalars[:, N_AVERAGED.value] = torch.tensor(n_averaged or 0)
+    of_scalars[:, OPTIONS_OF.value] = torch.tensor(rows)
     prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
-        table_of_steps.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
+        of_scalars.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
         **prepare_constants(rule, averages=n_averaged is not None),
         **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
     )  # fmt: skip
@@ -80,7 +89,10 @@ def run(
 
 
 def assert_bits(hypers: torch.Tensor, rule: str, options: list[float], step: float) -> None:
-    expected = torch.tensor(_C.prepare(rule, options, step), dtype=torch.float64)
+    scalars = [step] * len(RULES[rule]["scalars"])
+    prepared, variant = _C.prepare(rule, options, scalars)
+    assert hypers[VARIANT.value] == 1 + variant
+    expected = torch.tensor(prepared, dtype=torch.float64)
     if hypers.dtype == torch.int32:
         expected = expected.float()
     found = hypers[: len(expected)]
@@ -105,13 +117,13 @@ def test_same_bits_and_steps_advanced(
     n = len(step)
     rows = [i % 7 for i in range(n)]
     nothing = [[0] * len(options[0])] * 7
-    hypers = run(rule, options, nothing, numbers(step), [0] * n, rows, dtype=of_hypers)
-    assert torch.equal(step.cpu(), after)
+    scalars = [step.clone() for _ in RULES[rule]["scalars"]]
+    hypers = run(rule, options, nothing, [numbers(s) for s in scalars], rows, dtype=of_hypers)
+    assert all(torch.equal(scalar.cpu(), after) for scalar in scalars)
     for i in range(n):
         assert_bits(hypers[i], rule, options[rows[i]], after[i].item())
     low, high = hypers[:, STEP.value].long(), hypers[:, STEP.value + 1].long()
     assert torch.equal((high << 32) + (low & 0xFFFFFFFF), after.long())
-    assert (hypers[:, VARIANT.value] == 1).all()
     assert (values(hypers, GRAD_SIGN.value) == -1).all()
 
 
@@ -123,7 +135,7 @@ def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torc
     on_device = torch.tensor(options, dtype=torch.float64).to(dtype).to(DEVICE)
     addresses = [a if o % 2 == 0 else 0 for o, a in enumerate(numbers(on_device))]
     seen = [v if o % 2 == 0 else options[o] for o, v in enumerate(on_device.double().tolist())]
-    hypers = run(rule, [options], [addresses], [0] * 3, [0] * 3, [0] * 3, known_step=5.0)
+    hypers = run(rule, [options], [addresses], [], [0] * 3, known=5.0)
     for row in hypers:
         assert_bits(row, rule, seen, 5.0)
 
@@ -132,17 +144,18 @@ def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torc
 def test_skipped_step_advances_nothing(rule: str) -> None:
     options = random_options(rule, torch.Generator().manual_seed(2))
     step = torch.arange(5.0, device=DEVICE)
-    started = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE)
+    momentum_step = torch.tensor([0.0, 0.0, 1.0, 0.0, 7.0], device=DEVICE)
+    scalars = [step, momentum_step][: len(RULES[rule]["scalars"])]
     nothing = [[0] * len(options)]
     for found_inf, advanced in ((1.0, 0), (0.0, 1)):
         flag = torch.tensor(found_inf, device=DEVICE)
-        before, waiting = step.cpu().clone(), started.cpu() == 0
-        hypers = run(
-            rule, [options], nothing, numbers(step), numbers(started), [0] * 5, found_inf=flag
-        )
-        assert torch.equal(step.cpu(), before + advanced)
-        assert torch.equal(hypers[:, VARIANT.value], 1 + FIRST_STEP.value * waiting)
-    assert started.cpu().tolist() == [1.0] * 5
+        before = [scalar.cpu().clone() for scalar in scalars]
+        addresses = [numbers(scalar) for scalar in scalars]
+        hypers = run(rule, [options], nothing, addresses, [0] * 5, found_inf=flag)
+        for scalar, value in zip(scalars, before):
+            assert torch.equal(scalar.cpu(), value + advanced)
+        is_first = (before[-1] == 0) if rule == "sgd" else torch.zeros(5)
+        assert torch.equal(hypers[:, VARIANT.value], (1 + FIRST_STEP.value * is_first).int())
 
 
 @pytest.mark.parametrize("warmup", [False, True], ids=["constant", "warmed up"])
@@ -150,14 +163,13 @@ def test_skipped_step_advances_nothing(rule: str) -> None:
 def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
     count = torch.tensor([0.0, 1.0, 2.0, 7.0, 8889.0, 2.0**24 - 1], device=DEVICE)
     before, n = count.tolist(), len(count)
-    options, nothing = random_options("sgd", torch.Generator().manual_seed(3)), [0] * n
+    options = random_options("sgd", torch.Generator().manual_seed(3))
     for skip in (1.0, 0.0):
         hypers = run(
-            "sgd", [options], [[0] * len(options)], nothing, nothing, nothing, known_step=1.0,
+            "sgd", [options], [[0] * len(options)], [], [0] * n, known=1.0,
             found_inf=torch.tensor(skip, device=DEVICE), n_averaged=numbers(count), decay=decay,
             warmup=warmup,
         )  # fmt: skip
-        group = {"ema_decay": decay, "ema_warmup": warmup}
-        expected = [averages.weight(group, int(averaged)) for averaged in before]
+        expected = [averages.weight(decay, warmup, int(averaged)) for averaged in before]
         assert values(hypers, EMA_WEIGHT.value).tolist() == expected
         assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

@@ -85,17 +85,25 @@ def test_states_of_the_rule_are_those_stock_creates(name: str) -> None:
     assert set(states) == created - {"step"}
 
 
-def test_triton_lists_the_same_rules_states_and_hypers_in_the_same_order() -> None:
+def test_triton_takes_states_options_scalars_and_hypers_in_the_order_of_cpp() -> None:
     rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
     prepare = importlib.import_module("fused_optim.triton_kernels.prepare")
     assert list(rules.RULES) == list(RULES)
     for name, rule in rules.RULES.items():
-        assert list(rule.states) == RULES[name]["states"]
-        assert list(rule.options) == RULES[name]["options"]
-        assert list(rule.hypers) == RULES[name]["hypers"]
-        assert sum(rule.deciding) == RULES[name]["deciding"]
-        assert rule.squares == RULES[name]["squares"]
-        assert rule.update.fn.__name__ == getattr(prepare, name).fn.__name__ == name
+        functions = [f for f in vars(prepare) if f == name or f.startswith(f"{name}_")]
+        assert rule.update.fn.__name__ == name and name in functions
+        sources = [inspect.getsource(getattr(prepare, function).fn) for function in functions]
+        facts = {**RULES[name]}
+        facts["options"] = [
+            re.sub(r"s\.(\d)", lambda m: str(int(m[1]) + 1), o) for o in facts["options"]
+        ]
+        found = set()
+        for source in (inspect.getsource(rule.update.fn), *sources):
+            for names, whole in re.findall(r"^    ([\w, ]+) = (\w+)(?:\[0\])?$", source, re.M):
+                if whole in facts:
+                    assert names.split(", ") == facts[whole], (name, whole)
+                    found.add(whole)
+        assert found >= {"states", "options", "hypers"}, name
 
 
 def test_triton_and_cpp_mean_the_same_by_the_bits_of_a_variant() -> None:
