@@ -66,10 +66,18 @@ void Gatherer::check_corrections(const Candidate& c) const {
       raise(PyExc_ZeroDivisionError, c.where() + "step is -1: its bias correction is 0");
 }
 
-// A device alone may know whether the states' first step was skipped.
+// A device alone may know whether the states' first step was skipped: the optimizer keeps a number
+// there (unsure.py).
 void Gatherer::find_hidden(Candidate& c) {
+  if (!c.on_device || c.used == 0 || schema_.rule.hidden_scalars == 0 || request_.asks(DRY_RUN))
+    return;
+  if (unsure_ == nullptr) {
+    unsure_ = get_attr(request_.optimizer, names._unsure);
+    const Ref begin_step = get_attr(unsure_, names.begin_step);
+    is_unsure_ = call_bool(begin_step);
+  }
   const bool may_be_skipped = c.fresh && request_.asks(SKIP_ON_DEVICE);
-  if (!c.on_device || c.used == 0 || !(may_be_skipped || (!c.fresh && is_unsure_))) return;
+  if (!may_be_skipped && (c.fresh || !is_unsure_)) return;
   for (size_t i = 0; i < schema_.scalar_keys.size(); i++) {
     if (!(schema_.rule.hidden_scalars >> i & 1)) continue;
     PyObject* const state = item(c.held.states, schema_.state_keys[0]);

@@ -50,10 +50,6 @@ unsigned Gatherer::run() {
   work_.state = get_attr(request_.optimizer, names.state);
   work_.all_averages = get_attr(request_.optimizer, names._averages);
   if (!PyDict_Check(work_.state)) raise(PyExc_TypeError, "optimizer.state must be a dict");
-  if (schema_.rule.hidden_scalars != 0 && request_.device_types != 0) {
-    unsure_ = get_attr(request_.optimizer, names._unsure);
-    is_unsure_ = truth(unsure_);
-  }
   std::vector<Hint>& hints = memory_.hints;
   size_t number = 0;
   const Ref held_groups = Ref::share(request_.groups);

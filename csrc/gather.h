@@ -114,7 +114,8 @@ class Gatherer {
   Work& work_;
   const Request& request_;
   double lowest_lr_ = 0;  // among the groups, if negative
-  Ref unsure_;            // the optimizer's (unsure.py), where a device may know more than the host
+  // The optimizer's (unsure.py), once asked, and whether it has some number.
+  Ref unsure_;
   bool is_unsure_ = false;
 };
 

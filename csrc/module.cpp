@@ -288,8 +288,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunks", &chunks, py::arg("numel"));
   m.def("openmp_library", &openmp_library);
   m.def("transcode", &transcode, py::arg("packs"), py::arg("storage"), py::arg("dtype"),
-        py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"), py::arg("key"),
-        py::arg("num_threads"), py::arg("offset") = 0);
+        py::kw_only(), py::arg("stream"), py::arg("extra"), py::arg("values"), py::arg("numel"),
+        py::arg("key"), py::arg("num_threads"), py::arg("offset") = 0);
   m.def("storage_of", &describe_storage, py::arg("state_dtype"), py::arg("kind"), py::arg("param"),
         py::arg("numel"));
   m.def("probe", &probe, py::arg("streams"), py::arg("num_threads"));

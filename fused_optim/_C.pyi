@@ -60,6 +60,7 @@ def transcode(
     packs: bool,
     storage: str,
     dtype: str,
+    *,
     stream: int,
     extra: int,
     values: int,

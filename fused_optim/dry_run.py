@@ -108,10 +108,9 @@ class DryRun:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._by_id: dict[int, DryParam] = {}
-        # A plan asks an optimizer for these and the methods below.
+        # A plan asks an optimizer for these two and the methods below.
         self.state: dict[Tensor, Any] = {}
         self._averages: averages.Averages = {}
-        self._unsure = optimizer._unsure
         self._made: set[int] = set()
         self.n_assumed_grads = 0
         self.groups = [

@@ -158,7 +158,6 @@ def _bits(
             bits |= kernels.ZEROES
     if launcher is not None:
         launcher.begin(scaling.grad_scale, scaling.found_inf, options)
-        optimizer._unsure.learn()
         if measures and options is not None and options.skips:
             bits |= kernels.SKIP_ON_DEVICE
     return bits

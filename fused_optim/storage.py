@@ -134,13 +134,13 @@ def _transcode(
         packs,
         format.storage,
         _name(stream.dtype),
-        stream.data_ptr(),
-        0 if extra is None else extra.data_ptr(),
-        values.data_ptr(),
-        stream.numel(),
-        key,
-        torch.get_num_threads(),
-        first,
+        stream=stream.data_ptr(),
+        extra=0 if extra is None else extra.data_ptr(),
+        values=values.data_ptr(),
+        numel=stream.numel(),
+        key=key,
+        num_threads=torch.get_num_threads(),
+        offset=first,
     )
 
 

@@ -47,10 +47,16 @@ class Unsure:
             self._captured.append(number)
         return number
 
-    def learn(self) -> None:
-        """Forget states that have been stepped: without waiting, by numbers asked for in an earlier step."""
-        if not self or _capturing():
-            return
+    def begin_step(self) -> bool:
+        """Forget states that have been stepped, and return whether there are others.
+
+        Nothing is waited for: the numbers were asked for in an earlier step.
+        """
+        if self and not _capturing():
+            self._learn()
+        return bool(self)
+
+    def _learn(self) -> None:
         if self._asked is None:
             device = next(iter(self._numbers.values())).device
             asked = [(state, n) for state, n in self._numbers.items() if n.device == device]

@@ -50,12 +50,12 @@ def transcode(packs, name, stream, extra, values, key, threads=1):
         packs,
         storage,
         dtype_name,
-        stream.ctypes.data,
-        address,
-        values.ctypes.data,
-        len(values),
-        key,
-        threads,
+        stream=stream.ctypes.data,
+        extra=address,
+        values=values.ctypes.data,
+        numel=len(values),
+        key=key,
+        num_threads=threads,
     )
 
 
@@ -101,7 +101,8 @@ def test_every_format_of_the_oracle_is_there():
 
 def test_unknown_names_are_refused():
     numbers = np.zeros(4, np.float32)
+    nothing = {"stream": 0, "extra": 0, "values": numbers.ctypes.data, "numel": 0, "num_threads": 1}
     with pytest.raises(ValueError, match="unknown: packed"):
-        CODEC.transcode(True, "packed", "int8", 0, 0, numbers.ctypes.data, 0, (0, 0, 2, 0), 1)
+        CODEC.transcode(True, "packed", "int8", key=(0, 0, 2, 0), **nothing)
     with pytest.raises(ValueError, match="stream 1 cannot be packed"):
-        CODEC.transcode(True, "signed8", "int8", 0, 0, numbers.ctypes.data, 0, (0, 0, 1, 0), 1)
+        CODEC.transcode(True, "signed8", "int8", key=(0, 0, 1, 0), **nothing)

@@ -159,8 +159,8 @@ def test_random_bits_are_those_of_the_oracle_from_any_element_on():
     for first in (0, 1, 31, 63, 64, 1000, 2**33 + 5):
         stream = torch.empty(333, dtype=torch.int16).numpy()
         backends.codec().transcode(
-            True, "stochastic", "bfloat16", stream.ctypes.data, 0, values.ctypes.data, 333,
-            (1, 2, 3, 4), 1, first,
+            True, "stochastic", "bfloat16", stream=stream.ctypes.data, extra=0,
+            values=values.ctypes.data, numel=333, key=(1, 2, 3, 4), num_threads=1, offset=first,
         )  # fmt: skip
         expected, _ = oracle_encode("bf16_stochastic", values, oracle_key(1, 2, 3, 4), first)
         assert (stream.view("uint16") == expected).all()
