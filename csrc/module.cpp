@@ -202,16 +202,12 @@ void bind_plan(py::module_& m) {
           })
       .def("tasks", [](const Plan& plan) { return to_pybind(plan.tasks()); })
       .def("fallbacks", [](const Plan& plan) { return to_pybind(plan.fallbacks()); })
-      .def("sharded_grads", [](const Plan& plan) { return to_pybind(plan.sharded_grads()); })
       .def("averages_left", [](const Plan& plan) { return to_pybind(plan.averages_left()); })
       .def("n_on_cpu", &Plan::n_on_cpu)
       .def("host_counts", &Plan::host_counts)
       .def("grad_write", [](const Plan& plan) { return static_cast<int>(plan.grad_write()); })
       .def("sum_of_squares",
-           [](Plan& plan, int num_threads) {
-             const Sum sum = plan.sum_of_squares(num_threads);
-             return py::make_tuple(sum.squares, sum.nonfinite);
-           })
+           [](Plan& plan, int num_threads) { return to_pybind(plan.sum_of_squares(num_threads)); })
       .def("tasks_to_stage", [](const Plan& plan) { return to_pybind(plan.tasks_to_stage()); })
       .def("stage",
            [](Plan& plan, size_t task, py::list copies) { plan.stage(task, copies.ptr()); })

@@ -58,13 +58,6 @@ Ref Plan::fallbacks() const {
   return work_.fallbacks == nullptr ? Ref::share(Py_None) : work_.fallbacks;
 }
 
-Ref Plan::sharded_grads() const {
-  const Ref grads = Ref::own(PyList_New(0));
-  for (size_t t = 0; t < work_.tasks.size(); t++)
-    if (work_.tasks[t].is_sharded) append(grads, work_.held[t].grad);
-  return grads;
-}
-
 // (decay, warmup) stands for the weight where a device counts.
 Ref Plan::averages_left() const {
   const Ref left = Ref::own(PyList_New(0));
@@ -89,14 +82,18 @@ bool Plan::host_counts() const {
                      [](const Average& average) { return !average.n_averaged.on_device; });
 }
 
-Sum Plan::sum_of_squares(int num_threads) {
+Ref Plan::sum_of_squares(int num_threads) {
   std::vector<NormTask> grads;
   grads.reserve(work_.tasks.size());
-  for (size_t t = 0; t < work_.tasks.size(); t++)
+  const Ref sharded = Ref::own(PyList_New(0));
+  for (size_t t = 0; t < work_.tasks.size(); t++) {
+    if (work_.tasks[t].is_sharded) append(sharded, work_.held[t].grad);
     if (work_.tasks[t].device < 0) grads.push_back(norm_task(work_, t));
+  }
   Sum sum;
   Py_BEGIN_ALLOW_THREADS sum = fused_optim::sum_of_squares(grads, work_.layouts, num_threads);
-  Py_END_ALLOW_THREADS return sum;
+  Py_END_ALLOW_THREADS return Ref::own(
+      Py_BuildValue("(dOO)", sum.squares, as_bool(sum.nonfinite), static_cast<PyObject*>(sharded)));
 }
 
 Ref Plan::tasks_to_stage() const {

@@ -16,8 +16,7 @@ class Plan {
   // The findings of gather().
   // (group index, param index, on a device, bytes moved, averages, strided) of each task.
   Ref tasks() const;
-  Ref fallbacks() const;      // (group index, param index, reason) each, or None
-  Ref sharded_grads() const;  // DTensors among the tasks' grads
+  Ref fallbacks() const;  // (group index, param index, reason) each, or None
   // (param, EMA entry, weight, or (decay, warmup) where a device counts) of each that no kernel
   // moves.
   Ref averages_left() const;
@@ -25,7 +24,9 @@ class Plan {
   // The host counts some average's steps: it must know whether one is skipped.
   bool host_counts() const;
   GradWrite grad_write() const { return grad_write_; }
-  Sum sum_of_squares(int num_threads);  // over the CPU tasks' grads, except DTensors
+  // Over the CPU tasks' grads. Returns (sum, some element is not finite, DTensors among all grads,
+  // which are left to the caller).
+  Ref sum_of_squares(int num_threads);
 
   // For the tasks on devices: streams in several orders go through copies in one.
   Ref tasks_to_stage() const;  // (task, tensors, whether each is written) each

@@ -141,9 +141,9 @@ def decide(
         squares, nonfinite = 0.0, False
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     else:
-        squares, nonfinite = plan.sum_of_squares(torch.get_num_threads())
+        squares, nonfinite, sharded = plan.sum_of_squares(torch.get_num_threads())
         left = [optimizer.param_groups[g]["params"][i].grad for g, i, _ in plan.fallbacks() or ()]
-        grads = left + plan.sharded_grads()
+        grads = left + sharded
     if launcher is not None:
         # The kernels leave it to the host to skip by what the host knows.
         on_device = launcher.measure(grads, waits or scaling.host_skips())

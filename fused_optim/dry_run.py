@@ -66,6 +66,9 @@ class DryParam:
             parts.append("in several orders")
         return "; ".join(parts)
 
+    def numel(self) -> int:
+        return sharding.part_of(self.tensor).numel()
+
     def state_nbytes(self) -> int:
         states = sum(_nbytes(value) for value in self.states.values() if isinstance(value, Tensor))
         return states + (0 if self.average is None else _nbytes(self.average))

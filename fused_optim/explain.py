@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_optim import backends, sharding
+from fused_optim import backends
 from fused_optim.dry_run import DryRun
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
             device=device,
             format=text,
             reason=reason,
-            numel=sum(sharding.part_of(param.tensor).numel() for param in members),
+            numel=sum(param.numel() for param in members),
             state_nbytes=sum(param.state_nbytes() for param in members),
             step_nbytes=moved,
             seconds=None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from fused_optim import averages, backends, clipping, options, sharding, storage, tracing
+from fused_optim import backends, clipping, options, sharding, storage, tracing
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
-    from fused_optim.step import Groups, Outcome, Scaling
+    from fused_optim.step import Groups
 
 Fallbacks = list[tuple[int, int, str]]  # (group index, param index, reason)
 # (param, its grad, the values that the step leaves in it; None: zeros)
@@ -37,28 +37,6 @@ def refuse_cpu_params(groups: Groups) -> None:
                 f"FUSED_OPTIM_BACKEND=triton, but param {i} of group {g} is on the CPU, "
                 "which Triton serves only with TRITON_INTERPRET=1"
             )
-
-
-def step_all(
-    optimizer: FusedOptimizer, groups: Groups, scaling: Scaling, measures: bool
-) -> Outcome | None:
-    """Step without any kernel; None if found_inf skips that."""
-    if not measures and scaling.skips():
-        return clipping.skip(optimizer)
-    reason = "no kernels in use" if backends.cpu_kernels() is None else tracing.WATCHED
-    fallbacks = [(g, i, reason) for param, g, i in positions(groups) if param.grad is not None]
-    for group in groups:
-        options.check_averaging(group)
-    clip: float | Tensor | None = 1.0
-    if measures:
-        clip = clipping.decide(optimizer, scaling, None, None, waits=True)
-    if clip is None:
-        clipping.skip(optimizer)
-        return 0, 0, None
-    if fallbacks:
-        write(step(optimizer, fallbacks, clip))
-    averages.move_params(optimizer, groups, set())
-    return 0, 0, fallbacks
 
 
 def step(optimizer: FusedOptimizer, fallbacks: Fallbacks, clip: float | Tensor) -> Left:

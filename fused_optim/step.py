@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim import averages, backends, clipping, fallback
-from fused_optim.tracing import n_dispatch_modes
+from fused_optim import averages, backends, clipping, fallback, options
+from fused_optim.tracing import WATCHED, n_dispatch_modes
 
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
@@ -73,7 +73,7 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
         return clipping.skip(optimizer)
     kernels = backends.cpu_kernels()
     if kernels is None or n_dispatch_modes():
-        return fallback.step_all(optimizer, groups, scaling, measures)
+        return _step_without_kernels(optimizer, groups, scaling, measures)
     if backends.forced() == "triton" and not backends.interpreted():
         fallback.refuse_cpu_params(groups)
     # Taken out for the time of the step: two threads never share a plan.
@@ -98,6 +98,28 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
         if launcher is not None and "_plan" in keeper.__dict__:  # by a step in another thread
             launcher.adopt(keeper._plan[1])
         keeper._plan = plan, launcher
+
+
+def _step_without_kernels(
+    optimizer: FusedOptimizer, groups: Groups, scaling: Scaling, measures: bool
+) -> Outcome | None:
+    """Have torch.optim's code step all; None if found_inf skips that."""
+    if not measures and scaling.skips():
+        return clipping.skip(optimizer)
+    reason = "no kernels in use" if backends.cpu_kernels() is None else WATCHED
+    fallbacks = [
+        (g, i, reason) for param, g, i in fallback.positions(groups) if param.grad is not None
+    ]
+    for group in groups:
+        options.check_averaging(group)
+    clip = clipping.decide(optimizer, scaling, None, None, waits=True) if measures else 1.0
+    if clip is None:
+        clipping.skip(optimizer)
+        return 0, 0, None
+    if fallbacks:
+        fallback.write(fallback.step(optimizer, fallbacks, clip))
+    averages.move_params(optimizer, groups, set())
+    return 0, 0, fallbacks
 
 
 def _decide_and_commit(
