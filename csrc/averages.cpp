@@ -1,5 +1,3 @@
-// The exponential moving average (EMA) of the params: one more stream of the kernels where they can
-// take it.
 #include <algorithm>
 
 #include "gather.h"
@@ -21,12 +19,85 @@ bool is_entry(PyObject* entry) { return PyList_Check(entry) && PyList_GET_SIZE(e
 
 }  // namespace
 
+bool Averaging::read(PyObject* group) {
+  PyObject* given = get_item(group, names.ema_decay);
+  if (given == nullptr || given == Py_None) return true;
+  on = true;
+  try {
+    decay = number(given);
+  } catch (PythonError&) {
+    PyErr_Clear();
+    return false;
+  }
+  warmup = truth(get_item(group, names.ema_warmup));
+  return decay >= 0 && decay < 1 && !truth(get_item(group, names.differentiable));
+}
+
+// The first average is the param; the warm-up is that of Abadi et al.'s TensorFlow,
+// tf.train.ExponentialMovingAverage with num_updates.
+double Averaging::weight(double n_averaged) const {
+  if (n_averaged == 0) return 1;
+  return 1 - (warmup ? std::min(decay, (1 + n_averaged) / (10 + n_averaged)) : decay);
+}
+
+int Averages::add(Average average) {
+  all_.push_back(std::move(average));
+  return static_cast<int>(all_.size()) - 1;
+}
+
+void Averages::leave(int index) {
+  all_[index].in_kernel = false;
+  are_left_ = true;
+}
+
+bool Averages::host_counts() const {
+  return std::any_of(all_.begin(), all_.end(),
+                     [](const Average& average) { return !average.n_averaged.on_device; });
+}
+
+Ref Averages::left() const {
+  const Ref left = Ref::own(PyList_New(0));
+  for (const Average& average : all_) {
+    if (average.in_kernel) continue;
+    PyObject *param = average.param, *entry = average.entry;
+    const Ref item = Ref::own(average.n_averaged.on_device
+                                  ? Py_BuildValue("(OO(dO))", param, entry, average.how.decay,
+                                                  average.how.warmup ? Py_True : Py_False)
+                                  : Py_BuildValue("(OOd)", param, entry, average.weight));
+    append(left, item);
+  }
+  return left;
+}
+
+void Averages::append_written(PyObject* list) const {
+  for (const Average& average : all_)
+    if (average.in_kernel) append_with_part(list, average.tensor);
+}
+
+void Averages::enter_new() const {
+  for (const Average& average : all_)
+    if (average.is_new && PyObject_SetItem(dict_, average.param, average.entry) != 0)
+      throw PythonError();
+}
+
+void Averages::write_counts() const {
+  for (const Average& average : all_)
+    if (average.in_kernel || average.n_averaged.on_device)  // gather has seen a list of two
+      PyList_SetItem(average.entry, 1, Ref(average.n_averaged.object).release());
+}
+
+void Averages::clear() {
+  dict_ = Ref();
+  are_left_ = false;
+  clear_safely(all_);
+}
+
 // Returns the index of the param's average, made if need be.
 int Gatherer::gather_average(Candidate& c) {
-  PyObject* known = memory_.averages.find(work_.all_averages, c.param, c.hint.average_position);
+  PyObject* known = memory_.averages.find(work_.averages.dict(), c.param, c.hint.average_position);
   if (known != nullptr && !is_entry(known))
     raise(PyExc_TypeError, "an EMA entry is a list [ema, n_averaged]");
-  Average average = {};
+  Average average;
   average.param = Ref::share(c.param);
   average.is_new = known == nullptr || !fits(list_item(known, 0), c.param);
   if (average.is_new) {
@@ -40,8 +111,7 @@ int Gatherer::gather_average(Candidate& c) {
     average.entry = Ref::share(known);
   }
   average.tensor = Ref::share(list_item(average.entry, 0));
-  average.decay = c.group.ema_decay;
-  average.warmup = c.group.ema_warmup;
+  average.how = c.group.averaging;
   View p;
   const Ref part = request_.device_types == 0 ? Ref() : part_of(c.param, c.param);
   const bool on_device = part != nullptr && p.read(part) && request_.serves(p.device);
@@ -53,17 +123,12 @@ int Gatherer::gather_average(Candidate& c) {
   } else {
     average.n_averaged = {};
     const double n = number(count);
-    // The first average is the param; the warm-up is that of Abadi et al.'s TensorFlow,
-    // tf.train.ExponentialMovingAverage with num_updates.
-    double decay = average.decay;
-    if (average.warmup) decay = std::min(decay, (1 + n) / (10 + n));
-    average.weight = n == 0 ? 1 : 1 - decay;
+    average.weight = average.how.weight(n);
     average.n_averaged.object = Ref::own(PyLong_FromDouble(n + 1));
     if (on_device && (c.group.capturable || request_.asks(SKIP_ON_DEVICE)))
       count_on_device(average, p);
   }
-  work_.averages.push_back(std::move(average));
-  return static_cast<int>(work_.averages.size()) - 1;
+  return work_.averages.add(std::move(average));
 }
 
 // Makes the average a stream of the param's kernel, if one can take it.
@@ -75,7 +140,7 @@ void Gatherer::join_average(Candidate& c) {
   average.in_kernel = part != nullptr && view.read(part) && view.dtype != N_DTYPES &&
                       view.same_shape(p) && view.device == p.device &&
                       (view.dtype == F64) == (p.dtype == F64);
-  if (!average.in_kernel) return;
+  if (!average.in_kernel) return work_.averages.leave(c.average);
   c.task.streams |= 1u << EMA;
   c.task.slice.ema_weight = average.weight;
   c.held.average = c.average;

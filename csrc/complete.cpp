@@ -195,8 +195,8 @@ void Gatherer::complete_on_device(Candidate& c, bool by_address, bool prepared) 
     if (counts && !c.scalars[i].on_device) row.scalars[i] = c.numbers[i];
   }
   if (average != nullptr) {
-    row.ema = prepared ? average->decay : average->weight;
-    row.ema_warmup = prepared && average->warmup;
+    row.ema = prepared ? average->how.decay : average->weight;
+    row.ema_warmup = prepared && average->how.warmup;
     if (prepared) on_device.scalars[N_AVERAGED] = average->n_averaged.address();
   }
   on_device.key = work_.rows.enter_key(key);

@@ -48,7 +48,8 @@ unsigned Gatherer::run() {
   memory_.states.begin();
   memory_.averages.begin();
   work_.state = get_attr(request_.optimizer, names.state);
-  work_.all_averages = get_attr(request_.optimizer, names._averages);
+  const Ref averages = get_attr(request_.optimizer, names._averages);
+  work_.averages.begin(averages);
   if (!PyDict_Check(work_.state)) raise(PyExc_TypeError, "optimizer.state must be a dict");
   std::vector<Hint>& hints = memory_.hints;
   size_t number = 0;
@@ -71,9 +72,8 @@ unsigned Gatherer::run() {
       if (number + 4 < hints.size()) hints[number + 4].fetch();
       Candidate c(group, i, number, PySequence_Fast_GET_ITEM(params, i), hints[number], work_);
       const char* reason = gather(c);
-      work_.leaves_averages |= c.average >= 0 && (reason || !work_.averages[c.average].in_kernel);
       if (reason == nullptr) continue;
-      if (c.average >= 0) work_.averages[c.average].in_kernel = false;
+      if (c.average >= 0) work_.averages.leave(c.average);
       if (reason != NO_GRAD) work_.fall_back(c.held.origin, reason);
       work_.held.pop_back();
       work_.tasks.pop_back();
@@ -96,13 +96,13 @@ unsigned Gatherer::run() {
   unsigned bits = request_.bits & (SCALES | SKIP_ON_DEVICE | MEASURES);
   if (work_.n_on_devices > 0) bits |= DEVICES;
   if (work_.fallbacks != nullptr) bits |= FALLBACKS;
-  if (work_.leaves_averages) bits |= AVERAGES;
+  if (work_.averages.are_left()) bits |= AVERAGES;
   return bits;
 }
 
 const char* Gatherer::gather(Candidate& c) {
   const char* reason = nullptr;
-  if (c.group.has_ema) c.average = gather_average(c);
+  if (c.group.averaging.on) c.average = gather_average(c);
   if ((reason = identify(c)) || (reason = find_states(c)) || (reason = read_states(c)) ||
       (reason = read_scalars(c)) || (reason = lay_out(c)))
     return reason;

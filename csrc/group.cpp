@@ -59,7 +59,7 @@ Group::Group(PyObject* dict, int64_t position, uint64_t first_ordinal, const Sch
       first_ordinal(first_ordinal) {
   if (!PyDict_Check(dict)) raise(PyExc_TypeError, "a param group must be a dict");
   read_origin();
-  if (!read_ema() || !read_formats()) {
+  if (!averaging.read(dict) || !read_formats()) {
     const Ref number = Ref::own(PyLong_FromLongLong(index));
     Ref::own(PyObject_CallMethodObjArgs(optimizer, names._check_options, dict,
                                         static_cast<PyObject*>(number), nullptr));
@@ -84,21 +84,6 @@ Origin Group::origin(int64_t param) const {
   if (indices == nullptr) return {index, param};
   const Ref number = Ref::own(PySequence_GetItem(indices, param));
   return {index, whole_number(number)};
-}
-
-// Returns false if an option of averaging is outside its range.
-bool Group::read_ema() {
-  PyObject* decay = get_item(dict, names.ema_decay);
-  if (decay == nullptr || decay == Py_None) return true;
-  has_ema = true;
-  try {
-    ema_decay = number(decay);
-  } catch (PythonError&) {
-    PyErr_Clear();
-    return false;
-  }
-  ema_warmup = truth(get_item(dict, names.ema_warmup));
-  return ema_decay >= 0 && ema_decay < 1 && !truth(get_item(dict, names.differentiable));
 }
 
 // Returns false if an option of formats has an unknown value.

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "averages.h"
 #include "scalars.h"
 #include "schema.h"
 #include "storage.h"
@@ -58,8 +59,7 @@ struct Group {
   StateFormat state_format = STATE_AS_STOCK;
   Storage master = PLAIN;
   uint64_t seed = 0;
-  bool has_ema = false, ema_warmup = false;
-  double ema_decay = 0;
+  Averaging averaging;
   unsigned variant = 0;
   struct Prepared {
     double scalars[MAX_RULE_SCALARS] = {-1};  // for which it was; -1: none yet
@@ -70,7 +70,6 @@ struct Group {
 
  private:
   void read_origin();
-  bool read_ema();
   bool read_formats();
   bool read_options(unsigned device_types);
   bool read_option(size_t option, PyObject* value, unsigned device_types);

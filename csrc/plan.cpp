@@ -58,28 +58,8 @@ Ref Plan::fallbacks() const {
   return work_.fallbacks == nullptr ? Ref::share(Py_None) : work_.fallbacks;
 }
 
-// (decay, warmup) stands for the weight where a device counts.
-Ref Plan::averages_left() const {
-  const Ref left = Ref::own(PyList_New(0));
-  for (const Average& average : work_.averages) {
-    if (average.in_kernel) continue;
-    PyObject *param = average.param, *entry = average.entry;
-    const Ref item = Ref::own(
-        average.n_averaged.on_device
-            ? Py_BuildValue("(OO(dO))", param, entry, average.decay, as_bool(average.warmup))
-            : Py_BuildValue("(OOd)", param, entry, average.weight));
-    append(left, item);
-  }
-  return left;
-}
-
 int64_t Plan::n_on_cpu() const {
   return static_cast<int64_t>(work_.tasks.size()) - work_.n_on_devices;
-}
-
-bool Plan::host_counts() const {
-  return std::any_of(work_.averages.begin(), work_.averages.end(),
-                     [](const Average& average) { return !average.n_averaged.on_device; });
 }
 
 Ref Plan::sum_of_squares(int num_threads) {
@@ -137,25 +117,15 @@ void Plan::drop_devices(const char* reason) {
 
 void Plan::begin_commit() {
   work_.commit_begun = true;
-  // Before the kernels: an average of nothing may be seen, one that is half counted may not.
-  for (const Average& average : work_.averages)
-    if (average.is_new && PyObject_SetItem(work_.all_averages, average.param, average.entry) != 0)
-      throw PythonError();
+  work_.averages.enter_new();
   if (work_.tasks.empty()) return;
   // Raw-pointer writes are invisible to autograd, so its version counters are bumped by hand.
   const Ref changed = Ref::own(PyList_New(0));
-  const auto change = [&](PyObject* tensor) {
-    append(changed, tensor);
-    if (is_plain(tensor)) return;
-    const Ref part = part_of(tensor, tensor);
-    if (part != nullptr) append(changed, part);
-  };
   for (size_t t = 0; t < work_.tasks.size(); t++) {
-    change(work_.held[t].param);
-    if (work_.tasks[t].written >> GRAD & 1) change(work_.held[t].grad);
+    append_with_part(changed, work_.held[t].param);
+    if (work_.tasks[t].written >> GRAD & 1) append_with_part(changed, work_.held[t].grad);
   }
-  for (const Average& average : work_.averages)
-    if (average.in_kernel) change(average.tensor);
+  work_.averages.append_written(changed);
   Ref::own(PyObject_CallOneArg(torch.increment_version, changed));
   for (const Held& held : work_.held) {
     if (!work_.has_new_states) break;
@@ -208,11 +178,7 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
     if (PyDict_Update(entry, held.created) != 0) throw PythonError();
     if (held.converted) remove_nones(entry);
   }
-  for (const Average& average : work_.averages) {
-    if (!average.in_kernel && !average.n_averaged.on_device) continue;
-    // Cannot fail: gather has seen a list of two.
-    PyList_SetItem(average.entry, 1, Ref(average.n_averaged.object).release());
-  }
+  work_.averages.write_counts();
   return outcome;
 }
 

@@ -17,12 +17,10 @@ class Plan {
   // (group index, param index, on a device, bytes moved, averages, strided) of each task.
   Ref tasks() const;
   Ref fallbacks() const;  // (group index, param index, reason) each, or None
-  // (param, EMA entry, weight, or (decay, warmup) where a device counts) of each that no kernel
-  // moves.
-  Ref averages_left() const;
+  Ref averages_left() const { return work_.averages.left(); }
   int64_t n_on_cpu() const;
   // The host counts some average's steps: it must know whether one is skipped.
-  bool host_counts() const;
+  bool host_counts() const { return work_.averages.host_counts(); }
   GradWrite grad_write() const { return grad_write_; }
   // Over the CPU tasks' grads. Returns (sum, some element is not finite, DTensors among all grads,
   // which are left to the caller).

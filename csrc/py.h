@@ -5,6 +5,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "dlpack.h"
 
@@ -99,6 +100,15 @@ bool truth(PyObject* value);     // value: may be null
 double number(PyObject* value);  // value: a number or a tensor with one element
 int64_t whole_number(PyObject* value);
 bool call_bool(PyObject* callable, PyObject* argument = nullptr);
+
+// Swaps them out first: a destructor may run Python code. Keeps the memory.
+template <class T>
+void clear_safely(std::vector<T>& owners) {
+  std::vector<T> old;
+  old.swap(owners);
+  old.clear();
+  if (owners.empty()) owners.swap(old);
+}
 
 inline bool is_plain(PyObject* object) {
   return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;

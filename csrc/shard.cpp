@@ -61,6 +61,13 @@ Ref part_of(PyObject* tensor, PyObject* param) {
   return is_plain(part) ? part : Ref();
 }
 
+void append_with_part(PyObject* list, PyObject* tensor) {
+  append(list, tensor);
+  if (is_plain(tensor)) return;
+  const Ref part = part_of(tensor, tensor);
+  if (part != nullptr) append(list, part);
+}
+
 Place Places::find(PyObject* param, const View& part, size_t ordinal) {
   if (is_plain(param)) return {part.numel(), 0};
   Ref spec = get_attr(param, names._spec);

@@ -12,6 +12,8 @@ bool is_dtensor(PyObject* tensor);
 // Returns this process's part of a param, or of another tensor with its sharding: the tensor itself
 // if both are plain; none if it is another kind of tensor, or sharded otherwise.
 Ref part_of(PyObject* tensor, PyObject* param);
+// Appends the tensor and, if it is a DTensor, the part that this process holds.
+void append_with_part(PyObject* list, PyObject* tensor);
 
 // A part's place in its whole.
 struct Place {

@@ -41,10 +41,7 @@ void Work::drop(const std::vector<bool>& which, const char* reason) {
     if (which[t]) {
       fall_back(held[t].origin, reason);
       if (tasks[t].device >= 0) n_on_devices--;
-      if (held[t].average >= 0) {
-        averages[held[t].average].in_kernel = false;
-        leaves_averages = true;
-      }
+      if (held[t].average >= 0) averages.leave(held[t].average);
     } else if (kept++ != t) {
       tasks[kept - 1] = tasks[t];
       held[kept - 1] = std::move(held[t]);
@@ -55,24 +52,17 @@ void Work::drop(const std::vector<bool>& which, const char* reason) {
 }
 
 void Work::clear() {
-  // Swapped out first: a destructor may run Python code.
-  const auto empty = [](auto& kept) {
-    std::remove_reference_t<decltype(kept)> old;
-    old.swap(kept);
-    old.clear();
-    if (kept.empty()) kept.swap(old);  // keep the memory
-  };
-  empty(held);
-  empty(scalars);
-  empty(averages);
+  clear_safely(held);
+  clear_safely(scalars);
+  averages.clear();
   tasks.clear();
   layouts.clear();
   packings.clear();
   hypers.clear();
   device_tasks.clear();
   rows.clear();
-  fallbacks = state = all_averages = Ref();
-  commit_begun = has_new_states = leaves_averages = false;
+  fallbacks = state = Ref();
+  commit_begun = has_new_states = false;
   n_on_devices = 0;
 }
 

@@ -12,17 +12,6 @@
 
 namespace fused_optim {
 
-// The exponential moving average of one param of a group that has one.
-struct Average {
-  Ref param, entry, tensor;  // entry: the list [average, n_averaged]
-  bool is_new;               // `_averages` lacks this entry, or has one that no longer fits
-  double weight;             // if the host counts
-  Scalar n_averaged;         // if the host counts, its object is Python's number after the step
-  double decay;
-  bool warmup;
-  bool in_kernel;  // else torch moves it
-};
-
 struct Held {
   Origin origin;
   Ref param, grad;          // as the user has them
@@ -42,16 +31,15 @@ struct Work {
   std::vector<Layout> layouts;
   std::vector<Packing> packings;
   std::vector<double> hypers;
-  std::vector<Average> averages;
+  Averages averages;
   std::vector<DeviceTask> device_tasks;
   DeviceRows rows;
-  Ref fallbacks;            // list of (group index, param index, reason); none if there are none
-  Ref state, all_averages;  // the optimizer's dicts
+  Ref fallbacks;  // list of (group index, param index, reason); none if there are none
+  Ref state;      // the optimizer's
   bool commit_begun = false;
   // Counted on the way, as many tasks do not fit into a cache together.
   int64_t n_on_devices = 0;
-  bool has_new_states = false;   // some task has `created` states, or a scalar that has moved
-  bool leaves_averages = false;  // no kernel moves some average
+  bool has_new_states = false;  // some task has `created` states, or a scalar that has moved
 
   // The memory from a stream's first element to its last one; enters all that a task writes.
   Range range(size_t task, int stream) const;
