@@ -115,7 +115,7 @@ int Gatherer::gather_average(Candidate& c) {
   View p;
   const Ref part = request_.device_types == 0 ? Ref() : part_of(c.param, c.param);
   const bool on_device = part != nullptr && p.read(part) && request_.serves(p.device);
-  PyObject* const count = list_item(average.entry, 1);
+  const Ref count = Ref::share(list_item(average.entry, 1));
   // The interpreter's device is the CPU.
   if (on_device && average.n_averaged.find(count, p) &&
       (average.n_averaged.on_device || p.device.type == dlpack::CPU)) {

@@ -48,7 +48,6 @@ const char* Gatherer::read_scalars(Candidate& c) {
     }
   }
   const Scalar& step = c.scalars[STEP];
-  if (!c.has_step) return nullptr;
   c.now.step_data = step.data;
   c.now.objects[MAX_STREAMS + 1] = step.object;
   if (step.data != c.hint.step_data) memory_.hold = false;
@@ -101,7 +100,9 @@ const char* Gatherer::complete(Candidate& c) {
   for (const Scalar& scalar : c.scalars) prepared |= scalar.on_device;
   if (average != nullptr && c.on_device && prepared) count_on_device(*average, c.views[PARAM]);
   if (!prepared && !prepare(c)) return ODD_OPTIONS;
-  if (c.packed.packing.packs()) {
+  c.now.packs = c.packed.packing.packs();
+  memory_.hold = memory_.hold && c.now.packs == c.hint.packs;
+  if (c.now.packs) {
     c.packed.draw(group.seed, group.ordinal(c.held.origin), c.numbers[STEP]);
     task.packing = static_cast<int>(work_.packings.size());
     work_.packings.push_back(c.packed.packing);

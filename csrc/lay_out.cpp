@@ -23,7 +23,10 @@ const char* Gatherer::lay_out(Candidate& c) {
   const int64_t* strides[MAX_STREAMS] = {};
   bool all_same = true, any_f64 = false, one_order = p.contiguous();
   for (int s = 0; s < MAX_STREAMS; s++) {
-    if (!(task.streams >> s & 1)) continue;
+    if (!(task.streams >> s & 1)) {
+      memory_.hold = memory_.hold && c.hint.data[s] == nullptr;
+      continue;
+    }
     const View& view = c.views[s];
     task.slice.streams[s] = view.data;
     task.slice.dtypes[s] = view.dtype;

@@ -37,6 +37,7 @@ struct Hint {
   PyObject* objects[MAX_STREAMS + 2] = {};  // param, states, state dict, step: to prefetch
   const void* impls[MAX_STREAMS + 1] = {};  // inside the TensorImpls: to prefetch
   void* step_data = nullptr;
+  bool packs = false;
   void* extras[MAX_STREAMS] = {};  // beside packed streams
 
   [[gnu::always_inline]] void fetch() const {

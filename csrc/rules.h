@@ -65,8 +65,8 @@ struct Rule {
   static void advance(const Options&, Scalars& s) {
     s.step += 1;
   }
-  template <class Options>
-  static unsigned step_variant(const Options&, const Scalars&) {
+  template <class Options, class OfRule>
+  static unsigned step_variant(const Options&, const OfRule&) {
     return 0;
   }
   // These take a variant.

@@ -18,7 +18,9 @@ void Work::enter_written(size_t t, Written& written) const {
     const auto* data = static_cast<const char*>(memory);
     if (data != nullptr) written.add({data, data + nbytes, t});
   };
-  for (const Scalar& scalar : scalars_of(held[t])) add(scalar.data, ITEMSIZE[scalar.dtype]);
+  for (const Scalar& scalar : scalars_of(held[t]))
+    if (scalar.key != nullptr)
+      add(scalar.data, ITEMSIZE[scalar.dtype]);  // no param can lie in others
   if (numel == 0) return;
   for (int s = 0; s < MAX_STREAMS; s++)
     if (task.written >> s & 1) written.add(range(t, s));

@@ -8,7 +8,6 @@ The kernels average in the step's own pass (csrc/averages.cpp); the arithmetic i
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -54,19 +53,16 @@ def dtype_of(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     return wanted if wanted is not None and coarser else param.dtype
 
 
-def weight_on_device(decay: float, warmup: bool, n_averaged: Tensor) -> Tensor:
-    """How far the next average moves towards the param; csrc/averages.cpp has the same."""
-    n = n_averaged.double()
-    decayed = torch.full_like(n, decay)
+def weight(decay: Any, warmup: bool, n_averaged: Any) -> Any:
+    """How far an average that is not the first moves towards the param; csrc/averages.cpp has the same.
+
+    Args:
+        decay, n_averaged: numbers, or float64 tensors.
+    """
     if warmup:
-        decayed = torch.minimum(decayed, (1 + n) / (10 + n))
-    return torch.where(n == 0, 1.0, 1 - decayed)
-
-
-@functools.lru_cache(64)
-def weight(decay: float, warmup: bool, n_averaged: int) -> float:
-    n = torch.tensor(n_averaged, dtype=torch.float64, device="cpu")
-    return weight_on_device(decay, warmup, n).item()
+        least = torch.minimum if isinstance(n_averaged, Tensor) else min
+        decay = least(decay, (1 + n_averaged) / (10 + n_averaged))
+    return 1 - decay
 
 
 @torch.no_grad()
@@ -105,7 +101,8 @@ def _move_on_device(
 ) -> None:
     """`move` without waiting for the device."""
     ema, n_averaged = entry
-    towards = weight_on_device(decay, warmup, n_averaged)
+    n = n_averaged.double()
+    towards = torch.where(n == 0, 1.0, weight(torch.full_like(n, decay), warmup, n))
     if ema.dtype.is_floating_point or ema.is_complex():
         # As torch.lerp by a number: 16-bit types have a weight in float32.
         wide = torch.promote_types(ema.dtype, torch.float32)
@@ -180,7 +177,8 @@ def move_params(optimizer: FusedOptimizer, groups: list[dict[str, Any]], but: se
         if id(param) not in but:
             entry = entry_of(known, param, group)
             decay, warmup = float(group["ema_decay"]), bool(group.get("ema_warmup"))
-            left.append((param, entry, weight(decay, warmup, int(entry[1]))))
+            n = int(entry[1])
+            left.append((param, entry, weight(decay, warmup, n) if n > 0 else 1.0))
     move(left)
 
 

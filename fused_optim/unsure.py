@@ -7,6 +7,7 @@ decides.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Unsure:
         # Momentum buffer -> a float32 on its device: its steps so far.
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._asked: tuple[list[Tensor], Tensor, torch.cuda.Event | None] | None = None
+        self._lock = threading.Lock()  # of the two above: two threads may step
         self._captured: list[Tensor] = []  # what CUDA graphs need as long as they are replayed
 
     def __bool__(self) -> bool:
@@ -39,10 +41,11 @@ class Unsure:
 
     def number_of(self, state: Tensor, create: bool) -> Tensor | None:
         """The number of steps of this state, float32 on its device; None: at least one, surely."""
-        number = self._numbers.get(state)
-        if number is None and create:
-            number = torch.zeros((), dtype=torch.float32, device=state.device)
-            self._numbers[state] = number
+        with self._lock:
+            number = self._numbers.get(state)
+            if number is None and create:
+                number = torch.zeros((), dtype=torch.float32, device=state.device)
+                self._numbers[state] = number
         if number is not None and _capturing():
             self._captured.append(number)
         return number
@@ -52,9 +55,10 @@ class Unsure:
 
         Nothing is waited for: the numbers were asked for in an earlier step.
         """
-        if self and not _capturing():
-            self._learn()
-        return bool(self)
+        with self._lock:
+            if self and not _capturing():
+                self._learn()
+            return bool(self)
 
     def _learn(self) -> None:
         if self._asked is None:
@@ -89,7 +93,8 @@ class Unsure:
         if state is not None:
             if self.is_unstepped(state):
                 states[name] = None
-            self._numbers.pop(state, None)
+            with self._lock:
+                self._numbers.pop(state, None)
 
 
 def _capturing() -> bool:

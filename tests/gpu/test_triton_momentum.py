@@ -94,3 +94,13 @@ def test_is_asked_about_no_more_once_the_host_has_learnt_it() -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
     assert not opt._unsure
+
+
+def test_memory_of_what_was_learnt_may_be_a_grad_s() -> None:
+    params = [torch.nn.Parameter(torch.randn(4, device=DEVICE)) for _ in range(8)]
+    opt = fused_optim.SGD(params, lr=0.01, momentum=0.9, skip_nonfinite=True)
+    for _ in range(20):  # grads on the CPU come to lie where freed numbers did
+        opt.zero_grad()
+        sum(param.square().sum() for param in params).backward()
+        opt.step()
+        assert opt.last_step.tensors == {"triton": 8}

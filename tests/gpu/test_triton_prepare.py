@@ -170,6 +170,6 @@ def test_weight_of_an_average_is_the_host_s(decay: float, warmup: bool) -> None:
             found_inf=torch.tensor(skip, device=DEVICE), n_averaged=numbers(count), decay=decay,
             warmup=warmup,
         )  # fmt: skip
-        expected = [averages.weight(decay, warmup, int(averaged)) for averaged in before]
+        expected = [averages.weight(decay, warmup, int(n)) if n > 0 else 1.0 for n in before]
         assert values(hypers, EMA_WEIGHT.value).tolist() == expected
         assert count.tolist() == (before if skip else [averaged + 1 for averaged in before])

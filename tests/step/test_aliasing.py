@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+import fused_optim
 from support.cases import Case
-from support.marks import few_cases
+from support.marks import few_cases, needs_cpu_kernels
 from support.twins import Run, run_both
 
 # Three such tensors are enough for the kernels to share a step between threads; one is not enough for
@@ -173,3 +174,20 @@ def test_tensors_in_shared_memory(case: Case) -> None:
         run.step(3)
 
     run_both(case, program, shapes=((33, 5), (7,)), tensors={case.backend: 2})
+
+
+@needs_cpu_kernels
+def test_memory_of_a_state_that_is_no_more_may_be_a_grad_s() -> None:
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = fused_optim.SGD(params, lr=0.1, momentum=0.9)
+    for param in params:
+        param.grad = torch.ones(4)
+    opt.step()
+    opt.step()
+    memory = opt.state[params[0]]["momentum_buffer"]
+    opt.param_groups[0]["momentum"] = 0
+    opt.state.clear()
+    opt.step()
+    params[1].grad = memory
+    opt.step()
+    assert opt.last_step is not None and "stock" not in opt.last_step.tensors

@@ -282,3 +282,13 @@ def test_fake_tensors_are_stepped_as_by_stock(case: Case) -> None:
         run.opt = run.make([torch.nn.Parameter(torch.ones(1))])
 
     run_both(case, program)
+
+
+def test_fake_tensors_are_averaged() -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(7))
+        opt = fused_optim.SGD([param], lr=0.1, ema_decay=0.123, ema_warmup=True)
+        param.grad = torch.ones(7)
+        for _ in range(3):
+            opt.step()
+    assert opt._averages[param][1] == 3
