@@ -158,8 +158,7 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
       task.slice.grad_scale = grad_scale;
       if (grad_scale == 0 && task.slice.grad_write == UNSCALED) task.slice.grad_write = KEPT;
     }
-  for (const Held& held : work_.held)
-    for (const Scalar& scalar : work_.scalars_of(held)) scalar.write();
+  for (const Scalar& scalar : work_.scalars) scalar.write();
   if (!tasks.empty()) {
     Py_BEGIN_ALLOW_THREADS run(tasks, work_.layouts, num_threads);
     Py_END_ALLOW_THREADS

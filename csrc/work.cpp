@@ -44,6 +44,8 @@ void Work::drop(const std::vector<bool>& which, const char* reason) {
       fall_back(held[t].origin, reason);
       if (tasks[t].device >= 0) n_on_devices--;
       if (held[t].average >= 0) averages.leave(held[t].average);
+      for (size_t i = 0; i < held[t].n_scalars; i++)
+        scalars[held[t].first_scalar + i].data = nullptr;  // stock writes them
     } else if (kept++ != t) {
       tasks[kept - 1] = tasks[t];
       held[kept - 1] = std::move(held[t]);
