@@ -19,17 +19,28 @@ const char* Gatherer::read_scalars(Candidate& c) {
   const RuleInfo& rule = schema_.rule;
   const View& p = c.views[PARAM];
   const bool skips = request_.asks(SKIP_ON_DEVICE);
+  const Scalar* last = nullptr;
   for (size_t i = 0; i < schema_.scalar_keys.size(); i++) {
     Scalar& scalar = c.scalars[i];
     const bool is_hidden = rule.hidden_scalars >> i & 1;
     if (is_hidden) c.numbers[i] = c.fresh && c.used != 0 ? 0 : 1;
     if (is_hidden || (i == STEP && !c.has_step)) continue;
     scalar.key = schema_.scalar_keys[i];
-    if (!scalar.find(item(c.held.states, scalar.key), p))
-      return "step is not a float tensor with one element on the CPU or the param's device";
+    PyObject* const found = item(c.held.states, scalar.key);
+    if (!scalar.find(found, p)) {
+      if (found != nullptr && PyObject_TypeCheck(found, torch.tensor)) check_scalar(c, i, found);
+      return i == STEP ? ODD_STEP : ODD_STATE;
+    }
+    if (last != nullptr && scalar.on_device != last->on_device)
+      return "the numbers among the states are on two devices";
+    last = &scalar;
     if (!scalar.on_device) c.numbers[i] = scalar.read();
+    // The host advances it, and may need options that lie on a device.
+    if (i != STEP && !scalar.on_device) c.group.know_options();
   }
-  rule.advance(c.group.options, c.numbers);
+  std::copy(std::begin(c.numbers), std::end(c.numbers), c.before);
+  rule.advance(c.group.options, c.numbers, c.scalars[STEP].dtype == F32,
+               last == nullptr || last->dtype == F32);
   for (size_t i = 0; i < schema_.scalar_keys.size(); i++) {
     Scalar& scalar = c.scalars[i];
     if (scalar.object == nullptr) continue;
@@ -38,6 +49,7 @@ const char* Gatherer::read_scalars(Candidate& c) {
       check_corrections(c);
       return "step is not a whole number";
     }
+    if (!scalar.on_device && !fits_float(scalar.value)) return ODD_OPTIONS;
     if (p.device.type == dlpack::CPU && c.on_device) {  // the interpreter: the CPU is the device
       scalar.on_device = c.group.capturable || c.group.fused || skips;
     } else if (!scalar.on_device && c.group.capturable) {
@@ -52,6 +64,23 @@ const char* Gatherer::read_scalars(Candidate& c) {
   c.now.objects[MAX_STREAMS + 1] = step.object;
   if (step.data != c.hint.step_data) memory_.hold = false;
   return nullptr;
+}
+
+// Raises what stock would raise when it has written, or what would crash it.
+void Gatherer::check_scalar(const Candidate& c, size_t scalar, PyObject* tensor) const {
+  const auto name = [&] {
+    return c.where() + "state '" + schema_.rule.scalar_names[scalar] + "' ";
+  };
+  View view;
+  const bool is_read = is_plain(tensor) && view.read(tensor);
+  if (is_read && view.numel() > 0 && view.data == nullptr)
+    raise(PyExc_RuntimeError, name() + "has no memory: its storage was freed");
+  if (scalar == STEP) return;
+  if (!(is_read && view.device.type == dlpack::CPU) && !on_one_device(tensor, c.held.parts[PARAM]))
+    raise(PyExc_RuntimeError, name() + "is on another device than the param");
+  if (is_read && view.numel() != 1)
+    raise(PyExc_RuntimeError,
+          name() + "has shape " + describe(view.shape, view.ndim) + ", not that of a number");
 }
 
 // Raises if step 0 makes a number that is not finite: stock would write states, then raise.
@@ -146,14 +175,15 @@ const char* Gatherer::complete(Candidate& c) {
 // bias correction of 0, say, stock raises, or steps with it.
 bool Gatherer::prepare(Candidate& c) {
   Group::Prepared& latest = c.group.prepared;
-  if (!std::equal(std::begin(c.numbers), std::end(c.numbers), latest.scalars)) {
+  const auto& given = schema_.rule.prepares_before ? c.before : c.numbers;
+  if (!std::equal(std::begin(given), std::end(given), latest.scalars)) {
     latest.hypers = static_cast<int64_t>(work_.hypers.size());
     work_.hypers.resize(work_.hypers.size() + MAX_HYPERS);
     double* hypers = work_.hypers.data() + latest.hypers;
-    schema_.rule.prepare(c.group.options, c.numbers, hypers);
+    schema_.rule.prepare(c.group.options, given, hypers);
     latest.fits = std::all_of(hypers, hypers + MAX_HYPERS, fits_float);
     latest.variant = c.group.variant | schema_.rule.step_variant(c.group.options, c.numbers);
-    std::copy(std::begin(c.numbers), std::end(c.numbers), latest.scalars);
+    std::copy(std::begin(given), std::end(given), latest.scalars);
   }
   c.variant = latest.variant;
   return latest.fits;
@@ -193,7 +223,8 @@ void Gatherer::complete_on_device(Candidate& c, bool by_address, bool prepared) 
   for (int i = 0; i < MAX_RULE_SCALARS; i++) {
     on_device.scalars[i] = c.scalars[i].address();
     const bool counts = prepared || (i == STEP && c.task.packing >= 0);
-    if (counts && !c.scalars[i].on_device) row.scalars[i] = c.numbers[i];
+    const auto& known = prepared && schema_.rule.prepares_before ? c.before : c.numbers;
+    if (counts && !c.scalars[i].on_device) row.scalars[i] = known[i];
   }
   if (average != nullptr) {
     row.ema = prepared ? average->how.decay : average->weight;

@@ -58,17 +58,19 @@ RuleInfo describe() {
           Rule::state_kinds,
           Rule::FLAGS,
           Rule::has_step,
+          Rule::TAKES_TENSORS,
           Rule::HIDDEN,
           [](const double* options) { return Rule::variant(as<Options>(options)); },
           [](unsigned variant) { return Rule::states(variant); },
           deciding,
           [](unsigned variant) { return Rule::lerped_states(variant); },
-          [](unsigned variant) { return Rule::decays_grad(variant); },
-          [](const double* options, double* scalars) {
+          [](const double* options) { return Rule::decays_grad(as<Options>(options)); },
+          [](const double* options, double* scalars, bool step_is_float32, bool last_is_float32) {
             auto advanced = as<Scalars>(scalars);
-            Rule::advance(as<Options>(options), advanced);
+            Rule::advance(as<Options>(options), advanced, {step_is_float32, last_is_float32});
             std::memcpy(scalars, &advanced, sizeof(advanced));
           },
+          Rule::PREPARES_BEFORE,
           [](const double* options, const double* scalars) {
             return Rule::step_variant(as<Options>(options), as<Scalars>(scalars));
           },

@@ -203,8 +203,7 @@ const char* Gatherer::read_states(Candidate& c) {
     PyObject* tensor = item(c.held.states, schema_.state_keys[s]);
     if (tensor == nullptr) return "a state is missing";
     const auto name = [&] { return c.where() + "state '" + schema_.rule.state_names[s] + "' "; };
-    if (!PyObject_TypeCheck(tensor, torch.tensor))  // stock would write step and param, then raise
-      raise(PyExc_AttributeError, name() + "is a " + Py_TYPE(tensor)->tp_name + ", not a tensor");
+    if (!PyObject_TypeCheck(tensor, torch.tensor)) return ODD_STATE;
     Ref& part = c.held.parts[STATES + s] = part_of(tensor, c.param);
     if (part == nullptr)
       return is_dtensor(c.param) ? "a state is sharded otherwise than the param"
@@ -221,9 +220,7 @@ const char* Gatherer::read_states(Candidate& c) {
     if (view.device != p.device)
       raise(PyExc_RuntimeError, name() + "is on another device than the param");
     if (has_scales(c.packed.packing.storage[STATES + s])) view.dtype = view.whole;
-    if (view.dtype == N_DTYPES)  // stock would write step and param, then raise
-      raise(PyExc_RuntimeError,
-            name() + "has a dtype that is none of float32, float64, bfloat16, float16");
+    if (view.dtype == N_DTYPES) return ODD_STATE;
     c.now.objects[STATES + s] = tensor;
   }
   check_dtypes(c);
@@ -236,7 +233,7 @@ void Gatherer::check_dtypes(const Candidate& c) const {
   if (lerped == 0 || (c.has_formats && c.group.state_format != STATE_AS_STOCK)) return;
   const Dtype grad = c.views[GRAD].dtype;
   const Dtype wanted =
-      schema_.rule.decays_grad(c.variant) ? promote(grad, c.views[PARAM].dtype) : grad;
+      schema_.rule.decays_grad(c.group.options) ? promote(grad, c.views[PARAM].dtype) : grad;
   for (size_t s = 0; s < schema_.state_keys.size(); s++)
     if ((lerped >> s & 1) && c.views[STATES + s].dtype != wanted)
       raise(PyExc_RuntimeError, c.where() + "state '" + schema_.rule.state_names[s] +

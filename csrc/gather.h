@@ -26,6 +26,10 @@ constexpr std::pair<const char*, Bits> BIT_NAMES[] = {
     {"DEVICES", DEVICES},   {"FALLBACKS", FALLBACKS},
     {"AVERAGES", AVERAGES}};
 
+constexpr const char* ODD_STEP =
+    "step is not a float tensor with one element on the CPU or the param's device";
+constexpr const char* ODD_STATE = "a state of another type or dtype than torch.optim makes";
+
 // Borrowed references.
 struct Request {
   PyObject*
@@ -74,7 +78,8 @@ struct Candidate {
   bool fresh = false;        // its states are made now
   Packed packed;
   Scalar scalars[MAX_RULE_SCALARS];
-  double numbers[MAX_RULE_SCALARS] = {};  // those after the step, where the host knows them
+  // Those before and after the step, where the host knows them.
+  double before[MAX_RULE_SCALARS] = {}, numbers[MAX_RULE_SCALARS] = {};
 };
 
 class Gatherer {
@@ -93,6 +98,7 @@ class Gatherer {
   const char* find_states(Candidate& c);
   const char* read_states(Candidate& c);
   const char* read_scalars(Candidate& c);
+  void check_scalar(const Candidate& c, size_t scalar, PyObject* tensor) const;
   void check_corrections(const Candidate& c) const;
   const char* lay_out(Candidate& c);
   const char* check_memory(Candidate& c, int stream);

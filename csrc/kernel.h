@@ -10,7 +10,7 @@ constexpr int PARAM = 0, GRAD = 1, STATES = 2, EMA = STATES + MAX_STATES;
 constexpr int MAX_STREAMS = EMA + 1;
 constexpr int MAX_HYPERS = 8;
 // The scalars of a rule, and beside them how many steps went into the EMA.
-constexpr int STEP = 0, MAX_RULE_SCALARS = 2, N_AVERAGED = MAX_RULE_SCALARS;
+constexpr int STEP = 0, MAX_RULE_SCALARS = 3, N_AVERAGED = MAX_RULE_SCALARS;
 constexpr int MAX_SCALARS = MAX_RULE_SCALARS + 1;
 constexpr int MAX_VARIANTS = 16;
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32

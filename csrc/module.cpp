@@ -33,16 +33,14 @@ py::dict describe_rules() {
     entry["kinds"] = kinds;
     entry["deciding"] = deciding;
     entry["has_step"] = rule.has_step;
+    entry["prepares_before"] = rule.prepares_before;
     described[rule.name] = entry;
   }
   return described;
 }
 
-// The hypers that the rule prepares, in double, and the variant that the scalars make. For tests of
-// the same arithmetic elsewhere.
-std::pair<std::vector<double>, unsigned> prepare(const std::string& name,
-                                                 const std::vector<double>& options,
-                                                 const std::vector<double>& scalars) {
+const RuleInfo& rule_of(const std::string& name, const std::vector<double>& options,
+                        const std::vector<double>& scalars) {
   for (const RuleInfo& rule : rules()) {
     if (name != rule.name) continue;
     if (options.size() != rule.option_names.size())
@@ -51,12 +49,28 @@ std::pair<std::vector<double>, unsigned> prepare(const std::string& name,
     if (scalars.size() != rule.scalar_names.size())
       throw std::invalid_argument(name + " has " + std::to_string(rule.scalar_names.size()) +
                                   " scalars");
-    double hypers[MAX_HYPERS] = {};
-    rule.prepare(options.data(), scalars.data(), hypers);
-    return {{hypers, hypers + rule.hyper_names.size()},
-            rule.step_variant(options.data(), scalars.data())};
+    return rule;
   }
   throw std::invalid_argument("no rule is called '" + name + "'");
+}
+
+// The hypers that the rule prepares, in double, and the variant that the scalars make. For tests of
+// the same arithmetic elsewhere, as is `advance`.
+std::pair<std::vector<double>, unsigned> prepare(const std::string& name,
+                                                 const std::vector<double>& options,
+                                                 const std::vector<double>& scalars) {
+  const RuleInfo& rule = rule_of(name, options, scalars);
+  double hypers[MAX_HYPERS] = {};
+  rule.prepare(options.data(), scalars.data(), hypers);
+  return {{hypers, hypers + rule.hyper_names.size()},
+          rule.step_variant(options.data(), scalars.data())};
+}
+
+// The scalars after a step, not yet rounded to the dtype that they are stored in.
+std::vector<double> advance(const std::string& name, const std::vector<double>& options,
+                            std::vector<double> scalars, bool in_float32) {
+  rule_of(name, options, scalars).advance(options.data(), scalars.data(), in_float32, in_float32);
+  return scalars;
 }
 
 template <class T>
@@ -274,10 +288,14 @@ PYBIND11_MODULE(_C, m) {
   bind_plan(m);
   bind_tables(m);
   m.attr("ODD_OPTIONS") = ODD_OPTIONS;
+  m.attr("ODD_STATE") = ODD_STATE;
+  m.attr("ODD_STEP") = ODD_STEP;
   m.attr("SCALE_BLOCK") = SCALE_BLOCK;
   m.attr("SMALLEST_INT8") = SMALLEST_INT8;
   m.def("rules", &describe_rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("scalars"));
+  m.def("advance", &advance, py::arg("rule"), py::arg("options"), py::arg("scalars"),
+        py::arg("in_float32"));
   m.def("isas", &available_isas);
   m.def("isa", [] { return std::string(current_isa().name); });
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -29,7 +29,7 @@ class Plan {
   // For the tasks on devices: streams in several orders go through copies in one.
   Ref tasks_to_stage() const;  // (task, tensors, whether each is written) each
   void stage(size_t task, PyObject* copies);
-  Ref batches() { return tables_.batches(work_, static_cast<int>(schema_.state_keys.size())); }
+  Ref batches() { return tables_.batches(work_, schema_.rule); }
   Ref grad_batches() { return tables_.grads(work_); }
   void drop_devices(const char* reason);  // torch.optim's code steps them
 

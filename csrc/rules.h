@@ -1,17 +1,21 @@
 // Every update rule, simplest first. A rule is arithmetic on one element: it knows no pointer,
-// dtype, thread or storage format. Each rule names its states (keys of optimizer.state[param]) and
-// has
-//   OPTIONS       what a param group says, as doubles
-//   SCALARS       numbers of one param that each step advances, as doubles: how many steps it has
-//   seen variant       the compile-time choices that these options make HYPERS        the numbers
-//   one element needs, all of type T advance       Scalars before the step -> after it step_variant
-//   choices that the Scalars make on top prepare       Options and Scalars after the step ->
-//   Hypers, in double, once per tensor states        bit i: the variant has state i update one
-//   element; grad is already unscaled and, if maximizing, negated
+// dtype, thread or storage format. It names its states (keys of optimizer.state[param]) and has
+// - OPTIONS: what a param group says, as doubles
+// - SCALARS: numbers of one param that each step advances, as doubles: how many steps it has seen
+// - variant: the compile-time choices that these options make
+// - HYPERS: the numbers that one element needs, all of type T
+// - advance: Scalars before the step -> after it
+// - step_variant: choices that the Scalars make on top
+// - prepare: Options and Scalars after the step -> Hypers, in double, once per tensor
+// - states: bit i: the variant has state i
+// - update: one element; grad is already unscaled and, if maximizing, negated
 //
 // Included inside a namespace: each instruction set compiles its own copy (see apply.inl).
 // The order of operations is torch.optim's non-fused code's unless a comment says otherwise.
+#include <cfloat>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 // Repeated squaring instead of std::pow: the same bits with every libm and on a GPU.
 inline double integer_power(double base, double exponent) {
@@ -21,6 +25,51 @@ inline double integer_power(double base, double exponent) {
     base *= base;
   }
   return result;
+}
+
+// A positive normal base to a real exponent, by operations that are rounded alike everywhere, for
+// the same reason. Within 4 * (5 + |log2 of the result|) units of 2^-53. NaN for another base.
+inline double power(double base, double exponent) {
+  if (!(base >= DBL_MIN && base <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
+  int64_t bits;
+  std::memcpy(&bits, &base, sizeof bits);
+  auto whole = static_cast<double>((bits >> 52) - 1023);
+  bits = (bits & 0xfffffffffffff) | (int64_t{1023} << 52);
+  double fraction;
+  std::memcpy(&fraction, &bits, sizeof fraction);
+  if (fraction > 1.4142135623730951) {
+    fraction = fraction * 0.5;
+    whole = whole + 1;
+  }
+  // log(fraction) = 2 * artanh(s) = 2 * (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172
+  const double s = (fraction - 1) / (fraction + 1);
+  const double square = s * s;
+  double sum = 1.0 / 27;
+  for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
+  double log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent;
+  log2 = log2 > 1000 ? 1000 : log2;
+  log2 = log2 < -1000 ? -1000 : log2;
+  // exp(rest) = 1 + rest + rest^2 / 2 + rest^3 / 6 + ..., |rest| < 0.347
+  const int64_t nearest = static_cast<int64_t>(log2 + 1024.5) - 1024;
+  const double rest = (log2 - static_cast<double>(nearest)) * 0.6931471805599453;
+  sum = 1;
+  for (int k = 16; k >= 1; k--) sum = 1 + sum * (rest * (1.0 / k));
+  bits = (nearest + 1023) << 52;
+  double scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return sum * scale;
+}
+
+// torch.maximum: a NaN on either side stays.
+template <class T>
+inline T maximum(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+// torch.sign: 0 for NaN.
+template <class T>
+inline T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
 }
 
 // torch.lerp: measured from the nearer end, so that weight == 1 gives end.
@@ -52,6 +101,15 @@ inline T lerp(T start, T end, T weight) {
   };                 \
   static constexpr const char* hyper_names = #__VA_ARGS__
 
+// The dtypes of a param's scalars: torch.optim multiplies a float32 one by a float32, and makes new
+// ones in the default dtype, which `step` shows, as load_state_dict leaves that alone.
+struct ScalarTypes {
+  bool step_is_float32, last_is_float32;
+};
+inline double rounded(double value, bool to_float32) {
+  return to_float32 ? static_cast<float>(value) : value;
+}
+
 // Defaults, which a rule replaces where it differs.
 struct Rule {
   static constexpr unsigned FLAGS = 0;                      // bit i: option i is true or false
@@ -62,17 +120,28 @@ struct Rule {
   // 1 if they do; where a device alone knows that, a tensor on the device that the host keeps.
   static constexpr unsigned HIDDEN = 0;
   template <class Options>
-  static void advance(const Options&, Scalars& s) {
+  static void advance(const Options&, Scalars& s, ScalarTypes) {
     s.step += 1;
+  }
+  // True: prepare takes the Scalars before the step.
+  static constexpr bool PREPARES_BEFORE = false;
+  // True: torch.optim takes betas that are tensors of one element and any shape.
+  static constexpr bool TAKES_TENSORS = false;
+  template <class Options>
+  static unsigned variant(const Options&) {
+    return 0;
   }
   template <class Options, class OfRule>
   static unsigned step_variant(const Options&, const OfRule&) {
     return 0;
   }
+  template <class Options>
+  static bool decays_grad(const Options&) {  // adds weight_decay * param
+    return false;
+  }
   // These take a variant.
   static constexpr bool valid(unsigned) { return true; }
   static constexpr unsigned lerped_states(unsigned) { return 0; }  // bit i: torch.lerp_ writes it
-  static constexpr bool decays_grad(unsigned) { return false; }    // adds weight_decay * param
 };
 
 // SGD with momentum as in Sutskever et al. 2013, "On the importance of initialization and momentum
@@ -92,12 +161,12 @@ struct SGD : Rule {
     return (variant & MOMENTUM) || !(variant & (NESTEROV | FIRST_STEP));
   }
   static constexpr unsigned states(unsigned variant) { return variant & MOMENTUM ? 0b1 : 0; }
-  static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum != 0 ? MOMENTUM : 0u) |
            (o.momentum != 0 && o.nesterov != 0 ? NESTEROV : 0u);
   }
-  static void advance(const Options&, Scalars& s) {
+  static void advance(const Options&, Scalars& s, ScalarTypes) {
     s.step += 1;
     s.momentum_step += 1;
   }
@@ -129,6 +198,7 @@ struct SGD : Rule {
 // the authors' PyTorch code.
 struct Lion : Rule {
   static constexpr const char* name = "lion";
+  static constexpr bool TAKES_TENSORS = true;
   OPTIONS(lr, beta1, beta2, weight_decay);
   static constexpr const char* state_names[] = {"exp_avg"};
   HYPERS(lr, beta1, beta1_comp, beta2, beta2_comp, param_decay);
@@ -145,8 +215,7 @@ struct Lion : Rule {
   static inline void update(T& param, T grad, T& exp_avg, T&, T&, const Hypers<T>& h) {
     if constexpr (VARIANT & WEIGHT_DECAY) param = param * h.param_decay;
     const T direction = h.beta1 * exp_avg + h.beta1_comp * grad;
-    // torch.sign: 0 for NaN.
-    param = param - h.lr * (direction > 0 ? T(1) : direction < 0 ? T(-1) : T(0));
+    param = param - h.lr * sign(direction);
     exp_avg = h.beta2 * exp_avg + h.beta2_comp * grad;
   }
 };
@@ -161,7 +230,7 @@ struct Adagrad : Rule {
 
   enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
   static constexpr unsigned states(unsigned) { return 0b1; }
-  static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
     return {o.lr / (1 + (s.step - 1) * o.lr_decay), o.eps, o.weight_decay};
@@ -192,7 +261,7 @@ struct RMSprop : Rule {
   static constexpr unsigned lerped_states(unsigned variant) {
     return variant & CENTERED ? 0b100 : 0;
   }
-  static constexpr bool decays_grad(unsigned variant) { return variant & WEIGHT_DECAY; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum > 0 ? MOMENTUM : 0u) |
            (o.centered != 0 ? CENTERED : 0u);
@@ -226,6 +295,7 @@ struct RMSprop : Rule {
 // DECOUPLED is AdamW: Loshchilov, Hutter 2019, algorithm 2. AMSGRAD: Reddi, Kale, Kumar 2018.
 struct Adam : Rule {
   static constexpr const char* name = "adam";
+  static constexpr bool TAKES_TENSORS = true;
   OPTIONS(lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay);
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE, SQUARE};
@@ -238,8 +308,8 @@ struct Adam : Rule {
   }
   static constexpr unsigned states(unsigned variant) { return variant & AMSGRAD ? 0b111 : 0b11; }
   static constexpr unsigned lerped_states(unsigned) { return 0b1; }
-  static constexpr bool decays_grad(unsigned variant) {
-    return (variant & (WEIGHT_DECAY | DECOUPLED)) == WEIGHT_DECAY;
+  static bool decays_grad(const Options& o) {
+    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
   }
   static unsigned variant(const Options& o) {
     return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) |
@@ -269,9 +339,7 @@ struct Adam : Rule {
     exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
     T second_moment = exp_avg_sq;
     if constexpr (VARIANT & AMSGRAD) {
-      // torch.maximum: a NaN on either side stays.
-      const bool keep = max_exp_avg_sq > exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq;
-      max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
+      max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
       second_moment = max_exp_avg_sq;
     }
     param = param - h.step_size * exp_avg / (std::sqrt(second_moment) + h.eps_hat);
@@ -279,4 +347,7 @@ struct Adam : Rule {
 };
 
 // The registry: one line per rule, here and nowhere else in csrc.
-#define FUSED_OPTIM_RULES(RULE) RULE(SGD) RULE(Lion) RULE(Adagrad) RULE(RMSprop) RULE(Adam)
+#define FUSED_OPTIM_RULES(RULE) \
+  RULE(SGD)                     \
+  RULE(Lion)                    \
+  RULE(Adagrad) RULE(RMSprop) RULE(Adam)

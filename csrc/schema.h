@@ -13,7 +13,9 @@ struct Schema {
 
   // Torch takes these out of tensors with one element of any shape, and a device's kernels read
   // them there; the other options decide on the variant.
-  bool may_be_any_tensor(size_t option) const { return option == lr || option_items[option] >= 0; }
+  bool may_be_any_tensor(size_t option) const {
+    return option == lr || (option_items[option] >= 0 && rule.takes_tensors);
+  }
 
   const RuleInfo& rule;
   int rule_index;

@@ -88,7 +88,8 @@ void Batch::add(const Slice& slice, const Row& row, const int64_t* of_scalars) {
     for (int s : streams) tensors.add(static_cast<int64_t>(packing.seeds[s]));
   }
   if (key.prepared_on_device) {
-    for (int i = 0; i < MAX_SCALARS; i++) scalars.add(of_scalars[i]);
+    for (int i = 0; i < n_scalars_; i++) scalars.add(of_scalars[i]);
+    scalars.add(of_scalars[N_AVERAGED]);
     scalars.add(n_rows_ - 1);
   }
   n_tensors_++;
@@ -173,7 +174,9 @@ Ref finish(const std::vector<std::pair<std::shared_ptr<B>, Ref>>& known) {
 
 }  // namespace
 
-Ref Tables::batches(const Work& work, int n_states) {
+Ref Tables::batches(const Work& work, const RuleInfo& rule) {
+  const int n_states = static_cast<int>(rule.state_names.size());
+  const int n_scalars = std::max(static_cast<int>(rule.scalar_names.size()), 2);  // as prepare.py
   for (const auto& [batch, object] : batches_) batch->begin();
   Batch* batch = nullptr;
   size_t last_key = 0;
@@ -183,7 +186,7 @@ Ref Tables::batches(const Work& work, int n_states) {
     if (batch == nullptr || last_key != on_device.key) {
       const BatchKey& key = work.rows.keys[last_key = on_device.key];
       const auto fits = [&](const Batch& known) { return known.key == key; };
-      batch = &batch_for(batches_, fits, key, n_states);
+      batch = &batch_for(batches_, fits, key, n_states, n_scalars);
     }
     batch->add(task.slice, work.rows.rows[on_device.row], on_device.scalars);
   }

@@ -60,7 +60,8 @@ struct Row {
   int64_t addresses[MAX_HYPERS];  // option tensors on the device; 0: the value holds
   unsigned variant;
   double grad_sign;
-  double scalars[MAX_RULE_SCALARS];  // after the step; 0 where a device knows it or nobody asks
+  // After the step, or as the rule's prepare takes them; 0 where a device knows it or nobody asks.
+  double scalars[MAX_RULE_SCALARS];
   double ema;         // the EMA's weight, or its decay where a device makes the weight
   double ema_warmup;  // 1: that decay is warmed up
   bool operator==(const Row& other) const;
@@ -68,7 +69,7 @@ struct Row {
 
 class Batch {
  public:
-  Batch(const BatchKey& key, int n_states) : key(key) {
+  Batch(const BatchKey& key, int n_states, int n_scalars) : key(key), n_scalars_(n_scalars) {
     for (int s = 0; s < STATES + n_states; s++) streams.push_back(s);
     streams.push_back(EMA);
   }
@@ -93,6 +94,7 @@ class Batch {
   void add_options(const Row& row);
   void add_hypers(const Row& row);
 
+  const int n_scalars_;
   int64_t n_tensors_ = 0, n_rows_ = 0, version_ = 0;
   const Row* last_ = nullptr;  // between begin and end
 };
@@ -153,7 +155,7 @@ struct Work;
 class Tables {
  public:
   // Both return a list of those that this step needs.
-  Ref batches(const Work& work, int n_states);
+  Ref batches(const Work& work, const RuleInfo& rule);
   Ref grads(Work& work);  // for the norm
 
  private:

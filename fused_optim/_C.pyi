@@ -41,13 +41,19 @@ DEVICES: int
 FALLBACKS: int
 AVERAGES: int
 
+# Reasons for a fallback: torch.optim's code may raise when it has written half.
 ODD_OPTIONS: str
+ODD_STATE: str
+ODD_STEP: str
 
 SCALE_BLOCK: int
 SMALLEST_INT8: int
 
 def rules() -> dict[str, dict[str, Any]]: ...
 def prepare(rule: str, options: list[float], scalars: list[float]) -> tuple[list[float], int]: ...
+def advance(
+    rule: str, options: list[float], scalars: list[float], in_float32: bool
+) -> list[float]: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

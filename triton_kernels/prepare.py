@@ -6,11 +6,11 @@ betas are tensors on the device (capturable, GradScaler's found_inf); elsewhere 
 
 Tables in device memory, beside those of `multi_tensor`:
 
-steps          int64 [n_tensors, STEPS_ROW]: addresses of the rule's scalars, `step` first, and of the
-               number of steps that went into the EMA, or 0; the row of the next two
+steps          int64 [n_tensors, columns]: addresses of the rule's scalars, `step` first, in two columns
+               at least, and of the number of steps that went into the EMA, or 0; the row of the next two
 option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the variant's bits, the sign of the
-               grad, the EMA's decay, whether that is warmed up, and, after the step, the rule's scalars
-               without an address
+               grad, the EMA's decay, whether that is warmed up, and the rule's scalars without an
+               address, as its prepare takes them
 addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
 
 An address is of a float32, or of a float64 where its lowest bit is set.
@@ -28,11 +28,8 @@ from .rules import FIRST_STEP
 EMA_DECAY = tl.constexpr(10)
 EMA_WARMUP = tl.constexpr(11)
 SCALARS = tl.constexpr(12)
-OPTIONS_ROW = tl.constexpr(14)
-# Those of `steps` behind the rule's scalars, at most 2.
-N_AVERAGED = tl.constexpr(2)
-OPTIONS_OF = tl.constexpr(3)
-STEPS_ROW = tl.constexpr(4)
+OPTIONS_ROW = tl.constexpr(15)
+INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -48,12 +45,50 @@ def integer_power(base, exponent):
 
 
 @triton.jit
-def advance(options, scalars):
+def bits_as_double(bits):
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def power(base, exponent):
+    """A positive normal base to a real exponent, by operations that are rounded alike everywhere."""
+    bits = base.to(tl.int64, bitcast=True)
+    whole = ((bits >> 52) - 1023).to(tl.float64)
+    fraction = bits_as_double((bits & 0xFFFFFFFFFFFFF) | (1023 << 52))
+    is_high = fraction > 1.4142135623730951
+    fraction = tl.where(is_high, fraction * 0.5, fraction)
+    whole = tl.where(is_high, whole + 1, whole)
+    s = (fraction - 1) / (fraction + 1)
+    square = s * s
+    sum = square * 0 + 1.0 / 27
+    for i in tl.static_range(13):
+        sum = sum * square + 1.0 / (25 - 2 * i)
+    log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent
+    log2 = tl.where(log2 > 1000, 1000.0, log2)
+    log2 = tl.where(log2 < -1000, -1000.0, log2)
+    nearest = (log2 + 1024.5).to(tl.int64) - 1024
+    rest = (log2 - nearest.to(tl.float64)) * 0.6931471805599453
+    sum = square * 0 + 1
+    for i in tl.static_range(16):
+        sum = 1 + sum * (rest * (1.0 / (16 - i)))
+    result = sum * bits_as_double((nearest + 1023) << 52)
+    is_normal = (base >= 2.2250738585072014e-308) & (base < INFINITY)
+    return tl.where(is_normal, result, bits_as_double(nearest * 0 + 0x7FF8000000000000))
+
+
+@triton.jit
+def rounded(value, is_float32):
+    """As a scalar is stored that is a float32, or a float64."""
+    return tl.where(is_float32, value.to(tl.float32).to(tl.float64), value)
+
+
+@triton.jit
+def advance(options, scalars, step_is_float32, last_is_float32):
     return (scalars[0] + 1,)
 
 
 @triton.jit
-def sgd_advance(options, scalars):
+def sgd_advance(options, scalars, step_is_float32, last_is_float32):
     step, momentum_step = scalars
     return step + 1, momentum_step + 1
 
@@ -141,17 +176,21 @@ def store_bits(hypers, value, mask):
 @triton.jit
 def as_stored(address, value):
     """A float32 counts to 2^24, as stock's does: the hypers are those of what is stored."""
-    return tl.where((address & 1) != 0, value, value.to(tl.float32).to(tl.float64))
+    return rounded(value, (address & 1) == 0)
 
 
 @triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
     steps, option_values, addresses, hypers, found_inf, n_tensors,
     PREPARE: tl.constexpr, ADVANCE: tl.constexpr, STEP_VARIANT: tl.constexpr,
+    PREPARES_BEFORE: tl.constexpr,
     N_OPTIONS: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPERS: tl.constexpr,
-    AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
+    N_AVERAGED: tl.constexpr, AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance the scalars, unless found_inf, and write one row of `hypers` per tensor."""
+    """Advance the scalars, unless found_inf, and write one row of `hypers` per tensor.
+
+    N_AVERAGED: the last but one column of `steps`.
+    """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < n_tensors
     tensor = tensor.to(tl.int64)
@@ -159,8 +198,8 @@ def prepare(
         goes_on = tl.load(found_inf) == 0
     else:
         goes_on = True
-    steps += STEPS_ROW * tensor
-    row = tl.load(steps + OPTIONS_OF, mask=mask, other=0)
+    steps += (N_AVERAGED + 2) * tensor
+    row = tl.load(steps + N_AVERAGED + 1, mask=mask, other=0)
     option_values += row * OPTIONS_ROW
 
     options = ()
@@ -172,21 +211,29 @@ def prepare(
     grad_sign = tl.load(option_values + GRAD_SIGN, mask=mask, other=0.0)
 
     places = ()
+    known = ()
     before = ()
     for i in tl.static_range(N_SCALARS):
         address = tl.load(steps + i, mask=mask, other=0)
+        value = tl.load(option_values + SCALARS + i, mask=mask, other=1.0)
         places = places + (address,)
-        before = before + (load_number(address, mask),)
-    advanced = ADVANCE(options, before)
+        known = known + (value,)
+        before = before + (tl.where(address != 0, load_number(address, mask), value),)
+    step_is_float32 = (places[0] & 1) == 0
+    advanced = ADVANCE(options, before, step_is_float32, (places[N_SCALARS - 1] & 1) == 0)
     after = ()
     for i in tl.static_range(N_SCALARS):
-        known = tl.load(option_values + SCALARS + i, mask=mask, other=1.0)
         value = as_stored(places[i], advanced[i])
-        after = after + (tl.where(places[i] != 0, value, known),)
         if goes_on:
             store_number(places[i], value, mask)
+        if not PREPARES_BEFORE:
+            value = tl.where(places[i] != 0, value, known[i])
+        after = after + (value,)
 
-    prepared = PREPARE(options, after)
+    if PREPARES_BEFORE:
+        prepared = PREPARE(options, before)
+    else:
+        prepared = PREPARE(options, after)
     hypers += tensor * ROW
     for i in tl.static_range(N_HYPERS):
         store_bits(hypers + i, prepared[i], mask)

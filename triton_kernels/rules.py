@@ -59,6 +59,18 @@ def lerp(start, end, weight):
 
 
 @triton.jit
+def maximum(a, b):
+    """torch.maximum: a NaN on either side stays."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def sign(x):
+    """torch.sign: 0 for NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
 def sgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Sutskever et al. 2013, in torch.optim's form: the learning rate multiplies the buffer."""
     momentum_buffer = states[0]
@@ -86,8 +98,7 @@ def lion(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     if variant & WEIGHT_DECAY:
         param = param * param_decay
     direction = beta1 * exp_avg + beta1_comp * grad
-    # torch.sign: 0 for NaN.
-    param = param - lr * tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))
+    param = param - lr * sign(direction)
     exp_avg = beta2 * exp_avg + beta2_comp * grad
     return param, (exp_avg,)
 
@@ -141,9 +152,7 @@ def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
     second_moment = exp_avg_sq
     if AMSGRAD & DECIDING:
-        # torch.maximum: a NaN on either side stays.
-        keep = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
-        max_exp_avg_sq = tl.where(keep, max_exp_avg_sq, exp_avg_sq)
+        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq
     param = param - divide(step_size * exp_avg, square_root(second_moment) + eps_hat)
     return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
@@ -159,6 +168,7 @@ class Rule:
             "betas.0" is an item of group["betas"].
         kinds: "signed", "square" or "exact" for each state.
         deciding: bit of the variant -> bits of the states that there are only with it.
+        prepares_before: `prepare` takes the scalars before the step, not those after it.
     """
 
     update: Callable[..., Any]
@@ -168,6 +178,7 @@ class Rule:
     hypers: list[str]
     kinds: list[str]
     deciding: dict[int, int]
+    prepares_before: bool
 
     def states_with(self, deciding: int) -> list[bool]:
         """True for each state that is there; deciding: the variant's bits, as `update` takes them."""

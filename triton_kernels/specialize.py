@@ -157,9 +157,11 @@ def prepare_constants(rule: str, averages: bool) -> dict[str, Any]:
         "PREPARE": getattr(prepare, rule),
         "ADVANCE": getattr(prepare, f"{rule}_advance", prepare.advance),
         "STEP_VARIANT": getattr(prepare, f"{rule}_step_variant", None),
+        "PREPARES_BEFORE": RULES[rule].prepares_before,
         "N_OPTIONS": len(RULES[rule].options),
         "N_SCALARS": len(RULES[rule].scalars),
         "N_HYPERS": len(RULES[rule].hypers),
+        "N_AVERAGED": max(len(RULES[rule].scalars), 2),  # as csrc/tables.cpp
         "AVERAGES": averages,
         "BLOCK": PREPARE_BLOCK,
     }
