@@ -117,22 +117,11 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             initial = complex(initial, initial)
         return {"step": step, "sum": torch.full_like(param, initial)}
 
-    def _convert_first(
-        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
-    ) -> dict[str, Any]:
-        initial = group["initial_accumulator_value"]
-        states = {key: value for key, value in states.items() if key != "sum_scale"}
-        if initial == 0:
-            return super()._convert_first(param, group, states)
-        # torch.optim's constructor has rounded the initial value to the param's dtype.
-        states["sum"] = torch.full_like(param, initial, dtype=torch.float32, requires_grad=False)
-        return super()._convert_states(param, group, states)
-
     def _convert_states(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
     ) -> dict[str, Any]:
         if states.get("step") == 0 and isinstance(states.get("sum"), Tensor):
-            return self._convert_first(param, group, states)
+            return self._convert_first(param, group, states, self._first_values(group))
         return super()._convert_states(param, group, states)
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:

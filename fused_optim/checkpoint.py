@@ -62,6 +62,7 @@ def load(
         # torch.optim has cast all states but step to the param's dtype.
         step = {key: value for key, value in optimizer.state[param].items() if key == "step"}
         optimizer.state[param] = {**states, **step}
+    _restore_scalars(optimizer, state_dict)
     of_params = {id(p): g for g, p in averages.averaged_params(optimizer.param_groups)}
     optimizer._averages = {
         param: averages.load(param, of_params[id(param)], entry)
@@ -70,6 +71,27 @@ def load(
     }
     for hook in post_hooks:
         hook(optimizer)
+
+
+def _restore_scalars(optimizer: FusedOptimizer, state_dict: Saved) -> None:
+    """Undo torch.optim's cast of numbers among the states to a 16-bit param's dtype and to its device."""
+    scalars = optimizer._scalars() - {"step"}
+    if not scalars:
+        return
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, param in zip(indices, params):
+        states, saved = optimizer.state.get(param, {}), state_dict["state"].get(index, {})
+        for key in scalars:
+            loaded, value, step = states.get(key), saved.get(key), states.get("step")
+            if (
+                isinstance(loaded, Tensor)
+                and isinstance(value, Tensor)
+                and isinstance(step, Tensor)
+            ):
+                wide = torch.promote_types(loaded.dtype, torch.float32)
+                if (loaded.dtype, loaded.device) != (wide, step.device):
+                    states[key] = value.detach().to(step.device, wide, copy=True)
 
 
 def save_for_stock(optimizer: FusedOptimizer) -> Saved:
@@ -136,7 +158,7 @@ def _convert_saved(
 ) -> dict[Tensor, dict[str, Any]]:
     """Convert the saved states of this group's params to the formats that it will ask for."""
     options.check_formats({k: saved_group[k] for k in options.FORMATS if k in saved_group})
-    names = optimizer._description()["states"]
+    names, scalars = optimizer._description()["states"], optimizer._scalars()
     wanted = {
         **{key: group[key] for key in options.FORMATS if key in group},
         **{key: value for key, value in saved_group.items() if key != "params"},
@@ -149,7 +171,7 @@ def _convert_saved(
         check_saved(states, names, index, param)
         copies = {
             key: value.detach().to(param.device, copy=True)
-            if isinstance(value, Tensor) and key != "step"
+            if isinstance(value, Tensor) and key not in scalars
             else value
             for key, value in states.items()
         }

@@ -55,6 +55,7 @@ class DryParam:
             _dtype(value)
             for key, value in self.states.items()
             if isinstance(value, Tensor)
+            and value.shape == tensor.shape
             and key not in ("step", storage.REMAINDER)
             and not key.endswith("_scale")
         ]
@@ -194,7 +195,12 @@ class DryRun:
         # fused=True would put step on the device, which makes no difference here.
         like = storage.on_meta(tensor)
         created = self._optimizer._create_state(like, {**group, "fused": False})
-        created = {key: _as_real(key, value, tensor) for key, value in created.items()}
+        first = self._optimizer._first_values(group)
+        scalars = self._optimizer._scalars()
+        created = {
+            key: _scalar(value, first[key], tensor) if key in scalars else _as_real(value, tensor)
+            for key, value in created.items()
+        }
         if storage.applies(tensor, group):
             created = self._convert_states(tensor, group, {**seen.states, **created})
         seen.states = {**seen.states, **created}
@@ -239,10 +245,11 @@ class DryRun:
         self._optimizer._check_options(group, index)
 
 
-def _as_real(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """Move a state off the meta device, to the param's device and sharding; steps have a value."""
-    device = param.device
-    if key == "step":
-        return torch.zeros_like(value, device=device if value.is_meta else value.device)
-    real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+def _scalar(made: Tensor, value: float, param: Tensor) -> Tensor:
+    return torch.full_like(made, value, device=param.device if made.is_meta else made.device)
+
+
+def _as_real(state: Tensor, param: Tensor) -> Tensor:
+    """Move a state off the meta device, to the param's device and sharding."""
+    real = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=param.device)
     return sharding.rebuilt(real, param)

@@ -295,16 +295,42 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._create_state(param, group)
         # Made on meta: torch.optim's own take no memory, and no step on a device is waited for.
         created = self._create_state(storage.on_meta(param), {**group, "fused": False})
-        if "step" in created:
-            created["step"] = storage.new_step(created["step"], param, group)
-        states = self._convert_first(param, group, {**self.state.get(param, {}), **created})
+        first = self._first_values(group)
+        for key in created.keys() & self._scalars():
+            created[key] = storage.new_scalar(created[key], first[key], param, group)
+        states = {**self.state.get(param, {}), **created}
+        states = self._convert_first(param, group, states, first)
         return {key: value for key, value in states.items() if value is not None}
 
+    def _first_values(self, group: dict[str, Any]) -> dict[str, float]:
+        """The value that each state begins with, all elements alike."""
+        like = torch.zeros((), dtype=torch.float32, device="cpu")
+        like.grad = torch.zeros_like(like)
+        made = self._create_state(like, {**group, "fused": False, "capturable": False})
+        return {key: float(value) for key, value in made.items()}
+
     def _convert_first(
-        self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
+        self, param: Tensor, group: dict[str, Any], states: dict[str, Any], first: dict[str, float]
     ) -> dict[str, Any]:
-        """Make the first states in the group's formats; only the layout of torch.optim's counts."""
-        return storage.encode_states(param, group, states, self._description(), None)
+        """Make the first states in the group's formats; only the layout of torch.optim's counts.
+
+        Args:
+            first: from `_first_values`.
+        """
+        rule = self._description()
+        converted = storage.encode_states(param, group, states, rule, None)
+        if not any(first.get(key) for key in rule["states"]):
+            return converted
+        for key, kind in zip(rule["states"], rule["kinds"]):
+            if not first.get(key):
+                continue
+            if storage.of_state(param, group, kind).storage == "plain":
+                converted[key].fill_(first[key])
+            else:
+                converted[key] = torch.full_like(converted[key], first[key], dtype=torch.float32)
+                converted.pop(f"{key}_scale", None)
+        random_key = (group.get("rounding_seed", 0), storage.CONVERTING, 0)
+        return storage.encode_states(param, group, converted, rule, random_key)
 
     def _convert_states(
         self, param: Tensor, group: dict[str, Any], states: dict[str, Any]
@@ -330,6 +356,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         codec = backends.codec()
         assert codec is not None
         return codec.rules()[self._rule]
+
+    def _scalars(self) -> set[str]:
+        """The keys of the states that are one number: `step`, and others of the rule."""
+        codec = backends.codec()
+        return {"step"} if codec is None else {"step", *codec.rules()[self._rule]["scalars"]}
 
     def _refuse_sparse(self, group: dict[str, Any]) -> str | None:
         """Stock's error text if this group takes no sparse grads; stock raises it half-way."""

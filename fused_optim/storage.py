@@ -89,11 +89,11 @@ def counts_steps(param: Tensor, group: dict[str, Any]) -> bool:
     return master_of(param, group) in ("stochastic", "split8")
 
 
-def new_step(step: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
-    """Make step as torch.optim would for the param, from one made on meta without fused."""
+def new_scalar(scalar: Tensor, value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Make step, say, as torch.optim would for the param, from one made on meta without fused."""
     if group.get("fused") and param.device.type != "cpu":
-        return torch.zeros((), dtype=torch.float32, device=param.device)
-    return torch.zeros_like(step, device=param.device) if step.is_meta else step
+        return torch.full((), value, dtype=torch.float32, device=param.device)
+    return torch.full_like(scalar, value, device=param.device) if scalar.is_meta else scalar
 
 
 def _like(param: Tensor, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
