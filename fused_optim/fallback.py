@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def step(optimizer: FusedOptimizer, fallbacks: Fallbacks, clip: float | Tensor) 
         for param in (param for params in chosen.values() for param in params):
             optimizer._unsure.hand_over(optimizer.state.get(param, {}), name)
     kernels = backends.codec()
-    odd = {g for g, _, why in fallbacks if kernels and why == kernels.ODD_OPTIONS}
+    may_raise = (kernels.ODD_OPTIONS, kernels.ODD_STATE, kernels.ODD_STEP) if kernels else ()
+    odd = {g: why for g, _, why in fallbacks if why in may_raise}
     groups = [
         {**optimizer.param_groups[g], "params": params, "foreach": False, "fused": False}
         for g, params in chosen.items()
@@ -82,7 +84,7 @@ def step(optimizer: FusedOptimizer, fallbacks: Fallbacks, clip: float | Tensor) 
     ):
         for g, group in zip(chosen, groups):
             if g in odd:
-                _rehearse(optimizer, g, group)
+                _rehearse(optimizer, g, group, odd[g])
         _stock_step(optimizer)
     return left
 
@@ -124,17 +126,17 @@ def _in_place_of(optimizer: FusedOptimizer, groups: Groups) -> Iterator[Tensor |
         optimizer.__dict__.update(scaling)
 
 
-def _rehearse(optimizer: FusedOptimizer, g: int, group: dict[str, Any]) -> None:
-    """Run the stock step on copies: with odd options it may raise when it has written half of them."""
+def _rehearse(optimizer: FusedOptimizer, g: int, group: dict[str, Any], why: str) -> None:
+    """Run the stock step on copies: it may raise when it has written half of them."""
     groups, state = optimizer.param_groups, optimizer.state
     copies = {p: nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]}
-    for param, copy in copies.items():
-        put(copy, param.grad)
+    for param, twin in copies.items():
+        put(twin, param.grad)
     optimizer.param_groups = [{**group, "params": list(copies.values())}]
     optimizer.state = defaultdict(dict)
-    for param, copy in copies.items():
-        optimizer.state[copy] = {
-            key: value.clone() if isinstance(value, Tensor) else value
+    for param, twin in copies.items():
+        optimizer.state[twin] = {
+            key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
             for key, value in state.get(param, {}).items()
         }
     try:
@@ -142,6 +144,9 @@ def _rehearse(optimizer: FusedOptimizer, g: int, group: dict[str, Any]) -> None:
     except Exception as error:
         keys = [key.partition(".")[0] for key in optimizer._description()["options"]]
         odd = ", ".join(f"{k}={group.get(k)!r}" for k in dict.fromkeys([*keys, "maximize"]))
+        kernels = backends.codec()
+        if kernels and why != kernels.ODD_OPTIONS:
+            odd = why
         raise type(error)(f"param group {g} ({odd}): {error}") from error
     finally:
         optimizer.param_groups, optimizer.state = groups, state
