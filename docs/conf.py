@@ -7,6 +7,7 @@ from typing import Any
 from sphinx.util.nodes import make_refnode
 
 import fused_optim
+from fused_optim.optimizers import OPTIMIZERS
 
 project = "fused_optim"
 author = "the authors of fused_optim"
@@ -52,5 +53,11 @@ def public_name(app: Any, env: Any, node: Any, child: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, child)
 
 
+def name_each(app: Any, page: str, source: list[str]) -> None:
+    """Have `.. autoclass:: EACH` stand for every optimizer."""
+    source[0] = source[0].replace("EACH", "\n.. autoclass:: ".join(OPTIMIZERS))
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", name_each)
     app.connect("missing-reference", public_name)

@@ -12,10 +12,17 @@ from fused_optim.optimizer import FusedOptimizer
 from fused_optim.rmsprop import RMSprop
 from fused_optim.sgd import SGD
 
-# Name -> class, in the order in which tables and sentences have them.
-OPTIMIZERS: dict[str, type[FusedOptimizer]] = {
-    cls.__name__: cls for cls in (Adam, AdamW, SGD, RMSprop, Adagrad, Lion)
-}
+# In the order in which tables and sentences have them.
+__all__ = [  # noqa: RUF022
+    "Adam",
+    "AdamW",
+    "SGD",
+    "RMSprop",
+    "Adagrad",
+    "Lion",
+]
+
+OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in __all__}
 # torch.optim's class -> ours, where it has one.
 REPLACED: dict[type, type[FusedOptimizer]] = {
     ours._stock: ours
