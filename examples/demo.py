@@ -36,6 +36,8 @@ MakeOptimizer = Callable[..., Optimizer]
 CHARACTERS_OPTIMIZERS = {"AdamW": {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}}
 DIGITS_OPTIONS = {
     "Adam": {"lr": 2e-3},
+    "RAdam": {"lr": 1e-2},
+    "ASGD": {"lr": 0.5, "t0": 50},
     "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
     "RMSprop": {"lr": 1e-3, "momentum": 0.5, "centered": True},
 }

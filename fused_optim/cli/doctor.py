@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((), (37, 29), (70_001,))
 # Powers of 2, which no dtype rounds. Params of 0.5 to 1 grow to at most 5 (RMSprop moves by 10 * lr).
 LR, WEIGHT_DECAY = 2.0**-3, 2.0**-6
+ADADELTA_LR = 2.0**5  # of an update of about 2^-8
 # Roundings a step, of the rule that makes most (tests/support/bounds.py has them one by one). In float32,
 # Adam with weight decay: 4 of exp_avg, half of 4 of exp_avg_sq, at most 15 of the update and 3 of the
 # param. In the params' dtype: 1 of the param, 1 and a half of the states, and less than half that weight
@@ -111,7 +113,8 @@ def run() -> bool:
 def examine(cls: type[FusedOptimizer], device: str) -> Row:
     """Step it in each dtype, plain and as it is mostly used, until something is wrong."""
     row = Row(device, cls.__name__)
-    usual = {"weight_decay": WEIGHT_DECAY, **choice.OPTIONS.get(cls.__name__, {})}
+    decay = {"weight_decay": WEIGHT_DECAY} if "weight_decay" in signature(cls).parameters else {}
+    usual = {**decay, **choice.OPTIONS.get(cls.__name__, {})}
     for dtype in DTYPES:
         for options in ({}, usual):
             try:
@@ -129,6 +132,10 @@ def examine(cls: type[FusedOptimizer], device: str) -> Row:
     return row
 
 
+def lr_of(cls: type[FusedOptimizer]) -> float:
+    return ADADELTA_LR if cls._stock is torch.optim.Adadelta else LR
+
+
 def bound(dtype: torch.dtype) -> float:
     """The largest relative difference, of a param or state, that roundings explain."""
     computed, stored = (torch.finfo(d).eps / 2 for d in (torch.float32, dtype))
@@ -137,13 +144,13 @@ def bound(dtype: torch.dtype) -> float:
 
 def _compare(cls: Any, options: dict[str, Any], dtype: torch.dtype, row: Row) -> None:
     """Put into the row who stepped, how far from stock, and what is wrong with that."""
-    ours = _stepped(lambda params: cls(params, lr=LR, **options), dtype, row.device, dtype)
+    ours = _stepped(lambda params: cls(params, lr=lr_of(cls), **options), dtype, row.device, dtype)
     row.by = ", ".join(ours.last_step.tensors)
     if ours.last_step.fallbacks:
         row.verdict, row.problem = NO_KERNEL, ours.last_step.fallbacks[0].reason
         return
     # foreach=False implies fused=False, which not every class takes.
-    options = {**options, "lr": LR, "foreach": False}
+    options = {**options, "lr": lr_of(cls), "foreach": False}
     stock = _stepped(lambda params: cls._stock(params, **options), dtype, "cpu", torch.float64)
     errors = [
         ((values[key].detach().cpu().double() - true) / true).abs().flatten()

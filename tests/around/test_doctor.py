@@ -84,7 +84,7 @@ def test_a_kernel_that_computes_something_else_is_found(
             (group,) = self.param_groups
             # In float64 too: what it is compared with is another class's.
             if group["params"][0].dtype in (dtype, torch.float64):
-                group["lr"] = factor * doctor.LR
+                group["lr"] = factor * doctor.lr_of(type(self))
             super().step()
 
     status, lines = examined(Wrong, fused_optim.SGD)

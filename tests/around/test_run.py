@@ -375,7 +375,7 @@ def test_skipped_steps_closures_and_all_classes_are_counted(tmp_path: Path) -> N
 OTHERS = """
 import multiprocessing
 import torch
-from torch.optim import LBFGS, SGD, Adadelta, Muon, Optimizer
+from torch.optim import LBFGS, SGD, Muon, Optimizer, SparseAdam
 import elsewhere, fused_optim
 
 def params():
@@ -400,7 +400,7 @@ class AlsoMadeOne(Optimizer):
         self.held = [SGD(params)]
 
 def others():
-    return [Adadelta(params()), Adadelta(params()), Own(params(), {}), elsewhere.Derived(params())]
+    return [SparseAdam(params()), SparseAdam(params()), Own(params(), {}), elsewhere.Derived(params())]
 
 made = others()
 for refused in (lambda: Muon(params()), lambda: LBFGS([]), lambda: elsewhere.Prodigy(params(), lr=-1)):
@@ -449,7 +449,7 @@ def test_what_is_not_served_is_named(tmp_path: Path) -> None:
         for of_child in (True, False)
     )
     named = [
-        "2 Adadelta of torch.optim, not served",
+        "2 SparseAdam of torch.optim, not served",
         "1 Own of the program, not served",
         "1 Derived of elsewhere, not served",
     ]

@@ -10,6 +10,7 @@ from fused_optim import storage
 from support.cases import SHAPES, STATE_CASES, Case
 from support.formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from support.marks import each_state, needs_cpu_kernels, over
+from support.program import SCALARS
 
 pytestmark = needs_cpu_kernels
 
@@ -18,6 +19,8 @@ FEW_SHAPES = [shape for shape in SHAPES if shape.id in CHOSEN]
 
 
 def initial_value(case: Case) -> float:
+    if case.optimizer == "Rprop":
+        return case.hypers()["lr"]
     return dict(case.options).get("initial_accumulator_value", 0.0)
 
 
@@ -39,10 +42,13 @@ def test_bits_of_converted_zeros(case: Case) -> None:
         if not storage.applies(param, group):
             continue
         created = opt._create_state(param, group)
-        if initial_value(case) == 0:
-            assert not any(value.any() for value in created.values())
+        for name, first in opt._first_values(group).items():
+            if name not in SCALARS:
+                assert (created[name] == torch.tensor(first, dtype=param.dtype)).all()
         key = (0, storage.CONVERTING, 0)
         expected = storage.encode_states(param, group, created, opt._description(), key)
+        if "step_size" in expected:  # not rounded to the param's dtype first
+            expected["step_size"].fill_(initial_value(case))
         firsts = [opt._create_states(param, group)]
         if param in opt.state:  # torch.optim's constructor has made them
             firsts.append(opt._convert_states(param, group, opt.state[param]))
@@ -67,8 +73,9 @@ def test_nothing_is_read_from_the_device(case: Case, key: str | None) -> None:
         if key in group:
             group[key] = True
         first = opt._create_states(param, group)
-        if "step" in first:
-            assert first["step"].is_meta == (opt._description()["has_step"] and key in group)
+        on_device = key in group or case.optimizer == "ASGD"
+        for name in SCALARS & first.keys():
+            assert first[name].is_meta == (opt._description()["has_step"] and on_device)
         if param in opt.state:  # torch.optim's constructor has made them
             first |= opt._convert_states(param, group, opt.state[param])
-        assert all(value.is_meta for name, value in first.items() if name != "step")
+        assert all(value.is_meta for name, value in first.items() if name not in SCALARS)

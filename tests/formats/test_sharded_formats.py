@@ -10,12 +10,12 @@ from torch import Tensor, nn
 import fused_optim
 from fused_optim import backends, sharding, storage
 from fused_optim._C import SMALLEST_INT8
-from support.cases import DEVICE, fullest
+from support.cases import DEVICE, VARIANTS, fullest
 from support.format_oracle import encode as oracle_encode
 from support.format_oracle import key as oracle_key
 from support.formats import each_dtype, each_format, without_cancelling
 from support.marks import each_name, needs_cpu_kernels
-from support.program import Program, Streams, assert_same_bits
+from support.program import SCALARS, Program, Streams, assert_same_bits
 
 pytestmark = [
     needs_cpu_kernels,
@@ -108,7 +108,7 @@ def assert_is_part(part: Part, param: Tensor, states: dict, first: int) -> None:
         if key.endswith("_scale"):
             run = b[first // 64 : (first + n + 63) // 64]
         else:
-            run = b if key == "step" else b.flatten()[first : first + n].view_as(a)
+            run = b if key in SCALARS else b.flatten()[first : first + n].view_as(a)
         assert_same_bits([a], [run])
 
 
@@ -225,7 +225,7 @@ def test_checkpoints_have_decoded_states_and_lose_nothing(
     (states,) = saved["state"].values()
     assert not any(key.endswith("_scale") for key in states)
     for key, value in states.items():
-        if key != "step":
+        if key not in SCALARS:
             assert sharding.is_sharded_like(value, run.param) and value.shape == run.param.shape
             assert value.dtype not in (torch.uint8, torch.int8) or key == "param_remainder"
     resumed = Part(name, rank, [shard(0)], whole, **options)
@@ -307,7 +307,8 @@ def test_states_of_another_shape_are_refused(on_rank):
 
 
 @each_format
-@each_name
+# DTensors do not do what torch.optim.Rprop does.
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "Rprop"])
 def test_without_kernels_parts_are_stepped_too(
     name, dtype, state_dtype, master, on_rank, monkeypatch
 ):

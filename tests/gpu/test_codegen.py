@@ -36,6 +36,9 @@ def is_chosen(kernel: Kernel, target: str) -> bool:
         if kernel.rule == "adam":
             return target in ("sm_90", "gfx942") and has_all_states(kernel)
         return target == "sm_90" and kernel.rule == "sgd"
+    if kernel.rule not in ("sgd", "adam"):
+        is_computed_in = kernel.dtypes in (None, "float32", "float64")
+        return target == "sm_90" and is_computed_in and kernel.scaled and has_all_states(kernel)
     if target == "sm_90":
         if kernel.rule == "sgd" or kernel.dtypes in (None, "float32"):
             return True
@@ -47,10 +50,11 @@ def is_chosen(kernel: Kernel, target: str) -> bool:
 
 KERNELS, TARGETS = kernels.select(None, None)
 # To save time, the machine code is read only for sm_90 and for sm_100, where ptxas has packed arithmetic
-# of its own. For sm_90, what does not unscale has the streams of what does and one less to write: beside
-# SGD's it is there in float32 alone, and so is what has fewer states. The other targets take the largest
-# kernels: those that unscale, with all options that bring states. Of those for all in one pass, Adam's has
-# the most streams, and SGD's the fewest. The command does all.
+# of its own; that of rules other than SGD's and Adam's in the two dtypes that are computed in. For sm_90,
+# what does not unscale has the streams of what does and one less to write: beside SGD's it is there in
+# float32 alone, and so is what has fewer states. The other targets take Adam's largest kernels: those that
+# unscale, with all options that bring states. Of those for all in one pass, Adam's has the most streams,
+# and SGD's the fewest. The command does all.
 JOBS = [
     (kernel, target, target in ("sm_90", "sm_100"))
     for target in TARGETS

@@ -13,11 +13,8 @@ from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, 
 from fused_optim.triton_kernels.prepare import (
     EMA_DECAY,
     EMA_WARMUP,
-    N_AVERAGED,
-    OPTIONS_OF,
     OPTIONS_ROW,
     SCALARS,
-    STEPS_ROW,
     prepare,
 )
 from fused_optim.triton_kernels.rules import FIRST_STEP
@@ -39,6 +36,8 @@ def random_options(rule: str, generator: torch.Generator) -> list[float]:
             drawn = 1 - 10 ** (-6 * drawn)
         elif name in ("lr", "eps", "lr_decay"):
             drawn = 10 ** (-9 * drawn)
+        elif name == "decoupled_weight_decay":
+            drawn = round(drawn)
         values.append(drawn)
     return values
 
@@ -75,28 +74,31 @@ def run(
     tagged = torch.zeros(len(options), 8, dtype=torch.int64)
     tagged[:, :n_options] = torch.tensor(addresses)
     hypers = torch.full((len(rows), ROW.value), 7, dtype=WORDS[dtype], device=DEVICE)
-    of_scalars = torch.zeros(len(rows), STEPS_ROW.value, dtype=torch.int64)
+    constants = prepare_constants(rule, averages=n_averaged is not None)
+    of_scalars = torch.zeros(len(rows), constants["N_AVERAGED"] + 2, dtype=torch.int64)
     for i, column in enumerate(scalars):
         of_scalars[:, i] = torch.tensor(column)
-    of_scalars[:, N_AVERAGED.value] = torch.tensor(n_averaged or 0)
-    of_scalars[:, OPTIONS_OF.value] = torch.tensor(rows)
+    of_scalars[:, -2] = torch.tensor(n_averaged or 0)
+    of_scalars[:, -1] = torch.tensor(rows)
     prepare[((len(rows) + PREPARE_BLOCK - 1) // PREPARE_BLOCK,)](
         of_scalars.to(DEVICE), table.to(DEVICE), tagged.to(DEVICE), hypers, found_inf, len(rows),
-        **prepare_constants(rule, averages=n_averaged is not None),
+        **constants,
         **({} if DEVICE.type == "cpu" else COMPILE_OPTIONS),
     )  # fmt: skip
     return hypers.cpu()
 
 
-def assert_bits(hypers: torch.Tensor, rule: str, options: list[float], step: float) -> None:
-    scalars = [step] * len(RULES[rule]["scalars"])
+def assert_bits(
+    hypers: torch.Tensor, rule: str, options: list[float], scalars: list[float]
+) -> None:
+    """Compare a row with what the host prepares of these scalars: as its prepare takes them."""
     prepared, variant = _C.prepare(rule, options, scalars)
     assert hypers[VARIANT.value] == 1 + variant
     expected = torch.tensor(prepared, dtype=torch.float64)
     if hypers.dtype == torch.int32:
         expected = expected.float()
     found = hypers[: len(expected)]
-    assert torch.equal(found, expected.view(hypers.dtype)), (rule, options, step)
+    assert torch.equal(found, expected.view(hypers.dtype)), (rule, options, scalars)
 
 
 def values(hypers: torch.Tensor, column: int) -> torch.Tensor:
@@ -111,19 +113,28 @@ def test_same_bits_and_steps_advanced(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     options = [random_options(rule, generator) for _ in range(7)]
-    before = torch.tensor(STEPS, dtype=torch.float64).sub(1).to(dtype).repeat(3)
-    after = before + 1  # as the CPU adds: float32 stays where it can count no further
-    step = before.to(DEVICE)
+    step = torch.tensor(STEPS, dtype=torch.float64).sub(1).to(dtype).repeat(3)
     n = len(step)
+    others = torch.rand(len(RULES[rule]["scalars"]) - 1, n, dtype=dtype, generator=generator)
+    if rule == "sgd":  # a count, too
+        others[:] = step
+    before = torch.cat([step[None], others])
     rows = [i % 7 for i in range(n)]
     nothing = [[0] * len(options[0])] * 7
-    scalars = [step.clone() for _ in RULES[rule]["scalars"]]
+    scalars = before.clone().to(DEVICE)
     hypers = run(rule, options, nothing, [numbers(s) for s in scalars], rows, dtype=of_hypers)
-    assert all(torch.equal(scalar.cpu(), after) for scalar in scalars)
+    advanced = [
+        _C.advance(rule, options[row], now, in_float32=dtype == torch.float32)
+        for row, now in zip(rows, before.double().t().tolist())
+    ]
+    # As the CPU rounds: float32 stays where it can count no further.
+    after = torch.tensor(advanced, dtype=torch.float64).t().to(dtype)
+    assert torch.equal(scalars.cpu(), after)
+    taken = (before if RULES[rule]["prepares_before"] else after).double().t().tolist()
     for i in range(n):
-        assert_bits(hypers[i], rule, options[rows[i]], after[i].item())
+        assert_bits(hypers[i], rule, options[rows[i]], taken[i])
     low, high = hypers[:, STEP.value].long(), hypers[:, STEP.value + 1].long()
-    assert torch.equal((high << 32) + (low & 0xFFFFFFFF), after.long())
+    assert torch.equal((high << 32) + (low & 0xFFFFFFFF), after[0].long())
     assert (values(hypers, GRAD_SIGN.value) == -1).all()
 
 
@@ -137,7 +148,7 @@ def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torc
     seen = [v if o % 2 == 0 else options[o] for o, v in enumerate(on_device.double().tolist())]
     hypers = run(rule, [options], [addresses], [], [0] * 3, known=5.0)
     for row in hypers:
-        assert_bits(row, rule, seen, 5.0)
+        assert_bits(row, rule, seen, [5.0] * len(RULES[rule]["scalars"]))
 
 
 @every_rule
@@ -145,15 +156,17 @@ def test_skipped_step_advances_nothing(rule: str) -> None:
     options = random_options(rule, torch.Generator().manual_seed(2))
     step = torch.arange(5.0, device=DEVICE)
     momentum_step = torch.tensor([0.0, 0.0, 1.0, 0.0, 7.0], device=DEVICE)
-    scalars = [step, momentum_step][: len(RULES[rule]["scalars"])]
+    scalars = [step, *(momentum_step.clone() for _ in RULES[rule]["scalars"][1:])]
     nothing = [[0] * len(options)]
     for found_inf, advanced in ((1.0, 0), (0.0, 1)):
         flag = torch.tensor(found_inf, device=DEVICE)
         before = [scalar.cpu().clone() for scalar in scalars]
         addresses = [numbers(scalar) for scalar in scalars]
         hypers = run(rule, [options], nothing, addresses, [0] * 5, found_inf=flag)
-        for scalar, value in zip(scalars, before):
-            assert torch.equal(scalar.cpu(), value + advanced)
+        numbers_now = torch.stack(before).t().tolist()
+        after = [_C.advance(rule, options, now, in_float32=True) for now in numbers_now]
+        expected = torch.tensor(after).t() if advanced else torch.stack(before)
+        assert torch.equal(torch.stack(scalars).cpu(), expected)
         is_first = (before[-1] == 0) if rule == "sgd" else torch.zeros(5)
         assert torch.equal(hypers[:, VARIANT.value], (1 + FIRST_STEP.value * is_first).int())
 

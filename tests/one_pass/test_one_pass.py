@@ -556,7 +556,8 @@ def test_refused_step_touches_nothing(case: Case) -> None:
     run = PhaseRun(case, case.fused, ALL_ON)
     run.step()
     averages = [average.clone() for average in run.averages()]
-    for key, value, error in (("lr", "0.1", TypeError), ("ema_decay", 1.5, ValueError)):
+    wrong = ("lr", "0.1") if case.optimizer != "Rprop" else ("etas", ("0.1", 1.2))
+    for key, value, error in ((*wrong, TypeError), ("ema_decay", 1.5, ValueError)):
         good = run.opt.param_groups[0][key]
         run.set_grads()
         run.opt.param_groups[0][key] = value

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from fused_optim import _C
-from support.cases import CASES, DEVICE, DTYPES, Case
+from support.cases import CASES, DEVICE, DTYPES, Case, n_steps_of_all
 from support.marks import all_cases, each_optimizer, every_dtype, needs_cpu_kernels
 from support.processes import python
-from support.program import Program, Streams, assert_same_bits, bits, joined, wild
+from support.program import SCALARS, Program, Streams, assert_same_bits, bits, joined, wild
 
 # More elements than stay on the calling thread (64 K), several chunks, and an odd rest.
 ROWS, COLUMNS = 277, 257
 NUMEL = ROWS * COLUMNS
 SMALL = 1009
-N_STEPS = 2  # the first, which creates the states, and one more
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +41,17 @@ def run(
     cut_grad: Callable[[Tensor], list[Tensor]] | None = None,
     move_state: Callable[[Tensor], Tensor] | None = None,
 ) -> Streams:
-    """Params and states after N_STEPS on the kernels, pieces joined in order."""
+    """Params and states after some steps on the kernels, pieces joined in order."""
     params = cut(wild(numel, dtype, seed=0))
     program = Program(
         case.fused(params), params, lambda step: (cut_grad or cut)(wild(numel, dtype, step + 1))
     )
-    for _ in range(N_STEPS):
+    for _ in range(n_steps_of_all(case)):
         program.step()
         assert program.opt.last_step.tensors == {case.backend: len(params)}
         if move_state:
             for state in program.opt.state.values():
-                for key in state.keys() - {"step"}:
+                for key in state.keys() - SCALARS:
                     state[key] = move_state(state[key])
     return joined(program.harvest())
 

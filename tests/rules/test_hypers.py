@@ -1,11 +1,15 @@
 """Hyperparameters are read from the group at each step, whoever wrote them there."""
 
 import inspect
+import math
+import random
+from decimal import Decimal
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from fused_optim import _C
 from support.cases import DEVICE, Case
 from support.marks import all_cases, each_optimizer, few_cases
 from support.twins import SHAPES, Run, run_both
@@ -184,3 +188,21 @@ def test_differentiable_carries_gradients(case: Case) -> None:
     ours, _ = run_both(case, program)
     assert ours.error is None
     assert ours.seen[0] is None or torch.count_nonzero(ours.seen[0]) > 0
+
+
+def test_real_powers_are_as_good_as_they_say() -> None:
+    """csrc/rules.h's power(), by way of ASGD: eta = lr / (1 + lambd * lr * step)**alpha."""
+    generator = random.Random(0)
+    for _ in range(10_000):
+        lambd = 10.0 ** generator.uniform(-18, 200) * generator.choice((1, -1))
+        base = 1 + lambd
+        exponent = generator.uniform(-3, 3)
+        if not base > 0 or abs(log2 := math.log2(base) * exponent) > 900:
+            continue
+        _, eta, _ = _C.advance("asgd", [1.0, lambd, exponent, 0.0, 0.0], [0.0, 1.0, 1.0], False)
+        product = Decimal(eta) * Decimal(base) ** Decimal(exponent)  # of 28 digits
+        assert abs(float(product - 1)) <= 4 * (6 + abs(log2)) * 2.0**-53, (base, exponent)
+    for lambd in (-1.0, -2.0, math.inf, math.nan):
+        assert math.isnan(
+            _C.advance("asgd", [1.0, lambd, 0.5, 0.0, 0.0], [0.0, 1.0, 1.0], False)[1]
+        )

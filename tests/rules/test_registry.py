@@ -12,6 +12,7 @@ import fused_optim
 from fused_optim import _C
 from fused_optim.optimizers import OPTIMIZERS, REPLACED
 from support.cases import CASES, OF_TORCH, VARIANTS, Case, stock_class
+from support.program import SCALARS
 
 RULES = _C.rules()
 every_optimizer = pytest.mark.parametrize("name", VARIANTS)
@@ -80,9 +81,10 @@ def test_states_of_the_rule_are_those_stock_creates(name: str) -> None:
         optimizer = case.stock([param])
         optimizer.step()
         created |= optimizer.state[param].keys()
-    states = RULES[fused_class(name)._rule]["states"]
-    assert len(states) == len(set(states))
-    assert set(states) == created - {"step"}
+    rule = RULES[fused_class(name)._rule]
+    assert len(rule["states"]) == len(set(rule["states"]))
+    assert set(rule["states"]) == created - SCALARS
+    assert created & SCALARS <= {*rule["scalars"]}
 
 
 def test_triton_takes_states_options_scalars_and_hypers_in_the_order_of_cpp() -> None:

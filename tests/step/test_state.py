@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import CASES, STATE_CASES, Case
-from support.marks import all_cases, each_optimizer, few_cases
+from support.cases import CASES, DEVICE, ONE_EACH, STATE_CASES, Case
+from support.marks import all_cases, each_optimizer, few_cases, over
+from support.program import SCALARS
 from support.twins import SHAPES, Run, assert_same_groups, run_both
 
 
@@ -249,6 +250,25 @@ def test_loading_midway_goes_back(case: Case) -> None:
         run.step(2)
 
     run_both(case, program, tensors={case.backend: len(SHAPES)})
+
+
+@over([case for case in ONE_EACH if case.optimizer in ("NAdam", "ASGD")])
+def test_loading_keeps_the_precision_of_numbers_among_the_states(case: Case) -> None:
+    """torch.optim would round them to bfloat16 with the states, and so the learning rate, say."""
+    params = [torch.nn.Parameter(torch.ones(7, dtype=torch.bfloat16, device=DEVICE))]
+    opt, twin, stock = case.fused(params), case.fused(params), case.stock(params)
+    params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    for other in (twin, stock):
+        other.load_state_dict(opt.state_dict())
+    saved, loaded, rounded = (each.state[params[0]] for each in (opt, twin, stock))
+    for key in SCALARS & saved.keys():
+        assert loaded[key].dtype == torch.float32 and loaded[key].device == saved[key].device
+        assert torch.equal(loaded[key], saved[key])
+    assert torch.bfloat16 in {rounded[key].dtype for key in SCALARS & saved.keys()}
+    twin.load_state_dict(stock.state_dict())
+    twin.step()
+    assert not twin.last_step.fallbacks
 
 
 @few_cases

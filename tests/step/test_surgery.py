@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.cases import DEVICE, Case
-from support.marks import each_state, few_cases, not_interpreted
+from support.marks import each_optimizer, each_state, few_cases, not_interpreted
 from support.surgeries import SURGERIES, Surgery, tensors_of
 from support.twins import SHAPES, Run, run_both, step_or_leave_untouched
 
@@ -71,13 +71,13 @@ def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
 
 
 @every_surgery
-@few_cases
+@each_optimizer
 def test_surgery_in_float64(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery]), dtype=torch.float64)
 
 
 @every_surgery
-@few_cases
+@each_optimizer
 def test_surgery_twice(case: Case, surgery: Surgery) -> None:
     run_both(case, operated([surgery, surgery]))
 

@@ -50,6 +50,9 @@ class Rounding:
         return Rounding(info.eps / 2, info.tiny * info.eps / 2)
 
 
+FLOAT32, DOUBLE = Rounding.to(torch.float32), Rounding.to(torch.float64)
+
+
 @dataclass(frozen=True)
 class Bounded:
     """An exact value, the error bound of its computed twin, and how operations on it round.
@@ -64,6 +67,9 @@ class Bounded:
 
     def __neg__(self) -> Bounded:
         return Bounded(-self.value, self.error, self.rounding, self.jumped)
+
+    def __abs__(self) -> Bounded:
+        return Bounded(np.abs(self.value), self.error, self.rounding, self.jumped)
 
     def __add__(self, other: Bounded | float) -> Bounded:
         other = self._lift(other)
@@ -101,8 +107,15 @@ class Bounded:
 
     def maximum(self, other: Bounded) -> Bounded:
         """No rounding: the result is one of the two."""
+        return self._one_of(other, np.maximum(self.value, other.value))
+
+    def minimum(self, other: Bounded) -> Bounded:
+        """No rounding: the result is one of the two."""
+        return self._one_of(other, np.minimum(self.value, other.value))
+
+    def _one_of(self, other: Bounded, value: Array) -> Bounded:
         return Bounded(
-            np.maximum(self.value, other.value),
+            value,
             np.maximum(self.error, other.error),
             self.rounding,
             self.jumped | other.jumped,
@@ -110,13 +123,15 @@ class Bounded:
 
     def sign(self) -> Bounded:
         """Exact, unless 0 is within the error: then it may be anything from -1 to 1."""
-        value, jumped = np.sign(self.value), np.abs(self.value) <= self.error
+        value = np.sign(self.value)
+        jumped = (np.abs(self.value) <= self.error) & (self.error > 0)
         error = np.where(jumped, 1.0 + np.abs(value), 0.0)
         return Bounded(value, error, self.rounding, self.jumped | jumped)
 
     def rounded(self, by: Rounding, then: Rounding | None = None) -> Bounded:
         """Rounded once, and operated on with `then` (as before if None) from here."""
-        extra = np.maximum(by.unit * (np.abs(self.value) + self.error), by.tiny)
+        size = np.abs(self.value) + self.error
+        extra = np.where(size > 0, np.maximum(by.unit * size, by.tiny), 0.0)
         return Bounded(self.value, self.error + extra, then or self.rounding, self.jumped)
 
     def _lift(self, other: Bounded | float) -> Bounded:
@@ -336,23 +351,45 @@ def adam(
     **_: Any,
 ) -> tuple[Bounded, State]:
     beta1, beta2 = betas
-    if decoupled_weight_decay:
-        grad = -grad if maximize else grad
-        if weight_decay != 0:
-            decay = 1.0 - on.lr(lr) * weight_decay
-            param = on.result(param * on.hyper(decay))
-    else:
-        grad = _effective_grad(on, param, grad, maximize, weight_decay)
-    zero = on.stored(0.0)
-    exp_avg = on.store(on.lerp(state.get("exp_avg", zero), grad, 1 - beta1))
-    exp_avg_sq = _decayed_square(on, state.get("exp_avg_sq", zero), grad, beta2)
+    param, grad = _decayed(on, param, grad, maximize, lr, weight_decay, decoupled_weight_decay)
+    exp_avg, exp_avg_sq = _moments(on, state, grad, betas)
     after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if amsgrad:
-        after["max_exp_avg_sq"] = state.get("max_exp_avg_sq", zero).maximum(exp_avg_sq)
+        before = state.get("max_exp_avg_sq", on.stored(0.0))
+        after["max_exp_avg_sq"] = before.maximum(exp_avg_sq)
     second_moment = after.get("max_exp_avg_sq", exp_avg_sq)
     denom = on.root_plus_eps(second_moment, on.bias_correction(beta2, step).sqrt(), eps)
     step_size = on.hyper(on.lr(lr) / on.bias_correction(beta1, step))
     return on.store(param - step_size * exp_avg / denom), after
+
+
+def _number(scalar: Bounded) -> Bounded:
+    """A float32 among the states, as Python computes with it."""
+    return Bounded(scalar.value, scalar.error, DOUBLE)
+
+
+def _decayed(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    maximize: bool,
+    lr: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[Bounded, Bounded]:
+    if not decoupled:
+        return param, _effective_grad(on, param, grad, maximize, weight_decay)
+    if weight_decay != 0:
+        param = on.result(param * on.hyper(1.0 - on.lr(lr) * weight_decay))
+    return param, -grad if maximize else grad
+
+
+def _moments(
+    on: Machine, state: State, grad: Bounded, betas: tuple[float, float]
+) -> tuple[Bounded, Bounded]:
+    zero = on.stored(0.0)
+    exp_avg = on.store(on.lerp(state.get("exp_avg", zero), grad, 1 - betas[0]))
+    return exp_avg, _decayed_square(on, state.get("exp_avg_sq", zero), grad, betas[1])
 
 
 def _effective_grad(

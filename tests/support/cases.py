@@ -229,6 +229,11 @@ def _kinds() -> list[Case]:
     return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
 
 
+def n_steps_of_all(case: Case) -> int:
+    """Steps that take all branches of a rule: the first, the later ones, those that states decide."""
+    return {"RAdam": 6, "ASGD": 3}.get(case.optimizer, 2)
+
+
 # Where numbers like lr and eps make no difference.
 STATE_CASES = _kinds()
 

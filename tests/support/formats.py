@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fused_optim
+from fused_optim import _C
 from support.cases import fullest
 from support.twins import Run
 
@@ -63,6 +64,9 @@ def without_cancelling(name: str) -> dict[str, Any]:
     A centered variance shows what weight decay has taken off a grad, and a sign may flip where betas other
     than the default ones have grads of few bits cancel.
     """
-    defaults = getattr(fused_optim, name)([torch.zeros(1)]).defaults
+    cls = getattr(fused_optim, name)
+    defaults = cls([torch.zeros(1)]).defaults
     options = {"betas": defaults["betas"]} if "betas" in defaults else {}
-    return {**options, "weight_decay": 0.0} if "centered" in defaults else options
+    # An update by the size of the grad alone, whatever that is.
+    is_relative = {"centered", "exp_inf"} & {*defaults, *_C.rules()[cls._rule]["states"]}
+    return {**options, "weight_decay": 0.0} if is_relative else options

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_optim import _C
 from support.cases import BACKEND, DEVICE
 
 Streams = dict[str, Tensor]
+# States that are one number.
+SCALARS = {key for rule in _C.rules().values() for key in rule["scalars"]}
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -80,10 +83,10 @@ class Program:
 
 
 def joined(streams: Streams) -> Streams:
-    """The elements of all params in a row, in logical order, and those of each state; without steps."""
+    """The elements of all params in a row, in logical order, and those of each state; without scalars."""
     parts: dict[str, list[Tensor]] = {}
     for name, value in streams.items():
-        if not name.startswith("step "):
+        if name.split()[0] not in SCALARS:
             parts.setdefault(name.split()[0], []).append(value.reshape(-1))
     return {key: torch.cat(values) for key, values in parts.items()}
 
