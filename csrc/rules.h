@@ -290,6 +290,33 @@ struct RMSprop : Rule {
   }
 };
 
+// Kingma, Ba 2015, "Adam: A method for stochastic optimization", algorithm 2, with eps as in
+// torch.optim.
+struct Adamax : Rule {
+  static constexpr const char* name = "adamax";
+  OPTIONS(lr, beta1, beta2, eps, weight_decay);
+  static constexpr const char* state_names[] = {"exp_avg", "exp_inf"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE};
+  HYPERS(step_size, beta1_comp, beta2, eps, weight_decay);
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b11; }
+  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    return {o.lr / (1 - integer_power(o.beta1, s.step)), 1 - o.beta1, o.beta2, o.eps,
+            o.weight_decay};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& exp_avg, T& exp_inf, T&, const Hypers<T>& h) {
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    exp_avg = lerp(exp_avg, grad, h.beta1_comp);
+    exp_inf = maximum(h.beta2 * exp_inf, std::abs(grad) + h.eps);
+    param = param - h.step_size * exp_avg / exp_inf;
+  }
+};
+
 // Adam: Kingma, Ba 2015, algorithm 1 in the form of the end of section 2 (the bias corrections are
 // folded into step_size and eps: one division and one rounding less per element than torch.optim).
 // DECOUPLED is AdamW: Loshchilov, Hutter 2019, algorithm 2. AMSGRAD: Reddi, Kale, Kumar 2018.
@@ -350,4 +377,4 @@ struct Adam : Rule {
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
-  RULE(Adagrad) RULE(RMSprop) RULE(Adam)
+  RULE(Adagrad) RULE(RMSprop) RULE(Adamax) RULE(Adam)

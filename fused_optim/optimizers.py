@@ -6,6 +6,7 @@ import torch
 
 from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
+from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
 from fused_optim.lion import Lion
 from fused_optim.optimizer import FusedOptimizer
@@ -16,6 +17,7 @@ from fused_optim.sgd import SGD
 __all__ = [  # noqa: RUF022
     "Adam",
     "AdamW",
+    "Adamax",
     "SGD",
     "RMSprop",
     "Adagrad",

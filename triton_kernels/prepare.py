@@ -124,6 +124,12 @@ def rmsprop(options, scalars):
 
 
 @triton.jit
+def adamax(options, scalars):
+    lr, beta1, beta2, eps, weight_decay = options
+    return lr / (1 - integer_power(beta1, scalars[0])), 1 - beta1, beta2, eps, weight_decay
+
+
+@triton.jit
 def adam(options, scalars):
     lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay = options
     bias_correction1 = 1 - integer_power(beta1, scalars[0])

@@ -137,6 +137,19 @@ def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
+def adamax(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Kingma, Ba 2015, algorithm 2, with eps as in torch.optim."""
+    exp_avg, exp_inf = states
+    step_size, beta1_comp, beta2, eps, weight_decay = hypers
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    exp_avg = lerp(exp_avg, grad, beta1_comp)
+    exp_inf = maximum(beta2 * exp_inf, tl.abs(grad) + eps)
+    param = param - divide(step_size * exp_avg, exp_inf)
+    return param, (exp_avg, exp_inf)
+
+
+@triton.jit
 def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Kingma, Ba 2015, with the bias corrections folded into step_size and eps; DECOUPLED is AdamW.
 

@@ -334,6 +334,32 @@ def rmsprop(
     return on.store(param - on.hyper(on.lr(lr)) * grad / denom), after
 
 
+def adamax(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    beta1, beta2 = betas
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    zero = on.stored(0.0)
+    exp_avg = on.store(on.lerp(state.get("exp_avg", zero), grad, 1 - beta1))
+    decayed = on.result(state.get("exp_inf", zero) * on.hyper(on.number(beta2)))
+    size = on.result(abs(grad) + on.result(on.hyper(on.number(eps))))
+    exp_inf = on.store(decayed.maximum(size))
+    step_size = on.hyper(on.lr(lr) / on.bias_correction(beta1, step))
+    after = {"exp_avg": exp_avg, "exp_inf": exp_inf}
+    return on.store(param - step_size * exp_avg / exp_inf), after
+
+
 def adam(
     on: Machine,
     param: Bounded,
@@ -415,4 +441,5 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "Adamax": adamax,
 }

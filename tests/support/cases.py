@@ -178,6 +178,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True},
         {"tensor": ("lr",), "momentum": 0.5},
     ),
+    "Adamax": (
+        {},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"betas": (0.3, 0.5), "eps": 1e-2},
+        {"tensor": ("lr",), "weight_decay": 0.1, "betas": (0.9, 0.7)},
+    ),
     "Adagrad": (
         {},
         {"lr": 0.1, "lr_decay": 0.1},

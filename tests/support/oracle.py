@@ -119,6 +119,30 @@ def rmsprop(
     return param - lr * direction, after
 
 
+def adamax(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Kingma, Ba 2015, algorithm 2; eps as torch has it."""
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    exp_avg = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * grad
+    exp_inf = np.maximum(beta2 * state.get("exp_inf", 0.0), np.abs(grad) + eps)
+    after = {"exp_avg": exp_avg, "exp_inf": exp_inf}
+    return param - lr / (1 - beta1**step) * exp_avg / exp_inf, after
+
+
 def adam(
     param: Array,
     grad: Array,
@@ -165,4 +189,5 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "Adamax": adamax,
 }
