@@ -244,6 +244,31 @@ struct Adagrad : Rule {
   }
 };
 
+// Zeiler 2012, "ADADELTA: An adaptive learning rate method", algorithm 1.
+struct Adadelta : Rule {
+  static constexpr const char* name = "adadelta";
+  OPTIONS(lr, rho, eps, weight_decay);
+  static constexpr const char* state_names[] = {"square_avg", "acc_delta"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE, SQUARE};
+  HYPERS(lr, rho, rho_comp, eps, weight_decay);
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b11; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
+  static Hypers<double> prepare(const Options& o, const Scalars&) {
+    return {o.lr, o.rho, 1 - o.rho, o.eps, o.weight_decay};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& square_avg, T& acc_delta, T&, const Hypers<T>& h) {
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    square_avg = h.rho * square_avg + h.rho_comp * grad * grad;
+    const T delta = std::sqrt(acc_delta + h.eps) / std::sqrt(square_avg + h.eps) * grad;
+    acc_delta = h.rho * acc_delta + h.rho_comp * delta * delta;
+    param = param - h.lr * delta;
+  }
+};
+
 // Hinton's lecture 6e (2012); centered as in Graves 2013, "Generating sequences with recurrent
 // neural networks"; eps is added after the square root, as in torch.optim.
 struct RMSprop : Rule {
@@ -377,4 +402,5 @@ struct Adam : Rule {
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
-  RULE(Adagrad) RULE(RMSprop) RULE(Adamax) RULE(Adam)
+  RULE(Adagrad)                 \
+  RULE(Adadelta) RULE(RMSprop) RULE(Adamax) RULE(Adam)

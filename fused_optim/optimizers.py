@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fused_optim.adadelta import Adadelta
 from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamax import Adamax
@@ -21,6 +22,7 @@ __all__ = [  # noqa: RUF022
     "SGD",
     "RMSprop",
     "Adagrad",
+    "Adadelta",
     "Lion",
 ]
 

@@ -118,6 +118,12 @@ def adagrad(options, scalars):
 
 
 @triton.jit
+def adadelta(options, scalars):
+    lr, rho, eps, weight_decay = options
+    return lr, rho, 1 - rho, eps, weight_decay
+
+
+@triton.jit
 def rmsprop(options, scalars):
     lr, alpha, eps, weight_decay, momentum, centered = options
     return lr, alpha, 1 - alpha, eps, weight_decay, momentum

@@ -116,6 +116,20 @@ def adagrad(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
+def adadelta(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Zeiler 2012, algorithm 1."""
+    square_avg, acc_delta = states
+    lr, rho, rho_comp, eps, weight_decay = hypers
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    square_avg = rho * square_avg + rho_comp * grad * grad
+    delta = divide(square_root(acc_delta + eps), square_root(square_avg + eps)) * grad
+    acc_delta = rho * acc_delta + rho_comp * delta * delta
+    param = param - lr * delta
+    return param, (square_avg, acc_delta)
+
+
+@triton.jit
 def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Hinton's lecture 6e (2012); centered as in Graves 2013; eps is added after the square root."""
     square_avg, momentum_buffer, grad_avg = states

@@ -302,6 +302,33 @@ def adagrad(
     return on.store(param - decayed_lr * grad / denom), {"sum": total}
 
 
+def adadelta(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    zero = on.stored(0.0)
+    square_avg = _decayed_square(on, state.get("square_avg", zero), grad, rho)
+    acc_delta = state.get("acc_delta", zero)
+
+    def root(average: Bounded) -> Bounded:
+        return on.result(on.result(average + on.result(on.hyper(on.number(eps)))).sqrt())
+
+    delta = on.result(on.result(root(acc_delta) / root(square_avg)) * grad)
+    after = {"square_avg": square_avg, "acc_delta": _decayed_square(on, acc_delta, delta, rho)}
+    return on.store(on.add(param, -on.lr(lr), delta)), after
+
+
 def rmsprop(
     on: Machine,
     param: Bounded,
@@ -441,5 +468,6 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "Adadelta": adadelta,
     "Adamax": adamax,
 }

@@ -184,6 +184,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"betas": (0.3, 0.5), "eps": 1e-2},
         {"tensor": ("lr",), "weight_decay": 0.1, "betas": (0.9, 0.7)},
     ),
+    "Adadelta": (
+        {},
+        {"rho": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "rho": 0.0},
+        {"tensor": ("lr",), "rho": 0.7},
+    ),
     "Adagrad": (
         {},
         {"lr": 0.1, "lr_decay": 0.1},

@@ -88,6 +88,30 @@ def adagrad(
     return param - decayed_lr * grad / (np.sqrt(total) + eps), {"sum": total}
 
 
+def adadelta(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    rho: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Zeiler 2012, algorithm 1; lr as torch has it."""
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    square_avg = rho * state.get("square_avg", 0.0) + (1 - rho) * grad**2
+    acc_delta = state.get("acc_delta", 0.0)
+    delta = np.sqrt((acc_delta + eps) / (square_avg + eps)) * grad
+    acc_delta = rho * acc_delta + (1 - rho) * delta**2
+    return param - lr * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
+
+
 def rmsprop(
     param: Array,
     grad: Array,
@@ -189,5 +213,6 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "Adadelta": adadelta,
     "Adamax": adamax,
 }
