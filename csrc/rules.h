@@ -315,6 +315,36 @@ struct RMSprop : Rule {
   }
 };
 
+// Riedmiller, Braun 1993, "A direct adaptive method for faster backpropagation learning: the RPROP
+// algorithm", without weight backtracking, in torch.optim's form. lr is where step_size starts.
+struct Rprop : Rule {
+  static constexpr const char* name = "rprop";
+  OPTIONS(lr, eta1, eta2, step_size1, step_size2);
+  static constexpr const char* state_names[] = {"prev", "step_size"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, EXACT};
+  HYPERS(etaminus, etaplus, smallest, largest);
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b11; }
+  static Hypers<double> prepare(const Options& o, const Scalars&) {
+    return {o.eta1, o.eta2, o.step_size1, o.step_size2};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& prev, T& step_size, T&, const Hypers<T>& h) {
+    // In variables: GCC does not vectorise what it may have to leave out, such as reading a hyper.
+    const T etaminus = h.etaminus, etaplus = h.etaplus, smallest = h.smallest, largest = h.largest;
+    const T change = grad * prev;
+    const T factor = change > 0 ? etaplus : T(1);
+    step_size = step_size * (change < 0 ? etaminus : factor);
+    // torch.clamp: a NaN stays, and the upper end counts if they cross.
+    step_size = step_size < smallest ? smallest : step_size;
+    step_size = step_size > largest ? largest : step_size;
+    prev = change < 0 ? T(0) : grad;
+    param = param - sign(prev) * step_size;
+  }
+};
+
 // Kingma, Ba 2015, "Adam: A method for stochastic optimization", algorithm 2, with eps as in
 // torch.optim.
 struct Adamax : Rule {
@@ -403,4 +433,4 @@ struct Adam : Rule {
   RULE(SGD)                     \
   RULE(Lion)                    \
   RULE(Adagrad)                 \
-  RULE(Adadelta) RULE(RMSprop) RULE(Adamax) RULE(Adam)
+  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam)

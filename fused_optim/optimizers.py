@@ -12,6 +12,7 @@ from fused_optim.adamw import AdamW
 from fused_optim.lion import Lion
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.rmsprop import RMSprop
+from fused_optim.rprop import Rprop
 from fused_optim.sgd import SGD
 
 # In the order in which tables and sentences have them.
@@ -21,6 +22,7 @@ __all__ = [  # noqa: RUF022
     "Adamax",
     "SGD",
     "RMSprop",
+    "Rprop",
     "Adagrad",
     "Adadelta",
     "Lion",

@@ -130,6 +130,12 @@ def rmsprop(options, scalars):
 
 
 @triton.jit
+def rprop(options, scalars):
+    lr, eta1, eta2, step_size1, step_size2 = options
+    return eta1, eta2, step_size1, step_size2
+
+
+@triton.jit
 def adamax(options, scalars):
     lr, beta1, beta2, eps, weight_decay = options
     return lr / (1 - integer_power(beta1, scalars[0])), 1 - beta1, beta2, eps, weight_decay

@@ -151,6 +151,21 @@ def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
+def rprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Riedmiller, Braun 1993, without weight backtracking, in torch.optim's form."""
+    prev, step_size = states
+    etaminus, etaplus, smallest, largest = hypers
+    change = grad * prev
+    step_size = step_size * tl.where(change > 0, etaplus, tl.where(change < 0, etaminus, 1.0))
+    # torch.clamp: a NaN stays, and the upper end counts if they cross.
+    step_size = tl.where(step_size < smallest, smallest, step_size)
+    step_size = tl.where(step_size > largest, largest, step_size)
+    prev = tl.where(change < 0, 0.0, grad)
+    param = param - sign(prev) * step_size
+    return param, (prev, step_size)
+
+
+@triton.jit
 def adamax(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Kingma, Ba 2015, algorithm 2, with eps as in torch.optim."""
     exp_avg, exp_inf = states

@@ -361,6 +361,44 @@ def rmsprop(
     return on.store(param - on.hyper(on.lr(lr)) * grad / denom), after
 
 
+def rprop(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    etas: tuple[float, float],
+    step_sizes: tuple[float, float],
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    if maximize:
+        grad = -grad
+    change = on.result(grad * state.get("prev", on.stored(0.0))).sign()
+    down, up = (on.result(on.hyper(on.number(eta))) for eta in etas)
+    rounding_error = np.maximum(down.error, up.error)
+    factor = Bounded(
+        np.select([change.value > 0, change.value < 0], [up.value, down.value], 1.0),
+        np.where(change.jumped, up.value - down.value, 0.0) + rounding_error,
+        on.compute,
+        change.jumped,
+    )
+    step_size = state.get("step_size", on.store(on.hyper(on.lr(lr)))) * factor
+    smallest, largest = (on.hyper(on.number(size)) for size in step_sizes)
+    step_size = on.store(on.result(step_size).maximum(smallest).minimum(largest))
+    turned = change.value < 0
+    prev = Bounded(
+        np.where(turned, 0.0, grad.value),
+        np.where(change.jumped, np.abs(grad.value), 0.0),
+        on.compute,
+        change.jumped,
+    )
+    after = {"prev": prev, "step_size": step_size}
+    return on.store(param - prev.sign() * step_size), after
+
+
 def adamax(
     on: Machine,
     param: Bounded,
@@ -469,5 +507,6 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "Adam": adam,
     "AdamW": adam,
     "Adadelta": adadelta,
+    "Rprop": rprop,
     "Adamax": adamax,
 }

@@ -184,6 +184,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"betas": (0.3, 0.5), "eps": 1e-2},
         {"tensor": ("lr",), "weight_decay": 0.1, "betas": (0.9, 0.7)},
     ),
+    "Rprop": (
+        {},
+        {"maximize": True, "etas": (0.3, 1.5)},
+        {"step_sizes": (0.004, 0.012), "lr": 0.005},
+        {"tensor": ("lr",), "etas": (0.75, 1.25)},
+    ),
     "Adadelta": (
         {},
         {"rho": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},

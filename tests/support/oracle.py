@@ -143,6 +143,28 @@ def rmsprop(
     return param - lr * direction, after
 
 
+def rprop(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    etas: tuple[float, float],
+    step_sizes: tuple[float, float],
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Riedmiller, Braun 1993, without weight backtracking: a step size is kept for the next step."""
+    if maximize:
+        grad = -grad
+    change = grad * state.get("prev", 0.0)
+    factor = np.select([change > 0, change < 0], [etas[1], etas[0]], 1.0)
+    step_size = np.clip(state.get("step_size", lr) * factor, *step_sizes)
+    grad = np.where(change < 0, 0.0, grad)
+    return param - step_size * np.sign(grad), {"prev": grad, "step_size": step_size}
+
+
 def adamax(
     param: Array,
     grad: Array,
@@ -214,5 +236,6 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "Adam": adam,
     "AdamW": adam,
     "Adadelta": adadelta,
+    "Rprop": rprop,
     "Adamax": adamax,
 }
