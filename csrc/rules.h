@@ -428,9 +428,55 @@ struct Adam : Rule {
   }
 };
 
+// Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", algorithm 2.
+struct RAdam : Rule {
+  static constexpr const char* name = "radam";
+  OPTIONS(lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay);
+  static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE};
+  HYPERS(step_size, beta1_comp, beta2, beta2_comp, eps, weight_decay, param_decay, rectified);
+  static constexpr unsigned FLAGS = 0b100000;
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b11; }
+  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
+  static bool decays_grad(const Options& o) {
+    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double power2 = integer_power(o.beta2, s.step), bias_correction2 = 1 - power2;
+    const double rho_inf = 2 / (1 - o.beta2) - 1;
+    const double rho_t = rho_inf - 2 * s.step * power2 / bias_correction2;
+    const double step_size = o.lr / (1 - integer_power(o.beta1, s.step));
+    const bool rectified = rho_t > 5;
+    // The variance's rectification and bias correction.
+    const double factor =
+        std::sqrt((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) *
+        std::sqrt(bias_correction2);
+    return {rectified ? step_size * factor : step_size,
+            1 - o.beta1,
+            o.beta2,
+            1 - o.beta2,
+            o.eps,
+            o.decoupled_weight_decay != 0 ? 0 : o.weight_decay,
+            o.decoupled_weight_decay != 0 ? 1 - o.lr * o.weight_decay : 1,
+            rectified ? 1.0 : 0.0};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T&, const Hypers<T>& h) {
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    param = param * h.param_decay;
+    exp_avg = lerp(exp_avg, grad, h.beta1_comp);
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
+    const T root = std::sqrt(exp_avg_sq) + h.eps;  // always: see Rprop
+    param = param - h.step_size * exp_avg / (h.rectified != 0 ? root : T(1));
+  }
+};
+
 // The registry: one line per rule, here and nowhere else in csrc.
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
   RULE(Adagrad)                 \
-  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam)
+  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam)

@@ -11,6 +11,7 @@ from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
 from fused_optim.lion import Lion
 from fused_optim.optimizer import FusedOptimizer
+from fused_optim.radam import RAdam
 from fused_optim.rmsprop import RMSprop
 from fused_optim.rprop import Rprop
 from fused_optim.sgd import SGD
@@ -19,6 +20,7 @@ from fused_optim.sgd import SGD
 __all__ = [  # noqa: RUF022
     "Adam",
     "AdamW",
+    "RAdam",
     "Adamax",
     "SGD",
     "RMSprop",

@@ -158,6 +158,30 @@ def adam(options, scalars):
 
 
 @triton.jit
+def radam(options, scalars):
+    lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay = options
+    power2 = integer_power(beta2, scalars[0])
+    bias_correction2 = 1 - power2
+    rho_inf = 2 / (1 - beta2) - 1
+    rho_t = rho_inf - 2 * scalars[0] * power2 / bias_correction2
+    step_size = lr / (1 - integer_power(beta1, scalars[0]))
+    rectified = rho_t > 5
+    rectification = (rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)
+    factor = tl.sqrt(rectification) * tl.sqrt(bias_correction2)
+    is_decoupled = decoupled_weight_decay != 0
+    return (
+        tl.where(rectified, step_size * factor, step_size),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        tl.where(is_decoupled, 0.0, weight_decay),
+        tl.where(is_decoupled, 1 - lr * weight_decay, 1.0),
+        rectified.to(tl.float64),
+    )
+
+
+@triton.jit
 def load_number(address, mask):
     narrow = (address & ~1).to(tl.pointer_type(tl.float32))
     wide = (address & ~1).to(tl.pointer_type(tl.float64))

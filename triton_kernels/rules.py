@@ -200,6 +200,21 @@ def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
+@triton.jit
+def radam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Liu et al. 2020, algorithm 2."""
+    exp_avg, exp_avg_sq = states
+    step_size, beta1_comp, beta2, beta2_comp, eps, weight_decay, param_decay, rectified = hypers
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    param = param * param_decay
+    exp_avg = lerp(exp_avg, grad, beta1_comp)
+    exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
+    denom = tl.where(rectified != 0, square_root(exp_avg_sq) + eps, 1.0)
+    param = param - divide(step_size * exp_avg, denom)
+    return param, (exp_avg, exp_avg_sq)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule, as the tables and the kernel have to know it.

@@ -454,6 +454,38 @@ def adam(
     return on.store(param - step_size * exp_avg / denom), after
 
 
+def radam(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    beta1, beta2 = betas
+    param, grad = _decayed(on, param, grad, maximize, lr, weight_decay, decoupled_weight_decay)
+    exp_avg, exp_avg_sq = _moments(on, state, grad, betas)
+    after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    correction2 = on.bias_correction(beta2, step)
+    corrected = on.result(exp_avg / on.hyper(on.bias_correction(beta1, step)))
+    update = on.result(corrected * on.hyper(on.lr(lr)))
+    rho_inf = on.number(2.0) / (1.0 - on.number(beta2)) - 1.0
+    rho = rho_inf - (1.0 - correction2) * (2.0 * step) / correction2
+    if rho.value > 5:
+        factors = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+        denom = on.root_plus_eps(exp_avg_sq, None, eps)
+        update = on.result(update * on.result(on.hyper(correction2.sqrt()) / denom))
+        update = on.result(update * on.hyper(factors.sqrt()))
+    return on.store(param - update), after
+
+
 def _number(scalar: Bounded) -> Bounded:
     """A float32 among the states, as Python computes with it."""
     return Bounded(scalar.value, scalar.error, DOUBLE)
@@ -509,4 +541,5 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "Adadelta": adadelta,
     "Rprop": rprop,
     "Adamax": adamax,
+    "RAdam": radam,
 }

@@ -178,6 +178,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True},
         {"tensor": ("lr",), "momentum": 0.5},
     ),
+    "RAdam": (
+        {},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"betas": (0.3, 0.95), "eps": 1e-3},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 0.0},
+        {"tensor": ("lr",), "weight_decay": 0.1},
+    ),
     "Adamax": (
         {},
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},

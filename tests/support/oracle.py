@@ -228,6 +228,41 @@ def adam(
     return param - lr * exp_avg_hat / (np.sqrt(second_moment_hat) + eps), after
 
 
+def radam(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Liu et al. 2020, algorithm 2; rectified if rho > 5, as in the authors' code."""
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    if decoupled_weight_decay:
+        param = param - lr * weight_decay * param
+    else:
+        grad = grad + weight_decay * param
+    exp_avg = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad**2
+    exp_avg_hat = exp_avg / (1 - beta1**step)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if rho <= 5:
+        return param - lr * exp_avg_hat, after
+    r = np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    adaptive = np.sqrt(1 - beta2**step) / (np.sqrt(exp_avg_sq) + eps)
+    return param - lr * r * exp_avg_hat * adaptive, after
+
+
 ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "SGD": sgd,
     "Lion": lion,
@@ -238,4 +273,5 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "Adadelta": adadelta,
     "Rprop": rprop,
     "Adamax": adamax,
+    "RAdam": radam,
 }
