@@ -474,9 +474,57 @@ struct RAdam : Rule {
   }
 };
 
+// Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2 with its schedule of the
+// momentum; folded as Adam is, and with one division.
+struct NAdam : Rule {
+  static constexpr const char* name = "nadam";
+  OPTIONS(lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay);
+  static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE};
+  SCALARS(step, mu_product);
+  HYPERS(grad_size, avg_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay);
+  static constexpr unsigned FLAGS = 0b1000000;
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b11; }
+  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
+  static bool decays_grad(const Options& o) {
+    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
+  }
+  static double mu(const Options& o, double step) {
+    return o.beta1 * (1 - 0.5 * power(0.96, step * o.momentum_decay));
+  }
+  static void advance(const Options& o, Scalars& s, ScalarTypes types) {
+    s.step += 1;
+    s.mu_product *= rounded(mu(o, s.step), types.last_is_float32);
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
+    const double step_size = o.lr * bias_correction2_sqrt, mu_next = mu(o, s.step + 1);
+    return {step_size * (1 - mu(o, s.step)) / (1 - s.mu_product),
+            step_size * mu_next / (1 - s.mu_product * mu_next),
+            1 - o.beta1,
+            o.beta2,
+            1 - o.beta2,
+            o.eps * bias_correction2_sqrt,
+            o.decoupled_weight_decay != 0 ? 0 : o.weight_decay,
+            o.decoupled_weight_decay != 0 ? 1 - o.lr * o.weight_decay : 1};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T&, const Hypers<T>& h) {
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    param = param * h.param_decay;
+    exp_avg = lerp(exp_avg, grad, h.beta1_comp);
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
+    param =
+        param - (h.grad_size * grad + h.avg_size * exp_avg) / (std::sqrt(exp_avg_sq) + h.eps_hat);
+  }
+};
+
 // The registry: one line per rule, here and nowhere else in csrc.
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
   RULE(Adagrad)                 \
-  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam)
+  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam)

@@ -10,6 +10,7 @@ from fused_optim.adam import Adam
 from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
 from fused_optim.lion import Lion
+from fused_optim.nadam import NAdam
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.radam import RAdam
 from fused_optim.rmsprop import RMSprop
@@ -20,6 +21,7 @@ from fused_optim.sgd import SGD
 __all__ = [  # noqa: RUF022
     "Adam",
     "AdamW",
+    "NAdam",
     "RAdam",
     "Adamax",
     "SGD",

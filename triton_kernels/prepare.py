@@ -182,6 +182,39 @@ def radam(options, scalars):
 
 
 @triton.jit
+def mu_of(beta1, momentum_decay, step):
+    return beta1 * (1 - 0.5 * power(step * 0 + 0.96, step * momentum_decay))
+
+
+@triton.jit
+def nadam_advance(options, scalars, step_is_float32, last_is_float32):
+    lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay = options
+    step, mu_product = scalars
+    step = step + 1
+    return step, mu_product * rounded(mu_of(beta1, momentum_decay, step), last_is_float32)
+
+
+@triton.jit
+def nadam(options, scalars):
+    lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay = options
+    step, mu_product = scalars
+    bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, step))
+    step_size = lr * bias_correction2_sqrt
+    mu_next = mu_of(beta1, momentum_decay, step + 1)
+    is_decoupled = decoupled_weight_decay != 0
+    return (
+        step_size * (1 - mu_of(beta1, momentum_decay, step)) / (1 - mu_product),
+        step_size * mu_next / (1 - mu_product * mu_next),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps * bias_correction2_sqrt,
+        tl.where(is_decoupled, 0.0, weight_decay),
+        tl.where(is_decoupled, 1 - lr * weight_decay, 1.0),
+    )
+
+
+@triton.jit
 def load_number(address, mask):
     narrow = (address & ~1).to(tl.pointer_type(tl.float32))
     wide = (address & ~1).to(tl.pointer_type(tl.float64))

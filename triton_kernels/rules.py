@@ -215,6 +215,21 @@ def radam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     return param, (exp_avg, exp_avg_sq)
 
 
+@triton.jit
+def nadam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Dozat 2016, algorithm 2 with its schedule of the momentum; folded, with one division."""
+    exp_avg, exp_avg_sq = states
+    grad_size, avg_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay = hypers
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    param = param * param_decay
+    exp_avg = lerp(exp_avg, grad, beta1_comp)
+    exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
+    direction = grad_size * grad + avg_size * exp_avg
+    param = param - divide(direction, square_root(exp_avg_sq) + eps_hat)
+    return param, (exp_avg, exp_avg_sq)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule, as the tables and the kernel have to know it.

@@ -486,6 +486,42 @@ def radam(
     return on.store(param - update), after
 
 
+def nadam(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    param, grad = _decayed(on, param, grad, maximize, lr, weight_decay, decoupled_weight_decay)
+    exp_avg, exp_avg_sq = _moments(on, state, grad, betas)
+
+    def mu_at(t: int) -> Bounded:
+        power = 0.96 ** (t * momentum_decay)
+        return (
+            1.0 - Bounded(np.asarray(power), np.asarray(64 * DOUBLE.unit), DOUBLE) * 0.5
+        ) * betas[0]
+
+    mu, mu_next = mu_at(step), mu_at(step + 1)
+    before = _number(state["mu_product"]) if "mu_product" in state else on.number(1.0)
+    mu_product = (before * mu.rounded(FLOAT32, then=DOUBLE)).rounded(FLOAT32)
+    denom = on.root_plus_eps(exp_avg_sq, on.bias_correction(betas[1], step).sqrt(), eps)
+    grad_size = on.hyper(on.lr(lr) * (1.0 - mu) / (1.0 - mu_product))
+    avg_size = on.hyper(on.lr(lr) * mu_next / (1.0 - mu_product * mu_next))
+    param = on.result(param - grad_size * grad / denom)
+    after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "mu_product": mu_product}
+    return on.store(param - avg_size * exp_avg / denom), after
+
+
 def _number(scalar: Bounded) -> Bounded:
     """A float32 among the states, as Python computes with it."""
     return Bounded(scalar.value, scalar.error, DOUBLE)
@@ -542,4 +578,5 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "Rprop": rprop,
     "Adamax": adamax,
     "RAdam": radam,
+    "NAdam": nadam,
 }

@@ -178,6 +178,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True},
         {"tensor": ("lr",), "momentum": 0.5},
     ),
+    "NAdam": (
+        {},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"betas": (0.3, 0.9), "eps": 1e-3, "momentum_decay": 0.3},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1, "momentum_decay": 0.1, "eps": 0.0},
+        {"tensor": ("lr",), "weight_decay": 0.1},
+    ),
     "RAdam": (
         {},
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},

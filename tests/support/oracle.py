@@ -263,6 +263,39 @@ def radam(
     return param - lr * r * exp_avg_hat * adaptive, after
 
 
+def nadam(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Dozat 2016, algorithm 2, with the schedule of its section 3.3; decoupled as in AdamW."""
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    if decoupled_weight_decay:
+        param = param - lr * weight_decay * param
+    else:
+        grad = grad + weight_decay * param
+    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+    mu_product = state.get("mu_product", 1.0) * mu
+    exp_avg = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad**2
+    direction = (1 - mu) * grad / (1 - mu_product) + mu_next * exp_avg / (1 - mu_product * mu_next)
+    denom = np.sqrt(exp_avg_sq / (1 - beta2**step)) + eps
+    after = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "mu_product": np.float64(mu_product)}
+    return param - lr * direction / denom, after
+
+
 ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "SGD": sgd,
     "Lion": lion,
@@ -274,4 +307,5 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "Rprop": rprop,
     "Adamax": adamax,
     "RAdam": radam,
+    "NAdam": nadam,
 }
