@@ -220,6 +220,39 @@ struct Lion : Rule {
   }
 };
 
+// Polyak, Juditsky 1992, "Acceleration of stochastic approximation by averaging", with Bottou's
+// schedule of the learning rate, in torch.optim's form: eta and mu are those that the step before
+// has made.
+struct ASGD : Rule {
+  static constexpr const char* name = "asgd";
+  OPTIONS(lr, lambd, alpha, t0, weight_decay);
+  static constexpr const char* state_names[] = {"ax"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {EXACT};
+  SCALARS(step, eta, mu);
+  HYPERS(eta, param_decay, mu, weight_decay);
+  static constexpr bool PREPARES_BEFORE = true;
+
+  enum : unsigned { VARIANTS = 1 };
+  static constexpr unsigned states(unsigned) { return 0b1; }
+  static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
+  static void advance(const Options& o, Scalars& s, ScalarTypes types) {
+    s.step += 1;
+    const double eta = o.lr / power(1 + o.lambd * o.lr * s.step, o.alpha);
+    s.eta = rounded(eta, types.step_is_float32);
+    s.mu = rounded(1 / maximum(1.0, s.step - o.t0), types.step_is_float32);
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    return {s.eta, 1 - o.lambd * s.eta, s.mu, o.weight_decay};
+  }
+
+  template <unsigned VARIANT, class T>
+  static inline void update(T& param, T grad, T& ax, T&, T&, const Hypers<T>& h) {
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    param = param * h.param_decay - h.eta * grad;
+    ax = h.mu == 1 ? param : ax + (param - ax) * h.mu;
+  }
+};
+
 // Duchi, Hazan, Singer 2011, "Adaptive subgradient methods", diagonal form.
 struct Adagrad : Rule {
   static constexpr const char* name = "adagrad";
@@ -526,5 +559,6 @@ struct NAdam : Rule {
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
+  RULE(ASGD)                    \
   RULE(Adagrad)                 \
   RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam)

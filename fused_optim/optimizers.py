@@ -9,6 +9,7 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
+from fused_optim.asgd import ASGD
 from fused_optim.lion import Lion
 from fused_optim.nadam import NAdam
 from fused_optim.optimizer import FusedOptimizer
@@ -25,6 +26,7 @@ __all__ = [  # noqa: RUF022
     "RAdam",
     "Adamax",
     "SGD",
+    "ASGD",
     "RMSprop",
     "Rprop",
     "Adagrad",

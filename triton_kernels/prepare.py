@@ -112,6 +112,22 @@ def lion(options, scalars):
 
 
 @triton.jit
+def asgd_advance(options, scalars, step_is_float32, last_is_float32):
+    lr, lambd, alpha, t0, weight_decay = options
+    step = scalars[0] + 1
+    since = step - t0
+    eta = rounded(lr / power(1 + lambd * lr * step, alpha), step_is_float32)
+    return step, eta, rounded(1 / tl.where(since > 1, since, 1.0), step_is_float32)
+
+
+@triton.jit
+def asgd(options, scalars):
+    lr, lambd, alpha, t0, weight_decay = options
+    step, eta, mu = scalars
+    return eta, 1 - lambd * eta, mu, weight_decay
+
+
+@triton.jit
 def adagrad(options, scalars):
     lr, lr_decay, eps, weight_decay = options
     return lr / (1 + (scalars[0] - 1) * lr_decay), eps, weight_decay

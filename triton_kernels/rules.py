@@ -104,6 +104,18 @@ def lion(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
+def asgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+    """Polyak, Juditsky 1992, in torch.optim's form: eta and mu are the step before's."""
+    ax = states[0]
+    eta, param_decay, mu, weight_decay = hypers
+    if weight_decay != 0:
+        grad = grad + weight_decay * param
+    param = param * param_decay - eta * grad
+    ax = tl.where(mu == 1, param, ax + (param - ax) * mu)
+    return param, (ax,)
+
+
+@triton.jit
 def adagrad(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
     """Duchi, Hazan, Singer 2011, diagonal form."""
     sum = states[0]

@@ -279,6 +279,44 @@ def lion(
     return on.store(param - step_size), {"exp_avg": on.store(moved(betas[1]))}
 
 
+def asgd(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    lambd: float,
+    alpha: float,
+    t0: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    eta = _number(state["eta"]) if "eta" in state else on.lr(lr).rounded(FLOAT32, then=DOUBLE)
+    mu = _number(state["mu"]) if "mu" in state else on.number(1.0)
+    ax = state.get("ax", on.stored(0.0))
+    grad = _effective_grad(on, param, grad, maximize, weight_decay)
+    param = on.result(param * on.hyper(1.0 - eta * lambd))
+    param = on.store(on.add(param, -eta, grad))
+    if np.any(mu.value != 1):
+        param_in_ax = on.result(on.result(param - ax) * on.hyper(mu))
+        ax = on.store(ax + param_in_ax)
+    else:
+        ax = param
+    decay = on.lr(lr) * lambd * float(step) + 1.0
+    # A power multiplies the relative error of its base; its own is within a few units.
+    grown = decay.value**alpha
+    error = grown * (alpha * decay.error / decay.value + 64 * DOUBLE.unit)
+    after = {
+        "ax": ax,
+        "eta": (on.lr(lr) / Bounded(grown, error, DOUBLE)).rounded(FLOAT32),
+        "mu": on.number(1 / max(1, step - t0)).rounded(FLOAT32),
+    }
+    return param, after
+
+
 def adagrad(
     on: Machine,
     param: Bounded,
@@ -574,6 +612,7 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "ASGD": asgd,
     "Adadelta": adadelta,
     "Rprop": rprop,
     "Adamax": adamax,

@@ -198,6 +198,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"betas": (0.3, 0.5), "eps": 1e-2},
         {"tensor": ("lr",), "weight_decay": 0.1, "betas": (0.9, 0.7)},
     ),
+    "ASGD": (
+        {},
+        {"lambd": 0.01, "alpha": 0.5, "t0": 0.0, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "t0": 1.5, "lambd": 0.1},
+        {"tensor": ("lr",), "t0": 0.0},
+    ),
     "Rprop": (
         {},
         {"maximize": True, "etas": (0.3, 1.5)},

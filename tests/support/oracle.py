@@ -65,6 +65,35 @@ def lion(
     return param - lr * (direction + weight_decay * param), {"exp_avg": after}
 
 
+def asgd(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    lambd: float,
+    alpha: float,
+    t0: float,
+    weight_decay: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Polyak, Juditsky 1992; the learning rate: Bottou 2012, section 4.2; late by a step, as torch's is."""
+    if maximize:
+        grad = -grad
+    grad = grad + weight_decay * param
+    eta, mu = state.get("eta", lr), state.get("mu", 1.0)
+    param = param - eta * (lambd * param + grad)
+    ax = state.get("ax", 0.0)
+    after = {
+        "ax": ax + mu * (param - ax),
+        "eta": np.float64(lr / (1 + lambd * lr * step) ** alpha),
+        "mu": np.float64(1 / max(1, step - t0)),
+    }
+    return param, after
+
+
 def adagrad(
     param: Array,
     grad: Array,
@@ -303,6 +332,7 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "ASGD": asgd,
     "Adadelta": adadelta,
     "Rprop": rprop,
     "Adamax": adamax,
