@@ -1,5 +1,6 @@
 """What the benchmark measures: one row per workload, and each row's target."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from fused_optim.cli.models import (
     gpt2_small,
     resnet50,
 )
+from fused_optim.optimizers import REPLACED
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,15 @@ LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
 MEMORY = "memory"
 
 
+def without_fused() -> list[str]:
+    """The optimizers for which torch.optim has no fused code."""
+    return [
+        ours.__name__
+        for stock, ours in REPLACED.items()
+        if "fused" not in inspect.signature(stock).parameters
+    ]
+
+
 def table(quick: bool, threads: int | None = None) -> list[Workload]:
     """All rows in the order in which they are measured and printed.
 
@@ -243,7 +254,6 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
         Workload("resnet50-adamw", "AdamW, ResNet-50", "AdamW", resnet50(), Target(1.1)),
         gpt2_row("sgd", "SGD momentum", "SGD", bus_bound, options=momentum),
         gpt2_row("adagrad", "Adagrad", "Adagrad", bus_bound),
-        gpt2_row("rmsprop", "RMSprop", "RMSprop", no_fused),
         gpt2_row("rmsprop-momentum", "RMSprop momentum", "RMSprop", no_fused, options=momentum),
         gpt2_row(
             "rmsprop-centered", "RMSprop centered", "RMSprop", no_fused, options={"centered": True}
@@ -267,6 +277,14 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
         "split16": Target(1.2),
         "split8": Target(),
     }
+    for name in without_fused():
+        row = name.lower()
+        rows += [
+            gpt2_row(row, name, name, Target(ratio=3.0, probe=0.95)),
+            Workload(f"resnet50-{row}", f"{name}, ResNet-50", name, resnet50(), no_fused, quick=False),
+            Workload(f"small-{row}", f"{name}, 2,000 x 256", name, small, Target(8.0), quick=False),
+            Workload(f"tiny-{row}", f"{name}, 10 x 10", name, [(10,)] * 10, Target(8.0), quick=False),
+        ]  # fmt: skip
     rows += _format_rows(quick, targets)
     rows += _phase_rows(
         {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
@@ -340,7 +358,7 @@ def gpu_table(quick: bool) -> list[Workload]:
             "AdamW", small, Target(1.0), timed="call", switched=True,
         ),
         gpt2_row("adamw", "AdamW", "AdamW", fast),
-        gpt2_row("rmsprop", "RMSprop", "RMSprop", Target(3.0)),
+        *(gpt2_row(name.lower(), name, name, Target(3.0)) for name in without_fused()),
         gpt2_row("sgd", "SGD momentum", "SGD", fast, options={"momentum": 0.9}),
         gpt2_row("adagrad", "Adagrad", "Adagrad", fast),
     ]  # fmt: skip
