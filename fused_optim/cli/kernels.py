@@ -131,13 +131,16 @@ class Kernel:
             grad = param
             of_state = {
                 "int8": {"signed": "signed8", "square": "root8"},
-                "bfloat16": {"signed": "plain", "square": "stochastic"},
-                "float32": {"signed": "plain", "square": "plain"},
+                "bfloat16": {"square": "stochastic"},
+                "float32": {},
             }[state]
-            storages = [of_state[kind] if t else "plain" for kind, t in zip(rule.kinds, there)]
+            storages = [
+                of_state.get(kind, "plain") if t else "plain" for kind, t in zip(rule.kinds, there)
+            ]
+            of_kind = {"square": "uint8" if state == "int8" else state, "exact": "float32"}
         else:
             param, grad, state = DTYPES[self.dtypes or ""]
-        of_kind = {"square": "uint8" if state == "int8" else state}
+            of_kind = {}
         states = tuple(
             of_kind.get(kind, state) if t else None for kind, t in zip(rule.kinds, there)
         )

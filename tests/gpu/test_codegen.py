@@ -449,7 +449,7 @@ def test_command_prints_and_saves(findings, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args",
     [
-        ["--rule", "nadam"],
+        ["--rule", "adafactor"],
         ["--target", "sm90"],
         ["--target", "sm_90", "mi300"],
         ["--json", "/dev/null/no/folder"],

@@ -182,14 +182,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {},
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
         {"betas": (0.3, 0.9), "eps": 1e-3, "momentum_decay": 0.3},
-        {"decoupled_weight_decay": True, "weight_decay": 0.1, "momentum_decay": 0.1, "eps": 0.0},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1, "momentum_decay": 0.1, "eps": 1e-6},
         {"tensor": ("lr",), "weight_decay": 0.1},
     ),
     "RAdam": (
         {},
         {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
         {"betas": (0.3, 0.95), "eps": 1e-3},
-        {"decoupled_weight_decay": True, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 0.0},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-6},
         {"tensor": ("lr",), "weight_decay": 0.1},
     ),
     "Adamax": (

@@ -25,7 +25,8 @@ def begun(states: dict) -> dict:
     Where the device decides, the host makes the states of a first step that is then skipped: as they are
     before a first step, `step` 0 included.
     """
-    tensors = [value for value in states.values() if torch.is_tensor(value)]
+    counts = [states["step"]] if "step" in states else states.values()
+    tensors = [value for value in counts if torch.is_tensor(value)]
     return {} if BACKEND == "triton" and not any(value.any() for value in tensors) else states
 
 
