@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_optim
-from support.cases import BACKEND, CASES, DEVICE, STATE_CASES, Case
+from support.cases import BACKEND, CASES, DEVICE, FEW_CASES, Case
 from support.marks import each_optimizer, each_state, few_cases, over
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
@@ -19,7 +19,7 @@ SCALE = 2.0**10
 
 # The interpreter is slow; what the numbers do in its kernels is proven in test_triton_bits.
 interpreted = BACKEND == "triton" and DEVICE.type == "cpu"
-all_cases = over(STATE_CASES if interpreted else CASES)
+all_cases = over(FEW_CASES if interpreted else CASES)
 either_way = pytest.mark.parametrize("scales_itself", [False, True])
 
 

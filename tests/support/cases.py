@@ -251,10 +251,15 @@ def fullest(optimizer: str) -> Case:
     return max(cases, key=lambda case: len(case.options))
 
 
-# Each optimizer with its defaults, with the most options, and with both.
+# Each optimizer with its defaults, with the most options; and with both where those bring states.
 PLAIN = [next(case for case in CASES if case.optimizer == name) for name in VARIANTS]
 ONE_EACH = [fullest(name) for name in VARIANTS]
-FEW_CASES = [case for pair in zip(PLAIN, ONE_EACH) for case in pair]
+BRING_STATES = {"amsgrad", "centered", "momentum"}
+FEW_CASES = [
+    case
+    for plain, full in zip(PLAIN, ONE_EACH)
+    for case in ((plain, full) if BRING_STATES & {*plain.hypers()} else (full,))
+]
 
 
 def _kinds() -> list[Case]:
@@ -262,7 +267,7 @@ def _kinds() -> list[Case]:
     chosen = {}
     for case in CASES:
         options = {key: value for key, value in case.options if value}
-        deciding = options.keys() & {"amsgrad", "centered", "momentum", "nesterov"}
+        deciding = options.keys() & {*BRING_STATES, "nesterov"}
         chosen.setdefault((case.optimizer, frozenset(deciding), case.tensor_options), case)
     return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
 
