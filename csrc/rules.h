@@ -47,6 +47,7 @@ inline double power(double base, double exponent) {
   double sum = 1.0 / 27;
   for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
   double log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent;
+  if (log2 != log2) return log2;
   log2 = log2 > 1000 ? 1000 : log2;
   log2 = log2 < -1000 ? -1000 : log2;
   // exp(rest) = 1 + rest + rest^2 / 2 + rest^3 / 6 + ..., |rest| < 0.347
