@@ -8,17 +8,18 @@ namespace {
 #include "dtypes.h"
 #include "formats.h"
 #include "streams.h"
+#include "arithmetic.h"
 #include "rules.h"
 
 // The roof: the same loop and traffic with next to no arithmetic.
 struct Probe : Rule {
-  enum : unsigned { VARIANTS = MAX_STATES + 1 };
-  static constexpr unsigned states(unsigned variant) { return (1u << variant) - 1; }
+  static constexpr const char* state_names[MAX_STATES] = {};
+  static constexpr unsigned OPTIONAL = all_states<Probe>();
   template <class T>
   struct Hypers {
     T factor;
   };
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& state0, T& state1, T& state2, const Hypers<T>& h) {
     param = param + h.factor * grad;
     state0 = state0 + grad;
@@ -78,38 +79,36 @@ inline void add_squares(const T* tile, double* sums) {
 
 // ROOTS: leaves the square root of each state like a second moment, because root8 stores roots.
 // Most rules have computed that root already, and the compiler reuses it.
-template <class Rule, unsigned VARIANT, bool ROOTS, int N, class T, class H>
+template <class Rule, unsigned THERE, bool ROOTS, int N, class T, class H>
 inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
                         T* __restrict state0, T* __restrict state1, T* __restrict state2,
                         const H& h) {
-  constexpr unsigned states = Rule::states(VARIANT);
 #pragma GCC unroll 4
   for (int k = 0; k < N; k++) {
     // In variables: GCC would store the param twice, as if a state could lie in the same place.
     T p = param[k], s0 = 0, s1 = 0, s2 = 0;
-    if constexpr (states & 0b001) s0 = state0[k];
-    if constexpr (states & 0b010) s1 = state1[k];
-    if constexpr (states & 0b100) s2 = state2[k];
-    Rule::template update<VARIANT, T>(p, factor * grad[k], s0, s1, s2, h);
+    if constexpr (THERE & 0b001) s0 = state0[k];
+    if constexpr (THERE & 0b010) s1 = state1[k];
+    if constexpr (THERE & 0b100) s2 = state2[k];
+    Rule::template update<THERE, T>(p, factor * grad[k], s0, s1, s2, h);
     if constexpr (ROOTS) {
       if constexpr (Rule::state_kinds[0] == SQUARE) s0 = std::sqrt(s0);
       if constexpr (Rule::state_kinds[1] == SQUARE) s1 = std::sqrt(s1);
       if constexpr (Rule::state_kinds[2] == SQUARE) s2 = std::sqrt(s2);
     }
     param[k] = p;
-    if constexpr (states & 0b001) state0[k] = s0;
-    if constexpr (states & 0b010) state1[k] = s1;
-    if constexpr (states & 0b100) state2[k] = s2;
+    if constexpr (THERE & 0b001) state0[k] = s0;
+    if constexpr (THERE & 0b010) state1[k] = s1;
+    if constexpr (THERE & 0b100) state2[k] = s2;
   }
 }
 
-template <class Rule, unsigned VARIANT, class Form>
+template <class Rule, unsigned THERE, class Form>
 void apply_rest(const Slice& slice, int64_t full);
 
-template <class Rule, unsigned VARIANT, class Form>
+template <class Rule, unsigned THERE, class Form>
 [[gnu::noinline]] void apply(const Slice& slice) {
   using T = typename Form::compute;
-  constexpr unsigned states = Rule::states(VARIANT);
   const auto h = convert_hypers<typename Rule::template Hypers<T>, T>(slice.hypers);
   // One factor unscales, clips and negates, unless the grad is to be left unscaled.
   const bool divides = slice.grad_scale != 0 && slice.grad_write == UNSCALED;
@@ -146,16 +145,16 @@ template <class Rule, unsigned VARIANT, class Form>
     for (int k = 0; k < N * remainder_size; k += 64)
       prefetch(slice.remainder, (i + ahead) * remainder_size + k);
     fetch(GRAD, i);
-    if constexpr (states & 0b001) fetch(STATES, i);
-    if constexpr (states & 0b010) fetch(STATES + 1, i);
-    if constexpr (states & 0b100) fetch(STATES + 2, i);
+    if constexpr (THERE & 0b001) fetch(STATES, i);
+    if constexpr (THERE & 0b010) fetch(STATES + 1, i);
+    if constexpr (THERE & 0b100) fetch(STATES + 2, i);
     T* const p = Form::place(slice, PARAM, i, param);
     T* const g = Form::place(slice, GRAD, i, grad);
     if (p == param) form.load(slice, PARAM, i, param);
     if (g == grad) form.load(slice, GRAD, i, grad);
-    if constexpr (states & 0b001) form.load(slice, STATES, i, state[0]);
-    if constexpr (states & 0b010) form.load(slice, STATES + 1, i, state[1]);
-    if constexpr (states & 0b100) form.load(slice, STATES + 2, i, state[2]);
+    if constexpr (THERE & 0b001) form.load(slice, STATES, i, state[0]);
+    if constexpr (THERE & 0b010) form.load(slice, STATES + 1, i, state[1]);
+    if constexpr (THERE & 0b100) form.load(slice, STATES + 2, i, state[2]);
     if (slice.grad_write == UNSCALED) {
       if (divides) divide<N>(grad, grad_scale);
       form.store(slice, GRAD, i, grad);
@@ -171,16 +170,16 @@ template <class Rule, unsigned VARIANT, class Form>
     }
     if constexpr (Form::roots) {
       if (takes_roots)
-        update_tile<Rule, VARIANT, true, N>(p, g, factor, state[0], state[1], state[2], h);
+        update_tile<Rule, THERE, true, N>(p, g, factor, state[0], state[1], state[2], h);
       else
-        update_tile<Rule, VARIANT, false, N>(p, g, factor, state[0], state[1], state[2], h);
+        update_tile<Rule, THERE, false, N>(p, g, factor, state[0], state[1], state[2], h);
     } else {
-      update_tile<Rule, VARIANT, false, N>(p, g, factor, state[0], state[1], state[2], h);
+      update_tile<Rule, THERE, false, N>(p, g, factor, state[0], state[1], state[2], h);
     }
     if (p == param) form.store(slice, PARAM, i, param);
-    if constexpr (states & 0b001) form.store(slice, STATES, i, state[0]);
-    if constexpr (states & 0b010) form.store(slice, STATES + 1, i, state[1]);
-    if constexpr (states & 0b100) form.store(slice, STATES + 2, i, state[2]);
+    if constexpr (THERE & 0b001) form.store(slice, STATES, i, state[0]);
+    if constexpr (THERE & 0b010) form.store(slice, STATES + 1, i, state[1]);
+    if constexpr (THERE & 0b100) form.store(slice, STATES + 2, i, state[2]);
     if (streams[EMA] != nullptr) {
       fetch(EMA, i);
       alignas(64) T ema[N];
@@ -194,15 +193,14 @@ template <class Rule, unsigned VARIANT, class Form>
     }
   }
 
-  if (full < slice.numel) apply_rest<Rule, VARIANT, Form>(slice, full);
+  if (full < slice.numel) apply_rest<Rule, THERE, Form>(slice, full);
 }
 
 // The elements from `full` on, too few for a tile, are one more full tile on the stack: the same
 // instructions, hence the same bits.
-template <class Rule, unsigned VARIANT, class Form>
+template <class Rule, unsigned THERE, class Form>
 void apply_rest(const Slice& slice, int64_t full) {
   constexpr int N = Form::tile;
-  constexpr unsigned states = Rule::states(VARIANT);
   const int64_t rest = slice.numel - full;
   void* const* streams = slice.streams;
   const Dtype* dtypes = slice.dtypes;
@@ -218,7 +216,7 @@ void apply_rest(const Slice& slice, int64_t full) {
     padded.remainder = remainder;
   }
   const auto there = [&](int s) {
-    return s < STATES || (s == EMA ? streams[EMA] != nullptr : states >> (s - STATES) & 1);
+    return s < STATES || (s == EMA ? streams[EMA] != nullptr : THERE >> (s - STATES) & 1);
   };
   for (int s = 0; s < MAX_STREAMS; s++) {
     if (!there(s)) continue;
@@ -226,7 +224,7 @@ void apply_rest(const Slice& slice, int64_t full) {
     std::memcpy(tiles[s], static_cast<char*>(streams[s]) + full * itemsize, rest * itemsize);
     padded.streams[s] = tiles[s];
   }
-  apply<Rule, VARIANT, Form>(padded);
+  apply<Rule, THERE, Form>(padded);
   for (int s = 0; s < MAX_STREAMS; s++) {
     if (!there(s) || (s == GRAD && slice.grad_write == KEPT)) continue;
     const int itemsize = Form::itemsize(dtypes[s]);
@@ -282,28 +280,23 @@ Sum sum_of_squares(const void* grad, Dtype dtype, int64_t numel) {
   return sum;
 }
 
-template <class Rule, class Form, unsigned VARIANT>
+template <class Rule, class Form, unsigned THERE>
 constexpr Kernel kernel_of() {
-  if constexpr (VARIANT < unsigned(Rule::VARIANTS)) {
-    if constexpr (Rule::valid(VARIANT)) return &apply<Rule, VARIANT, Form>;
-  }
+  if constexpr ((THERE | Rule::OPTIONAL) == all_states<Rule>()) return &apply<Rule, THERE, Form>;
   return nullptr;
 }
 
-#define VARIANTS_OF(RULE, FORM)                                                           \
-  {kernel_of<RULE, FORM, 0>(),  kernel_of<RULE, FORM, 1>(),  kernel_of<RULE, FORM, 2>(),  \
-   kernel_of<RULE, FORM, 3>(),  kernel_of<RULE, FORM, 4>(),  kernel_of<RULE, FORM, 5>(),  \
-   kernel_of<RULE, FORM, 6>(),  kernel_of<RULE, FORM, 7>(),  kernel_of<RULE, FORM, 8>(),  \
-   kernel_of<RULE, FORM, 9>(),  kernel_of<RULE, FORM, 10>(), kernel_of<RULE, FORM, 11>(), \
-   kernel_of<RULE, FORM, 12>(), kernel_of<RULE, FORM, 13>(), kernel_of<RULE, FORM, 14>(), \
-   kernel_of<RULE, FORM, 15>()},
-#define FORMS_OF(RULE)                                                                       \
-  {VARIANTS_OF(RULE, Uniform<Direct<float>>) VARIANTS_OF(RULE, Uniform<Direct<double>>)      \
-       VARIANTS_OF(RULE, Pairs) VARIANTS_OF(RULE, Uniform<Float16>) VARIANTS_OF(RULE, Mixed) \
-           VARIANTS_OF(RULE, Packed) VARIANTS_OF(RULE, PackedPairs)},
+#define STATE_SETS_OF(RULE, FORM)                                                      \
+  {kernel_of<RULE, FORM, 0>(), kernel_of<RULE, FORM, 1>(), kernel_of<RULE, FORM, 2>(), \
+   kernel_of<RULE, FORM, 3>(), kernel_of<RULE, FORM, 4>(), kernel_of<RULE, FORM, 5>(), \
+   kernel_of<RULE, FORM, 6>(), kernel_of<RULE, FORM, 7>()},
+#define FORMS_OF(RULE)                                                                             \
+  {STATE_SETS_OF(RULE, Uniform<Direct<float>>) STATE_SETS_OF(RULE, Uniform<Direct<double>>)        \
+       STATE_SETS_OF(RULE, Pairs) STATE_SETS_OF(RULE, Uniform<Float16>) STATE_SETS_OF(RULE, Mixed) \
+           STATE_SETS_OF(RULE, Packed) STATE_SETS_OF(RULE, PackedPairs)},
 
 // By rule, in the order of the registry, and KernelForm.
-constexpr Kernel kernels[][N_FORMS][MAX_VARIANTS] = {FUSED_OPTIM_RULES(FORMS_OF)};
+constexpr Kernel kernels[][N_FORMS][STATE_SETS] = {FUSED_OPTIM_RULES(FORMS_OF)};
 
 }  // namespace
 
@@ -319,7 +312,7 @@ constexpr Kernel kernels[][N_FORMS][MAX_VARIANTS] = {FUSED_OPTIM_RULES(FORMS_OF)
       &store_stream,                                                                      \
       {kernel_of<Probe, Uniform<Direct<float>>, 0>(),                                     \
        kernel_of<Probe, Uniform<Direct<float>>, 1>(),                                     \
-       kernel_of<Probe, Uniform<Direct<float>>, 2>(),                                     \
-       kernel_of<Probe, Uniform<Direct<float>>, 3>()}};
+       kernel_of<Probe, Uniform<Direct<float>>, 3>(),                                     \
+       kernel_of<Probe, Uniform<Direct<float>>, 7>()}};
 
 }  // namespace fused_optim

@@ -171,7 +171,7 @@ const char* Gatherer::complete(Candidate& c) {
   return nullptr;
 }
 
-// Its hypers and variant, made by the host. Returns false if float32 does not hold them: with a
+// Its hypers, made by the host. Returns false if float32 does not hold them: with a
 // bias correction of 0, say, stock raises, or steps with it.
 bool Gatherer::prepare(Candidate& c) {
   Group::Prepared& latest = c.group.prepared;
@@ -182,10 +182,8 @@ bool Gatherer::prepare(Candidate& c) {
     double* hypers = work_.hypers.data() + latest.hypers;
     schema_.rule.prepare(c.group.options, given, hypers);
     latest.fits = std::all_of(hypers, hypers + MAX_HYPERS, fits_float);
-    latest.variant = c.group.variant | schema_.rule.step_variant(c.group.options, c.numbers);
     std::copy(std::begin(given), std::end(given), latest.scalars);
   }
-  c.variant = latest.variant;
   return latest.fits;
 }
 
@@ -203,7 +201,7 @@ void Gatherer::complete_on_cpu(Candidate& c) {
       : dtype == F64  ? ALL_F64
       : dtype == BF16 ? ALL_BF16
                       : ALL_F16;
-  c.task.kernel = current_isa().kernels[schema_.rule_index][form][c.variant];
+  c.task.kernel = current_isa().kernels[schema_.rule_index][form][c.used];
   c.task.hypers = c.group.prepared.hypers;
 }
 
@@ -211,14 +209,12 @@ void Gatherer::complete_on_device(Candidate& c, bool by_address, bool prepared) 
   const Average* average = c.held.average >= 0 ? &work_.averages[c.held.average] : nullptr;
   BatchKey key;
   key.device = c.views[PARAM].device;
-  key.options = c.variant & schema_.rule.deciding;
   key.prepared_on_device = prepared;
   for (int s = 0; s < MAX_STREAMS; s++) {
     key.dtypes[s] = c.task.streams >> s & 1 ? c.views[s].dtype : N_DTYPES;
     key.storages[s] = c.packed.packing.storage[s];
   }
-  RowOrigin row = {
-      c.group.position, prepared ? -1 : c.group.prepared.hypers, c.variant, by_address, {}, 0, 0};
+  RowOrigin row = {c.group.position, prepared ? -1 : c.group.prepared.hypers, by_address, {}, 0, 0};
   DeviceTask on_device = {};
   for (int i = 0; i < MAX_RULE_SCALARS; i++) {
     on_device.scalars[i] = c.scalars[i].address();

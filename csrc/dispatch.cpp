@@ -9,6 +9,7 @@
 
 namespace fused_optim {
 
+#include "arithmetic.h"
 #include "rules.h"
 
 namespace {
@@ -39,17 +40,13 @@ T as(const double* values) {
 
 template <class Rule>
 RuleInfo describe() {
-  static_assert(Rule::VARIANTS <= MAX_VARIANTS, "raise MAX_VARIANTS");
+  static_assert(all_states<Rule>() < STATE_SETS, "raise MAX_STATES");
   static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
                 "raise MAX_HYPERS");
   static_assert(sizeof(typename Rule::Scalars) <= MAX_RULE_SCALARS * sizeof(double),
                 "raise MAX_RULE_SCALARS");
   using Options = typename Rule::Options;
   using Scalars = typename Rule::Scalars;
-  unsigned deciding = 0;
-  for (unsigned bit = 1; bit < MAX_VARIANTS; bit <<= 1)
-    for (unsigned variant = 0; variant < MAX_VARIANTS; variant++)
-      if (Rule::states(variant) != Rule::states(variant ^ bit)) deciding |= bit;
   return {Rule::name,
           names_in(Rule::option_names, true),
           {std::begin(Rule::state_names), std::end(Rule::state_names)},
@@ -60,10 +57,12 @@ RuleInfo describe() {
           Rule::has_step,
           Rule::TAKES_TENSORS,
           Rule::HIDDEN,
-          [](const double* options) { return Rule::variant(as<Options>(options)); },
-          [](unsigned variant) { return Rule::states(variant); },
-          deciding,
-          [](unsigned variant) { return Rule::lerped_states(variant); },
+          Rule::OPTIONAL,
+          [](const double* options) {
+            return (all_states<Rule>() & ~Rule::OPTIONAL) |
+                   Rule::optional_states(as<Options>(options));
+          },
+          Rule::LERPED,
           [](const double* options) { return Rule::decays_grad(as<Options>(options)); },
           [](const double* options, double* scalars, bool step_is_float32, bool last_is_float32) {
             auto advanced = as<Scalars>(scalars);
@@ -71,9 +70,6 @@ RuleInfo describe() {
             std::memcpy(scalars, &advanced, sizeof(advanced));
           },
           Rule::PREPARES_BEFORE,
-          [](const double* options, const double* scalars) {
-            return Rule::step_variant(as<Options>(options), as<Scalars>(scalars));
-          },
           [](const double* options, const double* scalars, double* hypers) {
             const auto prepared = Rule::prepare(as<Options>(options), as<Scalars>(scalars));
             std::memcpy(hypers, &prepared, sizeof(prepared));

@@ -19,19 +19,16 @@ struct RuleInfo {
   const StateKind* state_kinds;
   unsigned flags;  // bit i: option i is true or false, not a number
   bool has_step;
-  bool takes_tensors;       // betas of any shape
-  unsigned hidden_scalars;  // bit i: scalar i is not among the states
-  unsigned (*variant)(const double* options);
-  unsigned (*states)(unsigned variant);         // bit i: state i is used
-  unsigned deciding;                            // the bits of the variant that `states` depends on
-  unsigned (*lerped_states)(unsigned variant);  // torch.lerp_ wants these in the grad's dtype
-  bool (*decays_grad)(const double* options);   // grad + weight_decay * param comes first
+  bool takes_tensors;                          // betas of any shape
+  unsigned hidden_scalars;                     // bit i: scalar i is not among the states
+  unsigned optional;                           // bit i: options decide whether there is state i
+  unsigned (*states)(const double* options);   // bit i: there is state i
+  unsigned lerped;                             // torch.lerp_ wants these in the grad's dtype
+  bool (*decays_grad)(const double* options);  // grad + weight_decay * param comes first
   // Whether `step` is a float32, and the last scalar.
   void (*advance)(const double* options, double* scalars, bool step_is_float32,
                   bool last_is_float32);
   bool prepares_before;  // prepare takes the scalars before the step, otherwise those after it
-  // Takes the scalars after the step.
-  unsigned (*step_variant)(const double* options, const double* scalars);
   void (*prepare)(const double* options, const double* scalars, double* hypers);
 };
 

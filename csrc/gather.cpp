@@ -32,8 +32,7 @@ Candidate::Candidate(Group& group, int64_t position, size_t number, PyObject* pa
       param(param),
       hint(hint),
       held(work.held.emplace_back()),
-      task(work.tasks.emplace_back()),
-      variant(group.variant) {
+      task(work.tasks.emplace_back()) {
   held.origin = group.origin(position);
   held.param = Ref::share(param);
 }
@@ -150,7 +149,7 @@ const char* Gatherer::identify(Candidate& c) {
 const char* Gatherer::find_states(Candidate& c) {
   const View& p = c.views[PARAM];
   const Place place = c.group.has_formats ? memory_.places.find(c.param, p, c.number) : Place{};
-  c.used = schema_.rule.states(c.variant);
+  c.used = c.group.states;
   c.has_formats = c.group.has_formats && p.dtype != F64 && place.numel > 0;
   c.has_step =
       schema_.rule.has_step || (c.has_formats && needs_random_bits(c.group.master, p.dtype));
@@ -229,7 +228,7 @@ const char* Gatherer::read_states(Candidate& c) {
 
 // torch.lerp_ takes states in the grad's dtype alone.
 void Gatherer::check_dtypes(const Candidate& c) const {
-  const unsigned lerped = schema_.rule.lerped_states(c.variant);
+  const unsigned lerped = schema_.rule.lerped & c.used;
   if (lerped == 0 || (c.has_formats && c.group.state_format != STATE_AS_STOCK)) return;
   const Dtype grad = c.views[GRAD].dtype;
   const Dtype wanted =

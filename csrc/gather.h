@@ -71,8 +71,7 @@ struct Candidate {
   View views[MAX_STREAMS];
   bool on_device = false;
   int average = -1;          // index into Work::averages
-  unsigned variant;          // with what the scalars make of it, where the host knows them
-  unsigned used = 0;         // bit s: the variant has state s
+  unsigned used = 0;         // bit s: there is state s
   bool has_formats = false;  // the group asks for formats, and they concern this param
   bool has_step = false;     // the rule counts steps, or random bits need them
   bool fresh = false;        // its states are made now

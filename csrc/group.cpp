@@ -135,7 +135,7 @@ bool Group::read_options(unsigned device_types) {
     }
     if (!read_option(o, option_values[o], device_types)) return false;
   }
-  variant = schema.rule.variant(options);
+  states = schema.rule.states(options);
   return true;
 }
 

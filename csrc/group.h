@@ -60,13 +60,12 @@ struct Group {
   Storage master = PLAIN;
   uint64_t seed = 0;
   Averaging averaging;
-  unsigned variant = 0;
+  unsigned states = 0;  // bit s: the options ask for state s
   struct Prepared {
     double scalars[MAX_RULE_SCALARS] = {-1};  // for which it was; -1: none yet
     int64_t hypers = 0;                       // index in the step's table
     bool fits = true;                         // float32 holds all of them
-    unsigned variant = 0;
-  } prepared;  // latest
+  } prepared;                                 // latest
 
  private:
   void read_origin();

@@ -12,7 +12,7 @@ constexpr int MAX_HYPERS = 8;
 // The scalars of a rule, and beside them how many steps went into the EMA.
 constexpr int STEP = 0, MAX_RULE_SCALARS = 3, N_AVERAGED = MAX_RULE_SCALARS;
 constexpr int MAX_SCALARS = MAX_RULE_SCALARS + 1;
-constexpr int MAX_VARIANTS = 16;
+constexpr unsigned STATE_SETS = 1u << MAX_STATES;  // bit i: there is state i
 constexpr int TILE = 16;  // elements; one AVX-512 register, two AVX2 registers of float32
 // States of 8 bits: elements of one scale; elements of the smallest state that has 8 bits, others
 // stay float32.
@@ -125,7 +125,7 @@ using NormKernel = Sum (*)(const void* grad, Dtype dtype, int64_t numel);
 struct Isa {
   const char* name;
   bool (*supported)();
-  const Kernel (*kernels)[N_FORMS][MAX_VARIANTS];  // of each rule; null: the variant is not valid
+  const Kernel (*kernels)[N_FORMS][STATE_SETS];  // of each rule; null: not its states
   NormKernel norm[N_DTYPES];
   void (*load_stream)(const Slice&, int stream, float* values);
   void (*store_stream)(const Slice&, int stream, const float* values);

@@ -16,10 +16,6 @@ py::dict describe_rules() {
   for (const RuleInfo& rule : rules()) {
     py::dict entry;
     py::list options, states, scalars, hypers, kinds;
-    py::dict deciding;  // bit of the variant -> bits of the states that there are only with it
-    for (unsigned bit = 1; bit <= rule.deciding; bit <<= 1)
-      if (bit & rule.deciding)
-        deciding[py::int_(bit)] = rule.states(rule.deciding) & ~rule.states(rule.deciding & ~bit);
     for (const char* name : rule.option_names) options.append(name);
     for (const char* name : rule.state_names) states.append(name);
     for (const char* name : rule.scalar_names) scalars.append(name);
@@ -31,7 +27,7 @@ py::dict describe_rules() {
     entry["hypers"] = hypers;
     entry["scalars"] = scalars;
     entry["kinds"] = kinds;
-    entry["deciding"] = deciding;
+    entry["optional"] = rule.optional;
     entry["has_step"] = rule.has_step;
     entry["prepares_before"] = rule.prepares_before;
     described[rule.name] = entry;
@@ -54,16 +50,14 @@ const RuleInfo& rule_of(const std::string& name, const std::vector<double>& opti
   throw std::invalid_argument("no rule is called '" + name + "'");
 }
 
-// The hypers that the rule prepares, in double, and the variant that the scalars make. For tests of
-// the same arithmetic elsewhere, as is `advance`.
-std::pair<std::vector<double>, unsigned> prepare(const std::string& name,
-                                                 const std::vector<double>& options,
-                                                 const std::vector<double>& scalars) {
+// The hypers that the rule prepares, in double. For tests of the same arithmetic elsewhere, as is
+// `advance`.
+std::vector<double> prepare(const std::string& name, const std::vector<double>& options,
+                            const std::vector<double>& scalars) {
   const RuleInfo& rule = rule_of(name, options, scalars);
   double hypers[MAX_HYPERS] = {};
   rule.prepare(options.data(), scalars.data(), hypers);
-  return {{hypers, hypers + rule.hyper_names.size()},
-          rule.step_variant(options.data(), scalars.data())};
+  return {hypers, hypers + rule.hyper_names.size()};
 }
 
 // The scalars after a step, not yet rounded to the dtype that they are stored in.
@@ -188,8 +182,8 @@ Ref to_python(const std::shared_ptr<Batch>& batch) {
     storages[i] = STORAGE_NAMES[key.storages[batch->streams[i]]];
   }
   py::object object = py::cast(batch);
-  object.attr("key") = py::make_tuple(key.device.type, key.device.index, dtypes, storages,
-                                      key.options, key.prepared_on_device);
+  object.attr("key") =
+      py::make_tuple(key.device.type, key.device.index, dtypes, storages, key.prepared_on_device);
   return Ref::own(object.release().ptr());
 }
 

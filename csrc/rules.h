@@ -2,84 +2,17 @@
 // dtype, thread or storage format. It names its states (keys of optimizer.state[param]) and has
 // - OPTIONS: what a param group says, as doubles
 // - SCALARS: numbers of one param that each step advances, as doubles: how many steps it has seen
-// - variant: the compile-time choices that these options make
+// - optional_states: those that these options bring
 // - HYPERS: the numbers that one element needs, all of type T
 // - advance: Scalars before the step -> after it
-// - step_variant: choices that the Scalars make on top
 // - prepare: Options and Scalars after the step -> Hypers, in double, once per tensor
-// - states: bit i: the variant has state i
-// - update: one element; grad is already unscaled and, if maximizing, negated
+// - update: one element; grad is already unscaled and, if maximizing, negated. Bit i of THERE:
+// there
+//   is state i, known at compile time. All other choices are hypers.
 //
-// Included inside a namespace: each instruction set compiles its own copy (see apply.inl).
-// The order of operations is torch.optim's non-fused code's unless a comment says otherwise.
-#include <cfloat>
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-// Repeated squaring instead of std::pow: the same bits with every libm and on a GPU.
-inline double integer_power(double base, double exponent) {
-  double result = 1.0;
-  for (auto n = static_cast<unsigned long long>(exponent); n != 0; n >>= 1) {
-    if (n & 1) result *= base;
-    base *= base;
-  }
-  return result;
-}
-
-// A positive normal base to a real exponent, by operations that are rounded alike everywhere, for
-// the same reason. Within 4 * (5 + |log2 of the result|) units of 2^-53. NaN for another base.
-inline double power(double base, double exponent) {
-  if (!(base >= DBL_MIN && base <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
-  int64_t bits;
-  std::memcpy(&bits, &base, sizeof bits);
-  auto whole = static_cast<double>((bits >> 52) - 1023);
-  bits = (bits & 0xfffffffffffff) | (int64_t{1023} << 52);
-  double fraction;
-  std::memcpy(&fraction, &bits, sizeof fraction);
-  if (fraction > 1.4142135623730951) {
-    fraction = fraction * 0.5;
-    whole = whole + 1;
-  }
-  // log(fraction) = 2 * artanh(s) = 2 * (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172
-  const double s = (fraction - 1) / (fraction + 1);
-  const double square = s * s;
-  double sum = 1.0 / 27;
-  for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
-  double log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent;
-  if (log2 != log2) return log2;
-  log2 = log2 > 1000 ? 1000 : log2;
-  log2 = log2 < -1000 ? -1000 : log2;
-  // exp(rest) = 1 + rest + rest^2 / 2 + rest^3 / 6 + ..., |rest| < 0.347
-  const int64_t nearest = static_cast<int64_t>(log2 + 1024.5) - 1024;
-  const double rest = (log2 - static_cast<double>(nearest)) * 0.6931471805599453;
-  sum = 1;
-  for (int k = 16; k >= 1; k--) sum = 1 + sum * (rest * (1.0 / k));
-  bits = (nearest + 1023) << 52;
-  double scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return sum * scale;
-}
-
-// torch.maximum: a NaN on either side stays.
-template <class T>
-inline T maximum(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-
-// torch.sign: 0 for NaN.
-template <class T>
-inline T sign(T x) {
-  return x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
-}
-
-// torch.lerp: measured from the nearer end, so that weight == 1 gives end.
-template <class T>
-inline T lerp(T start, T end, T weight) {
-  const bool near_start = weight < T(0.5);
-  return (near_start ? start : end) + (near_start ? weight : weight - T(1)) * (end - start);
-}
-
+// Included inside a namespace, after arithmetic.h: each instruction set compiles its own copy (see
+// apply.inl). The order of operations is torch.optim's non-fused code's unless a comment says
+// otherwise.
 // Keys of a param group, and numbers that an element needs: a struct of these members, and their
 // names in one string. The option beta1 is the first item of group["betas"]. Scalars are float32 or
 // float64 tensors among the states, `step` first.
@@ -128,21 +61,37 @@ struct Rule {
   static constexpr bool PREPARES_BEFORE = false;
   // True: torch.optim takes betas that are tensors of one element and any shape.
   static constexpr bool TAKES_TENSORS = false;
+  static constexpr unsigned OPTIONAL = 0;  // bit i: options decide whether there is state i
   template <class Options>
-  static unsigned variant(const Options&) {
+  static unsigned optional_states(const Options&) {
     return 0;
   }
-  template <class Options, class OfRule>
-  static unsigned step_variant(const Options&, const OfRule&) {
-    return 0;
-  }
+  static constexpr unsigned LERPED = 0;  // bit i: torch.lerp_ writes state i
   template <class Options>
   static bool decays_grad(const Options&) {  // adds weight_decay * param
     return false;
   }
-  // These take a variant.
-  static constexpr bool valid(unsigned) { return true; }
-  static constexpr unsigned lerped_states(unsigned) { return 0; }  // bit i: torch.lerp_ writes it
+};
+
+template <class Rule>
+constexpr unsigned all_states() {
+  return (1u << sizeof(Rule::state_names) / sizeof(*Rule::state_names)) - 1;
+}
+
+// What weight decay leaves of a param. Without it 1, whatever lr is.
+inline double param_decay_of(double lr, double weight_decay) {
+  return weight_decay != 0 ? 1 - lr * weight_decay : 1;
+}
+
+// The weight decay that the grad takes, and what the other one leaves of a param.
+struct WeightDecays {
+  template <class Options>
+  explicit WeightDecays(const Options& o) {
+    const double of_param = o.decoupled_weight_decay != 0 ? o.weight_decay : 0;
+    grad = o.weight_decay - of_param;
+    param_decay = param_decay_of(o.lr, of_param);
+  }
+  double grad, param_decay;
 };
 
 // SGD with momentum as in Sutskever et al. 2013, "On the importance of initialization and momentum
@@ -151,45 +100,32 @@ struct SGD : Rule {
   static constexpr const char* name = "sgd";
   OPTIONS(lr, momentum, dampening, weight_decay, nesterov);
   static constexpr const char* state_names[] = {"momentum_buffer"};
-  HYPERS(lr, momentum, dampening_comp, weight_decay);
+  HYPERS(lr, momentum, dampening_comp, weight_decay, nesterov, first_step);
   static constexpr unsigned FLAGS = 0b10000;
   SCALARS(step, momentum_step);
   static constexpr bool has_step = false;
   static constexpr unsigned HIDDEN = 0b10;
+  static constexpr unsigned OPTIONAL = 0b1;
 
-  enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, NESTEROV = 4, FIRST_STEP = 8, VARIANTS = 16 };
-  static constexpr bool valid(unsigned variant) {
-    return (variant & MOMENTUM) || !(variant & (NESTEROV | FIRST_STEP));
-  }
-  static constexpr unsigned states(unsigned variant) { return variant & MOMENTUM ? 0b1 : 0; }
+  static unsigned optional_states(const Options& o) { return o.momentum != 0 ? 0b1 : 0; }
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
-  static unsigned variant(const Options& o) {
-    return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum != 0 ? MOMENTUM : 0u) |
-           (o.momentum != 0 && o.nesterov != 0 ? NESTEROV : 0u);
-  }
   static void advance(const Options&, Scalars& s, ScalarTypes) {
     s.step += 1;
     s.momentum_step += 1;
   }
-  static unsigned step_variant(const Options&, const Scalars& s) {
-    return s.momentum_step == 1 ? FIRST_STEP : 0u;
-  }
-  static Hypers<double> prepare(const Options& o, const Scalars&) {
-    return {o.lr, o.momentum, 1 - o.dampening, o.weight_decay};
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double first_step = s.momentum_step == 1 ? 1 : 0;
+    return {o.lr, o.momentum, 1 - o.dampening, o.weight_decay, o.nesterov, first_step};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& momentum_buffer, T&, T&, const Hypers<T>& h) {
-    if constexpr (VARIANT & WEIGHT_DECAY) grad = grad + h.weight_decay * param;
-    if constexpr (VARIANT & MOMENTUM) {
-      if constexpr (VARIANT & FIRST_STEP)
-        momentum_buffer = grad;
-      else
-        momentum_buffer = h.momentum * momentum_buffer + h.dampening_comp * grad;
-      if constexpr (VARIANT & NESTEROV)
-        grad = grad + h.momentum * momentum_buffer;
-      else
-        grad = momentum_buffer;
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    if constexpr (THERE & 0b1) {
+      const T blended = h.momentum * momentum_buffer + h.dampening_comp * grad;
+      momentum_buffer = h.first_step != 0 ? grad : blended;
+      const T ahead = grad + h.momentum * momentum_buffer;
+      grad = h.nesterov != 0 ? ahead : momentum_buffer;
     }
     param = param - h.lr * grad;
   }
@@ -204,17 +140,13 @@ struct Lion : Rule {
   static constexpr const char* state_names[] = {"exp_avg"};
   HYPERS(lr, beta1, beta1_comp, beta2, beta2_comp, param_decay);
   static constexpr bool has_step = false;
-
-  enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
-  static constexpr unsigned states(unsigned) { return 0b1; }
-  static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
   static Hypers<double> prepare(const Options& o, const Scalars&) {
-    return {o.lr, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.lr * o.weight_decay};
+    return {o.lr, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, param_decay_of(o.lr, o.weight_decay)};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& exp_avg, T&, T&, const Hypers<T>& h) {
-    if constexpr (VARIANT & WEIGHT_DECAY) param = param * h.param_decay;
+    param = param * h.param_decay;
     const T direction = h.beta1 * exp_avg + h.beta1_comp * grad;
     param = param - h.lr * sign(direction);
     exp_avg = h.beta2 * exp_avg + h.beta2_comp * grad;
@@ -232,9 +164,6 @@ struct ASGD : Rule {
   SCALARS(step, eta, mu);
   HYPERS(eta, param_decay, mu, weight_decay);
   static constexpr bool PREPARES_BEFORE = true;
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b1; }
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static void advance(const Options& o, Scalars& s, ScalarTypes types) {
     s.step += 1;
@@ -246,7 +175,7 @@ struct ASGD : Rule {
     return {s.eta, 1 - o.lambd * s.eta, s.mu, o.weight_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& ax, T&, T&, const Hypers<T>& h) {
     if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     param = param * h.param_decay - h.eta * grad;
@@ -261,18 +190,14 @@ struct Adagrad : Rule {
   static constexpr const char* state_names[] = {"sum"};
   static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE};
   HYPERS(decayed_lr, eps, weight_decay);
-
-  enum : unsigned { WEIGHT_DECAY = 1, VARIANTS = 2 };
-  static constexpr unsigned states(unsigned) { return 0b1; }
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
-  static unsigned variant(const Options& o) { return o.weight_decay != 0 ? WEIGHT_DECAY : 0u; }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
     return {o.lr / (1 + (s.step - 1) * o.lr_decay), o.eps, o.weight_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& sum, T&, T&, const Hypers<T>& h) {
-    if constexpr (VARIANT & WEIGHT_DECAY) grad = grad + h.weight_decay * param;
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     sum = sum + grad * grad;
     param = param - h.decayed_lr * grad / (std::sqrt(sum) + h.eps);
   }
@@ -285,15 +210,12 @@ struct Adadelta : Rule {
   static constexpr const char* state_names[] = {"square_avg", "acc_delta"};
   static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE, SQUARE};
   HYPERS(lr, rho, rho_comp, eps, weight_decay);
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b11; }
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.lr, o.rho, 1 - o.rho, o.eps, o.weight_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& square_avg, T& acc_delta, T&, const Hypers<T>& h) {
     if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     square_avg = h.rho * square_avg + h.rho_comp * grad * grad;
@@ -312,35 +234,29 @@ struct RMSprop : Rule {
   static constexpr StateKind state_kinds[MAX_STATES] = {SQUARE};
   HYPERS(lr, alpha, alpha_comp, eps, weight_decay, momentum);
   static constexpr unsigned FLAGS = 0b100000;
+  static constexpr unsigned OPTIONAL = 0b110;
+  static constexpr unsigned LERPED = 0b100;
 
-  enum : unsigned { WEIGHT_DECAY = 1, MOMENTUM = 2, CENTERED = 4, VARIANTS = 8 };
-  static constexpr unsigned states(unsigned variant) {
-    return 0b1 | (variant & MOMENTUM ? 0b10 : 0) | (variant & CENTERED ? 0b100 : 0);
-  }
-  static constexpr unsigned lerped_states(unsigned variant) {
-    return variant & CENTERED ? 0b100 : 0;
+  static unsigned optional_states(const Options& o) {
+    return (o.momentum > 0 ? 0b10 : 0) | (o.centered != 0 ? 0b100 : 0);
   }
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
-  static unsigned variant(const Options& o) {
-    return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) | (o.momentum > 0 ? MOMENTUM : 0u) |
-           (o.centered != 0 ? CENTERED : 0u);
-  }
   static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.lr, o.alpha, 1 - o.alpha, o.eps, o.weight_decay, o.momentum};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& square_avg, T& momentum_buffer, T& grad_avg,
                             const Hypers<T>& h) {
-    if constexpr (VARIANT & WEIGHT_DECAY) grad = grad + h.weight_decay * param;
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     square_avg = h.alpha * square_avg + h.alpha_comp * grad * grad;
     T variance = square_avg;
-    if constexpr (VARIANT & CENTERED) {
+    if constexpr (THERE & 0b100) {
       grad_avg = lerp(grad_avg, grad, h.alpha_comp);
       variance = square_avg - grad_avg * grad_avg;
     }
     const T denom = std::sqrt(variance) + h.eps;
-    if constexpr (VARIANT & MOMENTUM) {
+    if constexpr (THERE & 0b10) {
       momentum_buffer = h.momentum * momentum_buffer + grad / denom;
       param = param - h.lr * momentum_buffer;
     } else {
@@ -357,14 +273,11 @@ struct Rprop : Rule {
   static constexpr const char* state_names[] = {"prev", "step_size"};
   static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, EXACT};
   HYPERS(etaminus, etaplus, smallest, largest);
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b11; }
   static Hypers<double> prepare(const Options& o, const Scalars&) {
     return {o.eta1, o.eta2, o.step_size1, o.step_size2};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& prev, T& step_size, T&, const Hypers<T>& h) {
     // In variables: GCC does not vectorise what it may have to leave out, such as reading a hyper.
     const T etaminus = h.etaminus, etaplus = h.etaplus, smallest = h.smallest, largest = h.largest;
@@ -387,17 +300,14 @@ struct Adamax : Rule {
   static constexpr const char* state_names[] = {"exp_avg", "exp_inf"};
   static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE};
   HYPERS(step_size, beta1_comp, beta2, eps, weight_decay);
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b11; }
-  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
+  static constexpr unsigned LERPED = 0b1;
   static bool decays_grad(const Options& o) { return o.weight_decay != 0; }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
     return {o.lr / (1 - integer_power(o.beta1, s.step)), 1 - o.beta1, o.beta2, o.eps,
             o.weight_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& exp_avg, T& exp_inf, T&, const Hypers<T>& h) {
     if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     exp_avg = lerp(exp_avg, grad, h.beta1_comp);
@@ -408,7 +318,8 @@ struct Adamax : Rule {
 
 // Adam: Kingma, Ba 2015, algorithm 1 in the form of the end of section 2 (the bias corrections are
 // folded into step_size and eps: one division and one rounding less per element than torch.optim).
-// DECOUPLED is AdamW: Loshchilov, Hutter 2019, algorithm 2. AMSGRAD: Reddi, Kale, Kumar 2018.
+// With decoupled weight decay AdamW: Loshchilov, Hutter 2019, algorithm 2. amsgrad: Reddi, Kale,
+// Kumar 2018.
 struct Adam : Rule {
   static constexpr const char* name = "adam";
   static constexpr bool TAKES_TENSORS = true;
@@ -417,22 +328,13 @@ struct Adam : Rule {
   static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE, SQUARE};
   HYPERS(step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay);
   static constexpr unsigned FLAGS = 0b1100000;
+  static constexpr unsigned OPTIONAL = 0b100;
+  static constexpr unsigned LERPED = 0b1;
 
-  enum : unsigned { WEIGHT_DECAY = 1, DECOUPLED = 2, AMSGRAD = 4, VARIANTS = 8 };
-  static constexpr bool valid(unsigned variant) {
-    return (variant & WEIGHT_DECAY) || !(variant & DECOUPLED);
-  }
-  static constexpr unsigned states(unsigned variant) { return variant & AMSGRAD ? 0b111 : 0b11; }
-  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
-  static bool decays_grad(const Options& o) {
-    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
-  }
-  static unsigned variant(const Options& o) {
-    return (o.weight_decay != 0 ? WEIGHT_DECAY : 0u) |
-           (o.weight_decay != 0 && o.decoupled_weight_decay != 0 ? DECOUPLED : 0u) |
-           (o.amsgrad != 0 ? AMSGRAD : 0u);
-  }
+  static unsigned optional_states(const Options& o) { return o.amsgrad != 0 ? 0b100 : 0; }
+  static bool decays_grad(const Options& o) { return WeightDecays(o).grad != 0; }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const WeightDecays decay(o);
     const double bias_correction1 = 1 - integer_power(o.beta1, s.step);
     const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
     return {o.lr / bias_correction1 * bias_correction2_sqrt,
@@ -440,21 +342,19 @@ struct Adam : Rule {
             o.beta2,
             1 - o.beta2,
             o.eps * bias_correction2_sqrt,
-            o.weight_decay,
-            1 - o.lr * o.weight_decay};
+            decay.grad,
+            decay.param_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq,
                             const Hypers<T>& h) {
-    if constexpr (VARIANT & DECOUPLED)
-      param = param * h.param_decay;
-    else if constexpr (VARIANT & WEIGHT_DECAY)
-      grad = grad + h.weight_decay * param;
+    if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
+    param = param * h.param_decay;
     exp_avg = lerp(exp_avg, grad, h.beta1_comp);
     exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
     T second_moment = exp_avg_sq;
-    if constexpr (VARIANT & AMSGRAD) {
+    if constexpr (THERE & 0b100) {
       max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
       second_moment = max_exp_avg_sq;
     }
@@ -470,14 +370,10 @@ struct RAdam : Rule {
   static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, SQUARE};
   HYPERS(step_size, beta1_comp, beta2, beta2_comp, eps, weight_decay, param_decay, rectified);
   static constexpr unsigned FLAGS = 0b100000;
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b11; }
-  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
-  static bool decays_grad(const Options& o) {
-    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
-  }
+  static constexpr unsigned LERPED = 0b1;
+  static bool decays_grad(const Options& o) { return WeightDecays(o).grad != 0; }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const WeightDecays decay(o);
     const double power2 = integer_power(o.beta2, s.step), bias_correction2 = 1 - power2;
     const double rho_inf = 2 / (1 - o.beta2) - 1;
     const double rho_t = rho_inf - 2 * s.step * power2 / bias_correction2;
@@ -492,12 +388,12 @@ struct RAdam : Rule {
             o.beta2,
             1 - o.beta2,
             o.eps,
-            o.decoupled_weight_decay != 0 ? 0 : o.weight_decay,
-            o.decoupled_weight_decay != 0 ? 1 - o.lr * o.weight_decay : 1,
+            decay.grad,
+            decay.param_decay,
             rectified ? 1.0 : 0.0};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T&, const Hypers<T>& h) {
     if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     param = param * h.param_decay;
@@ -518,13 +414,8 @@ struct NAdam : Rule {
   SCALARS(step, mu_product);
   HYPERS(grad_size, avg_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay);
   static constexpr unsigned FLAGS = 0b1000000;
-
-  enum : unsigned { VARIANTS = 1 };
-  static constexpr unsigned states(unsigned) { return 0b11; }
-  static constexpr unsigned lerped_states(unsigned) { return 0b1; }
-  static bool decays_grad(const Options& o) {
-    return o.weight_decay != 0 && o.decoupled_weight_decay == 0;
-  }
+  static constexpr unsigned LERPED = 0b1;
+  static bool decays_grad(const Options& o) { return WeightDecays(o).grad != 0; }
   static double mu(const Options& o, double step) {
     return o.beta1 * (1 - 0.5 * power(0.96, step * o.momentum_decay));
   }
@@ -533,6 +424,7 @@ struct NAdam : Rule {
     s.mu_product *= rounded(mu(o, s.step), types.last_is_float32);
   }
   static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const WeightDecays decay(o);
     const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
     const double step_size = o.lr * bias_correction2_sqrt, mu_next = mu(o, s.step + 1);
     return {step_size * (1 - mu(o, s.step)) / (1 - s.mu_product),
@@ -541,11 +433,11 @@ struct NAdam : Rule {
             o.beta2,
             1 - o.beta2,
             o.eps * bias_correction2_sqrt,
-            o.decoupled_weight_decay != 0 ? 0 : o.weight_decay,
-            o.decoupled_weight_decay != 0 ? 1 - o.lr * o.weight_decay : 1};
+            decay.grad,
+            decay.param_decay};
   }
 
-  template <unsigned VARIANT, class T>
+  template <unsigned THERE, class T>
   static inline void update(T& param, T grad, T& exp_avg, T& exp_avg_sq, T&, const Hypers<T>& h) {
     if (h.weight_decay != 0) grad = grad + h.weight_decay * param;
     param = param * h.param_decay;

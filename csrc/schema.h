@@ -12,7 +12,7 @@ struct Schema {
   explicit Schema(const std::string& rule);  // std::invalid_argument if there is no such rule
 
   // Torch takes these out of tensors with one element of any shape, and a device's kernels read
-  // them there; the other options decide on the variant.
+  // them there; the other options decide on the states.
   bool may_be_any_tensor(size_t option) const {
     return option == lr || (option_items[option] >= 0 && rule.takes_tensors);
   }

@@ -12,8 +12,7 @@ bool Row::operator==(const Row& other) const {
   return std::equal(values, values + MAX_HYPERS, other.values) &&
          std::equal(addresses, addresses + MAX_HYPERS, other.addresses) &&
          std::equal(scalars, scalars + MAX_RULE_SCALARS, other.scalars) &&
-         variant == other.variant && grad_sign == other.grad_sign && ema == other.ema &&
-         ema_warmup == other.ema_warmup;
+         grad_sign == other.grad_sign && ema == other.ema && ema_warmup == other.ema_warmup;
 }
 
 void Batch::begin() {
@@ -28,7 +27,6 @@ void Batch::begin() {
 
 void Batch::add_options(const Row& row) {
   for (double value : row.values) options.add(value);
-  options.add(row.variant);
   options.add(row.grad_sign);
   options.add(row.ema);
   options.add(row.ema_warmup);
@@ -48,7 +46,6 @@ void Batch::add_hypers(const Row& row) {
     for (int w = 0; w < (key.wide() ? 2 : 1); w++) hypers.add(words[w]);
   };
   for (double value : row.values) add(value);
-  add_whole(row.variant);
   add(row.grad_sign);
   add(row.ema);
   const auto step = static_cast<int64_t>(row.scalars[STEP]);  // random bits need all of it
@@ -138,7 +135,6 @@ size_t DeviceRows::enter_row(const RowOrigin& origin, const Group& group, const 
   std::copy(values, values + MAX_HYPERS, row.values);
   if (origin.by_address)
     std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, row.addresses);
-  row.variant = origin.variant;
   row.grad_sign = group.grad_sign;
   std::copy(origin.scalars.begin(), origin.scalars.end(), row.scalars);
   row.ema = origin.ema;

@@ -18,11 +18,10 @@ struct BatchKey {
   Device device;
   std::array<Dtype, MAX_STREAMS> dtypes;  // N_DTYPES: there is no such stream
   std::array<Storage, MAX_STREAMS> storages;
-  unsigned options;         // bits of the variant that decide which states there are
   bool prepared_on_device;  // the host does not know the step, or a hyperparameter
   bool operator==(const BatchKey& other) const {
     return device == other.device && dtypes == other.dtypes && storages == other.storages &&
-           options == other.options && prepared_on_device == other.prepared_on_device;
+           prepared_on_device == other.prepared_on_device;
   }
   bool wide() const {  // the compute type is float64
     return std::find(dtypes.begin(), dtypes.end(), F64) != dtypes.end();
@@ -58,7 +57,6 @@ class Table {
 struct Row {
   double values[MAX_HYPERS];
   int64_t addresses[MAX_HYPERS];  // option tensors on the device; 0: the value holds
-  unsigned variant;
   double grad_sign;
   // After the step, or as the rule's prepare takes them; 0 where a device knows it or nobody asks.
   double scalars[MAX_RULE_SCALARS];
@@ -118,14 +116,12 @@ class GradBatch {
 // The sources of a row: neighbouring tensors mostly share them.
 struct RowOrigin {
   int64_t group, hypers;  // hypers: index in the step's table; -1 where a device prepares them
-  unsigned variant;
   bool by_address;
   std::array<double, MAX_RULE_SCALARS> scalars;
   double ema, ema_warmup;
   bool operator==(const RowOrigin& other) const {
-    return group == other.group && hypers == other.hypers && variant == other.variant &&
-           by_address == other.by_address && scalars == other.scalars && ema == other.ema &&
-           ema_warmup == other.ema_warmup;
+    return group == other.group && hypers == other.hypers && by_address == other.by_address &&
+           scalars == other.scalars && ema == other.ema && ema_warmup == other.ema_warmup;
   }
 };
 

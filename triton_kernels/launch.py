@@ -31,15 +31,10 @@ class _Launch(OnDevice):
     """One batch on its device."""
 
     def __init__(self, rule: str, batch: Batch, interpreted: bool) -> None:
-        device_type, index, dtypes, storages, options, self.prepares = batch.key
+        device_type, index, dtypes, storages, self.prepares = batch.key
         super().__init__(device_of(device_type, index), interpreted)
         self._specialization = Specialization(
-            rule,
-            options,
-            dtypes,
-            storages,
-            warp_size=warp_size(interpreted),
-            interpreted=interpreted,
+            rule, dtypes, storages, warp_size=warp_size(interpreted), interpreted=interpreted
         )
         self._prepare_constants = prepare_constants(rule, averages=dtypes[-1] is not None)
         is_wide = self._specialization.word is tl.int64

@@ -9,9 +9,8 @@ tensors  int64 [n_tensors, columns]: numel, negative if some stream is not align
          each stream the address of its scales, or of the param's remainder; for each stream the seed of
          its keys
 chunks   int32 [n_chunks, 2]: which tensor, and which CHUNK elements of it, one program takes
-hypers   int32 or int64 [n_rows, ROW]: bits in the compute type of the rule's hypers; the variant's bits;
-         those of the sign of the grad and of the weight of the EMA; and, for keys, the step, its lower
-         32 bits first
+hypers   int32 or int64 [n_rows, ROW]: bits in the compute type of the rule's hypers, of the sign of the
+         grad and of the weight of the EMA; and, for keys, the step, its lower 32 bits first
 
 Where there is one row of hypers, the launch brings it as word0, word1 ...: what changes in each step then
 needs no upload.
@@ -46,11 +45,10 @@ from .streams import (
 
 # The columns of `hypers`: at most so many hypers, then what every rule has.
 MAX_HYPERS = tl.constexpr(8)
-VARIANT = tl.constexpr(8)
-GRAD_SIGN = tl.constexpr(9)
-EMA_WEIGHT = tl.constexpr(10)
-STEP = tl.constexpr(11)
-ROW = tl.constexpr(13)
+GRAD_SIGN = tl.constexpr(8)
+EMA_WEIGHT = tl.constexpr(9)
+STEP = tl.constexpr(10)
+ROW = tl.constexpr(12)
 # The columns of `tensors`.
 NUMEL = tl.constexpr(0)
 HYPERS_ROW = tl.constexpr(1)
@@ -119,9 +117,9 @@ def store_block(
 
 @triton.jit
 def update_block(
-    streams, extras, keys, first, first_random, numel, hypers, variant, grad_sign, grad_scale,
-    clip, ema_weight, WHOLE: tl.constexpr,
-    RULE: tl.constexpr, DECIDING: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
+    streams, extras, keys, first, first_random, numel, hypers, grad_sign, grad_scale, clip,
+    ema_weight, WHOLE: tl.constexpr,
+    RULE: tl.constexpr, THERE: tl.constexpr, DTYPES: tl.constexpr, STORAGES: tl.constexpr,
     COMPUTE: tl.constexpr, GRAD_WRITE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +175,7 @@ def update_block(
             grad = grad_sign * grad
         if GRAD_WRITE == ZEROED:
             zero(streams[1] + index, mask, BLOCK // PARTS)
-        param, states = RULE(values[0][p], grad, states, hypers, variant, DECIDING)
+        param, states = RULE(values[0][p], grad, states, hypers, THERE)
         stepped = stepped + ((param, grad) + states,)
     to_store = ()
     sizes = ()
@@ -252,9 +250,8 @@ def multi_tensor(
     word9,
     word10,
     word11,
-    word12,
     RULE: tl.constexpr,
-    DECIDING: tl.constexpr,
+    THERE: tl.constexpr,
     N_HYPERS: tl.constexpr,
     DTYPES: tl.constexpr,
     CODES: tl.constexpr,
@@ -275,6 +272,7 @@ def multi_tensor(
 
     Args:
         in_table: whether `hypers` is read, and not word0 ...
+        THERE: of each state whether there is one.
         DTYPES, CODES, STORAGES, EXTRAS: of each stream the dtype, that of its elements in memory, its
             storage (see streams.py), and that of its scales or remainder, or None.
         COLUMNS: of `tensors`.
@@ -292,13 +290,12 @@ def multi_tensor(
     numel = tl.load(tensor + NUMEL)
     row = hypers + tl.load(tensor + HYPERS_ROW) * ROW
     words = (
-        word0, word1, word2, word3, word4, word5, word6, word7, word8, word9, word10, word11, word12,
+        word0, word1, word2, word3, word4, word5, word6, word7, word8, word9, word10, word11,
     )  # fmt: skip
     rule_hypers = ()
     for i in tl.static_range(N_HYPERS):
         hyper = load_word(row, words, in_table, i).to(COMPUTE, bitcast=True)
         rule_hypers = rule_hypers + (hyper,)
-    variant = load_word(row, words, in_table, VARIANT).to(tl.int32)
     grad_sign = load_word(row, words, in_table, GRAD_SIGN).to(COMPUTE, bitcast=True)
     ema_weight = load_word(row, words, in_table, EMA_WEIGHT).to(COMPUTE, bitcast=True)
     if GRAD_WRITE == UNSCALED:
@@ -349,15 +346,15 @@ def multi_tensor(
         # A mask would split the accesses, so a whole block goes without one.
         if first + BLOCK <= numel:
             update_block(
-                aligned, aligned_extras, keys, first, whole + first, numel, rule_hypers, variant,
+                aligned, aligned_extras, keys, first, whole + first, numel, rule_hypers,
                 grad_sign, scale, factor, ema_weight, True,
-                RULE, DECIDING, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, PARTS, BLOCK, INTERPRETED,
+                RULE, THERE, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, PARTS, BLOCK, INTERPRETED,
             )  # fmt: skip
         elif first < tl.abs(numel):
             # In smaller blocks: a mask and 64-bit numbers for each element take registers.
             for part in range(0, BLOCK, BLOCK // PARTS):
                 update_block(
                     streams, extras, keys, first + part, whole + first + part, tl.abs(numel),
-                    rule_hypers, variant, grad_sign, scale, factor, ema_weight, False,
-                    RULE, DECIDING, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, 1, BLOCK // PARTS, INTERPRETED,
+                    rule_hypers, grad_sign, scale, factor, ema_weight, False,
+                    RULE, THERE, DTYPES, STORAGES, COMPUTE, GRAD_WRITE, 1, BLOCK // PARTS, INTERPRETED,
                 )  # fmt: skip

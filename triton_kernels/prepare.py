@@ -1,6 +1,6 @@
 """Options and scalars -> hypers on the device, for steps that the host cannot know.
 
-csrc/rules.h's `advance`, `step_variant` and `prepare`, in the same order with the same names and the same
+csrc/rules.h's `advance` and `prepare`, in the same order with the same names and the same
 bits: all in float64, by operations that every device rounds correctly. `prepare` is used where step, lr or
 betas are tensors on the device (capturable, GradScaler's found_inf); elsewhere the host does the same.
 
@@ -8,9 +8,9 @@ Tables in device memory, beside those of `multi_tensor`:
 
 steps          int64 [n_tensors, columns]: addresses of the rule's scalars, `step` first, in two columns
                at least, and of the number of steps that went into the EMA, or 0; the row of the next two
-option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the variant's bits, the sign of the
-               grad, the EMA's decay, whether that is warmed up, and the rule's scalars without an
-               address, as its prepare takes them
+option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the sign of the grad, the EMA's decay,
+               whether that is warmed up, and the rule's scalars without an address, as its prepare
+               takes them
 addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
 
 An address is of a float32, or of a float64 where its lowest bit is set.
@@ -21,14 +21,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, STEP, VARIANT
-from .rules import FIRST_STEP
+from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, STEP
 
 # The columns of `option_values` behind the sign of the grad.
-EMA_DECAY = tl.constexpr(10)
-EMA_WARMUP = tl.constexpr(11)
-SCALARS = tl.constexpr(12)
-OPTIONS_ROW = tl.constexpr(15)
+EMA_DECAY = tl.constexpr(9)
+EMA_WARMUP = tl.constexpr(10)
+SCALARS = tl.constexpr(11)
+OPTIONS_ROW = tl.constexpr(14)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -94,21 +93,30 @@ def sgd_advance(options, scalars, step_is_float32, last_is_float32):
 
 
 @triton.jit
-def sgd_step_variant(options, scalars):
+def sgd(options, scalars):
+    lr, momentum, dampening, weight_decay, nesterov = options
     step, momentum_step = scalars
-    return tl.where(momentum_step == 1, FIRST_STEP, 0)
+    first_step = (momentum_step == 1).to(tl.float64)
+    return lr, momentum, 1 - dampening, weight_decay, nesterov, first_step
 
 
 @triton.jit
-def sgd(options, scalars):
-    lr, momentum, dampening, weight_decay, nesterov = options
-    return lr, momentum, 1 - dampening, weight_decay
+def param_decay_of(lr, weight_decay):
+    """What weight decay leaves of a param. Without it 1, whatever lr is."""
+    return tl.where(weight_decay != 0, 1 - lr * weight_decay, 1.0)
+
+
+@triton.jit
+def weight_decays(lr, weight_decay, is_decoupled):
+    """The one that the grad takes, and what the other one leaves of a param."""
+    of_param = tl.where(is_decoupled != 0, weight_decay, 0.0)
+    return weight_decay - of_param, param_decay_of(lr, of_param)
 
 
 @triton.jit
 def lion(options, scalars):
     lr, beta1, beta2, weight_decay = options
-    return lr, beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay
+    return lr, beta1, 1 - beta1, beta2, 1 - beta2, param_decay_of(lr, weight_decay)
 
 
 @triton.jit
@@ -160,6 +168,7 @@ def adamax(options, scalars):
 @triton.jit
 def adam(options, scalars):
     lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay = options
+    of_grad, param_decay = weight_decays(lr, weight_decay, decoupled_weight_decay)
     bias_correction1 = 1 - integer_power(beta1, scalars[0])
     bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, scalars[0]))
     return (
@@ -168,14 +177,15 @@ def adam(options, scalars):
         beta2,
         1 - beta2,
         eps * bias_correction2_sqrt,
-        weight_decay,
-        1 - lr * weight_decay,
+        of_grad,
+        param_decay,
     )
 
 
 @triton.jit
 def radam(options, scalars):
     lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay = options
+    of_grad, param_decay = weight_decays(lr, weight_decay, decoupled_weight_decay)
     power2 = integer_power(beta2, scalars[0])
     bias_correction2 = 1 - power2
     rho_inf = 2 / (1 - beta2) - 1
@@ -184,15 +194,14 @@ def radam(options, scalars):
     rectified = rho_t > 5
     rectification = (rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)
     factor = tl.sqrt(rectification) * tl.sqrt(bias_correction2)
-    is_decoupled = decoupled_weight_decay != 0
     return (
         tl.where(rectified, step_size * factor, step_size),
         1 - beta1,
         beta2,
         1 - beta2,
         eps,
-        tl.where(is_decoupled, 0.0, weight_decay),
-        tl.where(is_decoupled, 1 - lr * weight_decay, 1.0),
+        of_grad,
+        param_decay,
         rectified.to(tl.float64),
     )
 
@@ -214,10 +223,10 @@ def nadam_advance(options, scalars, step_is_float32, last_is_float32):
 def nadam(options, scalars):
     lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay = options
     step, mu_product = scalars
+    of_grad, param_decay = weight_decays(lr, weight_decay, decoupled_weight_decay)
     bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, step))
     step_size = lr * bias_correction2_sqrt
     mu_next = mu_of(beta1, momentum_decay, step + 1)
-    is_decoupled = decoupled_weight_decay != 0
     return (
         step_size * (1 - mu_of(beta1, momentum_decay, step)) / (1 - mu_product),
         step_size * mu_next / (1 - mu_product * mu_next),
@@ -225,8 +234,8 @@ def nadam(options, scalars):
         beta2,
         1 - beta2,
         eps * bias_correction2_sqrt,
-        tl.where(is_decoupled, 0.0, weight_decay),
-        tl.where(is_decoupled, 1 - lr * weight_decay, 1.0),
+        of_grad,
+        param_decay,
     )
 
 
@@ -273,8 +282,7 @@ def as_stored(address, value):
 @triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["found_inf"])
 def prepare(
     steps, option_values, addresses, hypers, found_inf, n_tensors,
-    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, STEP_VARIANT: tl.constexpr,
-    PREPARES_BEFORE: tl.constexpr,
+    PREPARE: tl.constexpr, ADVANCE: tl.constexpr, PREPARES_BEFORE: tl.constexpr,
     N_OPTIONS: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPERS: tl.constexpr,
     N_AVERAGED: tl.constexpr, AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -298,7 +306,6 @@ def prepare(
         address = tl.load(addresses + row * MAX_HYPERS + o, mask=mask, other=0)
         value = tl.load(option_values + o, mask=mask, other=0.0)
         options = options + (tl.where(address != 0, load_number(address, mask), value),)
-    variant = tl.load(option_values + VARIANT, mask=mask, other=0.0)
     grad_sign = tl.load(option_values + GRAD_SIGN, mask=mask, other=0.0)
 
     places = ()
@@ -328,9 +335,6 @@ def prepare(
     hypers += tensor * ROW
     for i in tl.static_range(N_HYPERS):
         store_bits(hypers + i, prepared[i], mask)
-    if STEP_VARIANT is not None:
-        variant = variant + STEP_VARIANT(options, after)
-    store_word(hypers + VARIANT, variant, mask)
     store_bits(hypers + GRAD_SIGN, grad_sign, mask)
     whole_step = after[0].to(tl.int64)
     store_word(hypers + STEP, whole_step & 0xFFFFFFFF, mask)

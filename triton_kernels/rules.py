@@ -1,12 +1,10 @@
 """Every update rule, simplest first: csrc/rules.h's, in the same order with the same names.
 
 A rule is arithmetic on one block of elements of one tensor; grad is already unscaled and, if
-maximizing, negated. It takes ``(param, grad, states, hypers, variant, DECIDING)`` and returns
-``(param, states)``. DECIDING are the bits of the variant that decide which states there are, known when
-the kernel is compiled (a state that there is not is any number and comes back as it was). The other
-choices are bits of `variant`, a number that is the same for a whole tensor: tensors with other options
-need no other kernel. (In ``BIT & DECIDING`` the bit comes first because the interpreter, which hands
-over DECIDING as a plain int, cannot take them the other way round.)
+maximizing, negated. It takes ``(param, grad, states, hypers, THERE)`` and returns ``(param, states)``.
+THERE says of each state whether there is one, known when the kernel is compiled (without it, the state is
+any number and comes back as it was). All other choices are hypers, which are the same for a whole tensor:
+tensors with other options need no other kernel.
 
 Nothing here may round otherwise than the C++ does: no fused multiply-add, correctly rounded roots and
 quotients, the same order of operations.
@@ -22,14 +20,6 @@ import triton
 import triton.language as tl
 
 from fused_optim import _C
-
-WEIGHT_DECAY = tl.constexpr(1)
-MOMENTUM = tl.constexpr(2)
-DECOUPLED = tl.constexpr(2)
-NESTEROV = tl.constexpr(4)
-CENTERED = tl.constexpr(4)
-AMSGRAD = tl.constexpr(4)
-FIRST_STEP = tl.constexpr(8)
 
 
 @triton.jit
@@ -71,18 +61,18 @@ def sign(x):
 
 
 @triton.jit
-def sgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def sgd(param, grad, states, hypers, THERE: tl.constexpr):
     """Sutskever et al. 2013, in torch.optim's form: the learning rate multiplies the buffer."""
     momentum_buffer = states[0]
-    lr, momentum, dampening_comp, weight_decay = hypers
-    if variant & WEIGHT_DECAY:
+    lr, momentum, dampening_comp, weight_decay, nesterov, first_step = hypers
+    if weight_decay != 0:
         grad = grad + weight_decay * param
-    if MOMENTUM & DECIDING:
-        if variant & FIRST_STEP:
+    if THERE[0]:
+        if first_step != 0:
             momentum_buffer = grad
         else:
             momentum_buffer = momentum * momentum_buffer + dampening_comp * grad
-        if variant & NESTEROV:
+        if nesterov != 0:
             grad = grad + momentum * momentum_buffer
         else:
             grad = momentum_buffer
@@ -91,12 +81,11 @@ def sgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def lion(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def lion(param, grad, states, hypers, THERE: tl.constexpr):
     """Chen et al. 2023, algorithm 2, in the order of the authors' PyTorch code."""
     exp_avg = states[0]
     lr, beta1, beta1_comp, beta2, beta2_comp, param_decay = hypers
-    if variant & WEIGHT_DECAY:
-        param = param * param_decay
+    param = param * param_decay
     direction = beta1 * exp_avg + beta1_comp * grad
     param = param - lr * sign(direction)
     exp_avg = beta2 * exp_avg + beta2_comp * grad
@@ -104,7 +93,7 @@ def lion(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def asgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def asgd(param, grad, states, hypers, THERE: tl.constexpr):
     """Polyak, Juditsky 1992, in torch.optim's form: eta and mu are the step before's."""
     ax = states[0]
     eta, param_decay, mu, weight_decay = hypers
@@ -116,11 +105,11 @@ def asgd(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def adagrad(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def adagrad(param, grad, states, hypers, THERE: tl.constexpr):
     """Duchi, Hazan, Singer 2011, diagonal form."""
     sum = states[0]
     decayed_lr, eps, weight_decay = hypers
-    if variant & WEIGHT_DECAY:
+    if weight_decay != 0:
         grad = grad + weight_decay * param
     sum = sum + grad * grad
     param = param - divide(decayed_lr * grad, square_root(sum) + eps)
@@ -128,7 +117,7 @@ def adagrad(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def adadelta(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def adadelta(param, grad, states, hypers, THERE: tl.constexpr):
     """Zeiler 2012, algorithm 1."""
     square_avg, acc_delta = states
     lr, rho, rho_comp, eps, weight_decay = hypers
@@ -142,19 +131,19 @@ def adadelta(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def rmsprop(param, grad, states, hypers, THERE: tl.constexpr):
     """Hinton's lecture 6e (2012); centered as in Graves 2013; eps is added after the square root."""
     square_avg, momentum_buffer, grad_avg = states
     lr, alpha, alpha_comp, eps, weight_decay, momentum = hypers
-    if variant & WEIGHT_DECAY:
+    if weight_decay != 0:
         grad = grad + weight_decay * param
     square_avg = alpha * square_avg + alpha_comp * grad * grad
     variance = square_avg
-    if CENTERED & DECIDING:
+    if THERE[2]:
         grad_avg = lerp(grad_avg, grad, alpha_comp)
         variance = square_avg - grad_avg * grad_avg
     denom = square_root(variance) + eps
-    if MOMENTUM & DECIDING:
+    if THERE[1]:
         momentum_buffer = momentum * momentum_buffer + divide(grad, denom)
         param = param - lr * momentum_buffer
     else:
@@ -163,7 +152,7 @@ def rmsprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def rprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def rprop(param, grad, states, hypers, THERE: tl.constexpr):
     """Riedmiller, Braun 1993, without weight backtracking, in torch.optim's form."""
     prev, step_size = states
     etaminus, etaplus, smallest, largest = hypers
@@ -178,7 +167,7 @@ def rprop(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def adamax(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def adamax(param, grad, states, hypers, THERE: tl.constexpr):
     """Kingma, Ba 2015, algorithm 2, with eps as in torch.optim."""
     exp_avg, exp_inf = states
     step_size, beta1_comp, beta2, eps, weight_decay = hypers
@@ -191,21 +180,20 @@ def adamax(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
-    """Kingma, Ba 2015, with the bias corrections folded into step_size and eps; DECOUPLED is AdamW.
+def adam(param, grad, states, hypers, THERE: tl.constexpr):
+    """Kingma, Ba 2015, with the bias corrections folded into step_size and eps; with param_decay AdamW.
 
     Loshchilov, Hutter 2019, algorithm 2; amsgrad: Reddi, Kale, Kumar 2018.
     """
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
     step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay = hypers
-    if variant & DECOUPLED:
-        param = param * param_decay
-    elif variant & WEIGHT_DECAY:
+    if weight_decay != 0:
         grad = grad + weight_decay * param
+    param = param * param_decay
     exp_avg = lerp(exp_avg, grad, beta1_comp)
     exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
     second_moment = exp_avg_sq
-    if AMSGRAD & DECIDING:
+    if THERE[2]:
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq
     param = param - divide(step_size * exp_avg, square_root(second_moment) + eps_hat)
@@ -213,7 +201,7 @@ def adam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def radam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def radam(param, grad, states, hypers, THERE: tl.constexpr):
     """Liu et al. 2020, algorithm 2."""
     exp_avg, exp_avg_sq = states
     step_size, beta1_comp, beta2, beta2_comp, eps, weight_decay, param_decay, rectified = hypers
@@ -228,7 +216,7 @@ def radam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
 
 
 @triton.jit
-def nadam(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def nadam(param, grad, states, hypers, THERE: tl.constexpr):
     """Dozat 2016, algorithm 2 with its schedule of the momentum; folded, with one division."""
     exp_avg, exp_avg_sq = states
     grad_size, avg_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay = hypers
@@ -251,7 +239,7 @@ class Rule:
         options, states, scalars, hypers: csrc/rules.h's names, in the order in which functions take them;
             "betas.0" is an item of group["betas"].
         kinds: "signed", "square" or "exact" for each state.
-        deciding: bit of the variant -> bits of the states that there are only with it.
+        optional: bit i: options decide whether there is state i.
         prepares_before: `prepare` takes the scalars before the step, not those after it.
     """
 
@@ -261,16 +249,12 @@ class Rule:
     scalars: list[str]
     hypers: list[str]
     kinds: list[str]
-    deciding: dict[int, int]
+    optional: int
     prepares_before: bool
 
-    def states_with(self, deciding: int) -> list[bool]:
-        """True for each state that is there; deciding: the variant's bits, as `update` takes them."""
-        absent = 0
-        for bit, states in self.deciding.items():
-            if not bit & deciding:
-                absent |= states
-        return [not absent >> s & 1 for s in range(len(self.states))]
+    @property
+    def optional_states(self) -> list[str]:
+        return [state for s, state in enumerate(self.states) if self.optional >> s & 1]
 
 
 _FACTS = [field.name for field in fields(Rule)[1:]]

@@ -42,7 +42,6 @@ class Specialization:
 
     Attributes:
         rule: key of RULES.
-        deciding: the variant's deciding bits, see rules.py.
         dtypes: names of the storage types of param, grad, all states of the rule, and the EMA; None:
             there is no such state, or no EMA.
         storages: of the same streams, see streams.py; what is packed has the dtype that it stands for, or
@@ -53,7 +52,6 @@ class Specialization:
     """
 
     rule: str
-    deciding: int
     dtypes: tuple[str | None, ...]
     storages: tuple[str, ...]
     grad_write: int = KEPT.value
@@ -61,8 +59,14 @@ class Specialization:
     interpreted: bool = False
 
     def __post_init__(self) -> None:
-        there = RULES[self.rule].states_with(self.deciding)
-        assert [dtype is not None for dtype in self.dtypes[:-1]] == [True, True, *there], self
+        rule = RULES[self.rule]
+        assert len(self.there) == len(rule.states), self
+        assert all(there or rule.optional >> s & 1 for s, there in enumerate(self.there)), self
+
+    @property
+    def there(self) -> tuple[bool, ...]:
+        """Of each state whether there is one."""
+        return tuple(dtype is not None for dtype in self.dtypes[2:-1])
 
     @property
     def compute(self) -> tl.dtype:
@@ -135,7 +139,7 @@ class Specialization:
         n_streams = len(dtypes)
         return {
             "RULE": rule.update,
-            "DECIDING": self.deciding,
+            "THERE": self.there,
             "N_HYPERS": len(rule.hypers),
             "DTYPES": tuple(dtypes),
             "CODES": tuple(codes),
@@ -156,7 +160,6 @@ def prepare_constants(rule: str, averages: bool) -> dict[str, Any]:
     return {
         "PREPARE": getattr(prepare, rule),
         "ADVANCE": getattr(prepare, f"{rule}_advance", prepare.advance),
-        "STEP_VARIANT": getattr(prepare, f"{rule}_step_variant", None),
         "PREPARES_BEFORE": RULES[rule].prepares_before,
         "N_OPTIONS": len(RULES[rule].options),
         "N_SCALARS": len(RULES[rule].scalars),

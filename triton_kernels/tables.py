@@ -32,13 +32,13 @@ class Batch(Protocol):
     """All tensors of one launch (csrc/tables.h); the tables' columns stand in multi_tensor and prepare.
 
     Attributes:
-        key: DLPack device type and index, dtypes and storages of the streams by name, deciding
-            options, and whether the hypers have to be prepared on the device.
+        key: DLPack device type and index, dtypes and storages of the streams by name, and whether
+            the hypers have to be prepared on the device.
         version: another one says that some table has to be uploaded.
         words: the hypers, if there is one row and the host knows it; `hypers` need not be uploaded then.
     """
 
-    key: tuple[int, int, tuple[str | None, ...], tuple[str, ...], int, bool]
+    key: tuple[int, int, tuple[str | None, ...], tuple[str, ...], bool]
 
     @property
     def version(self) -> int: ...

@@ -95,14 +95,14 @@ class Kernel:
 
     Attributes:
         rule: key of RULES; or "norm" or "finish", the kernels that measure the grads.
-        deciding: the variant's deciding bits, see triton_kernels/rules.py.
+        states: those of the rule's optional states that there are.
         dtypes: key of DTYPES or PACKED; None: this is the rule's `prepare`, or `finish`.
         scaled: with grad_scale and found_inf (`prepare`: with found_inf, and an EMA).
         one_pass: clips, averages and leaves zeros in the grads; grad_scale is part of clipping then.
     """
 
     rule: str
-    deciding: int
+    states: tuple[str, ...]
     dtypes: str | None
     scaled: bool
     one_pass: bool = False
@@ -113,18 +113,20 @@ class Kernel:
             return " ".join(filter(None, (self.rule, self.dtypes)))
         if self.dtypes is None:
             return f"{self.rule} prepare{', found_inf' if self.scaled else ''}"
-        rule = RULES[self.rule]
-        optional = [not there for there in rule.states_with(0)]
-        there = rule.states_with(self.deciding)
-        extra = [s for s, o, t in zip(rule.states, optional, there) if o and t]
-        words = [self.rule, *(f"+{state}" for state in extra), self.dtypes]
+        words = [self.rule, *(f"+{state}" for state in self.states), self.dtypes]
         name = " ".join(words) + (", scaled" if self.scaled else "")
         return name + (", one pass" if self.one_pass else "")
+
+    @property
+    def there(self) -> list[bool]:
+        """Of each of the rule's states whether there is one."""
+        absent = {*RULES[self.rule].optional_states} - {*self.states}
+        return [state not in absent for state in RULES[self.rule].states]
 
     def specialization(self, target: str) -> specialize.Specialization:
         """Raises KeyError for `prepare` and `finish`, which have none."""
         rule = RULES[self.rule]
-        there = rule.states_with(self.deciding)
+        there = self.there
         param_storage, storages = "plain", ["plain"] * len(there)
         if self.dtypes in PACKED:
             param, param_storage, state = PACKED[self.dtypes]
@@ -147,7 +149,6 @@ class Kernel:
         grad_write = ZEROED if self.one_pass else UNSCALED if self.scaled else KEPT
         return specialize.Specialization(
             self.rule,
-            self.deciding,
             (param, grad, *states, param if self.one_pass else None),
             (param_storage, "plain", *storages, "plain"),
             grad_write.value,
@@ -222,7 +223,7 @@ class Kernel:
     def max_instructions(self, specialization: specialize.Specialization) -> float:
         """Per element, with some more than was measured."""
         rule = RULES[self.rule]
-        there = [s for s, t in zip(rule.states, rule.states_with(self.deciding)) if t]
+        there = [s for s, t in zip(rule.states, self.there) if t]
         nbytes = 4 * (3 + 2 * len(there))
         n = INSTRUCTIONS.get(self.rule, INSTRUCTIONS_OF_BYTE * nbytes)
         n += sum(INSTRUCTIONS_OF_STATE.get(state, {}).get(self.rule, 0) for state in there)
@@ -259,17 +260,17 @@ def select(
     targets = targets or [t for t in TARGETS if gpu_target(t).backend in _backends()]
     kernels = []
     for name in rules or RULES:
-        bits = RULES[name].deciding
-        for chosen in itertools.product((False, True), repeat=len(bits)):
-            deciding = sum(bit for bit, is_chosen in zip(bits, chosen) if is_chosen)
-            for dtypes, scaled in itertools.product(DTYPES, (False, True)):
-                kernels.append(Kernel(name, deciding, dtypes, scaled))
-            kernels += [Kernel(name, deciding, packed, False) for packed in PACKED]
-        kernels += [Kernel(name, 0, None, scaled) for scaled in (False, True)]
-        kernels.append(Kernel(name, 0, "float32", True, one_pass=True))
+        optional = RULES[name].optional_states
+        for n in range(len(optional) + 1):
+            for states in itertools.combinations(optional, n):
+                for dtypes, scaled in itertools.product(DTYPES, (False, True)):
+                    kernels.append(Kernel(name, states, dtypes, scaled))
+                kernels += [Kernel(name, states, packed, False) for packed in PACKED]
+        kernels += [Kernel(name, (), None, scaled) for scaled in (False, True)]
+        kernels.append(Kernel(name, (), "float32", True, one_pass=True))
     if rules is None:
-        kernels += [Kernel("norm", 0, dtype, False) for dtype in specialize.DTYPES]
-        kernels.append(Kernel("finish", 0, None, True))
+        kernels += [Kernel("norm", (), dtype, False) for dtype in specialize.DTYPES]
+        kernels.append(Kernel("finish", (), None, True))
     return kernels, list(targets)
 
 

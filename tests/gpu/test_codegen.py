@@ -23,9 +23,7 @@ from fused_optim.triton_kernels.rules import RULES
 
 
 def has_all_states(kernel: Kernel) -> bool:
-    return kernel.rule in RULES and kernel.deciding == max(
-        other.deciding for other in KERNELS if other.rule == kernel.rule
-    )
+    return kernel.rule in RULES and all(kernel.there)
 
 
 def is_chosen(kernel: Kernel, target: str) -> bool:
@@ -66,7 +64,7 @@ JOBS = [
 MAX_OPERATIONS = 2_000
 # The masked and the whole block each have the formats, too.
 MAX_PACKED_OPERATIONS = 4_000
-ADAM = Kernel("adam", 0, "float32", True)
+ADAM = Kernel("adam", (), "float32", True)
 
 every_job = pytest.mark.parametrize(
     ("kernel", "target"),
@@ -98,7 +96,7 @@ def is_known_defect(kernel, target, complaint):
     packed products into additions, against --fmad=false: the same PTX through ptxas 13.4 is healthy, and so
     are kernels compiled under DISABLE_LLVM_OPT=nvptx-no-f32x2.
     """
-    is_amsgrad = kernel.rule == "adam" and kernel.deciding != 0
+    is_amsgrad = kernel.rule == "adam" and all(kernel.there)
     is_large = is_amsgrad and kernel.dtypes == "float32, states int8"
     if is_large and complaint in ("16 bytes of stack", "6 spills"):
         return True
@@ -130,7 +128,7 @@ def test_all_rules_options_dtypes_and_targets_are_there():
     assert tuple(TARGETS) == kernels.TARGETS
     for name, rule in RULES.items():
         there = [kernel for kernel in KERNELS if kernel.rule == name]
-        n_options = 2 ** len(rule.deciding)
+        n_options = 2 ** len(rule.optional_states)
         n_packed = n_options * len(kernels.PACKED)
         assert len(there) == (n_options * len(kernels.DTYPES) + 1) * 2 + 1 + n_packed
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
@@ -198,7 +196,7 @@ def test_complaints_about_made_up_measurements(change, words):
 
 def test_needs_follow_from_the_streams():
     def needs(rule, dtypes, scaled, target="sm_90", one_pass=False):
-        found = Kernel(rule, 0, dtypes, scaled, one_pass).needs(target)
+        found = Kernel(rule, (), dtypes, scaled, one_pass).needs(target)
         return found.loads, found.stores, found.max_registers, found.max_shared_nbytes
 
     assert needs("adam", "float32", False) == ({128: 4}, {128: 3}, 64, 0)
@@ -211,7 +209,7 @@ def test_needs_follow_from_the_streams():
     assert needs("adam", None, False) == ({}, {}, None, 0)
     assert needs("adam", "float32", True, one_pass=True) == ({128: 5}, {128: 5}, 80, 0)
     # Two parts of 4 elements each; for 20 KiB, 72 bytes of SGD's three streams take 9 warps.
-    int8 = Kernel("sgd", 2, "float32, states int8", False).needs("sm_90")
+    int8 = Kernel("sgd", ("momentum_buffer",), "float32, states int8", False).needs("sm_90")
     assert (int8.loads, int8.stores, int8.elements) == ({128: 4}, {128: 2}, 8)
     assert int8.max_registers == 224
     split8 = needs("adam", "bfloat16 split8, states int8", False)
@@ -226,7 +224,7 @@ def test_needs_follow_from_the_streams():
 )
 def test_8_bits_are_packed_with_half_of_what_one_element_at_a_time_takes(dtypes, before):
     """`before`: where each element loads its scale, draws its own bits and is asked for NaN."""
-    needs = Kernel("adam", 0, dtypes, False).needs("sm_90")
+    needs = Kernel("adam", (), dtypes, False).needs("sm_90")
     assert needs.max_instructions <= before / 2
 
 
@@ -392,7 +390,7 @@ def test_fused_arithmetic_is_reported(own_cache, monkeypatch, dtypes, target):
 
 
 @triton.jit
-def approximate(param, grad, states, hypers, variant, DECIDING: tl.constexpr):
+def approximate(param, grad, states, hypers, THERE: tl.constexpr):
     return param - grad / (tl.sqrt(states[1]) + hypers[4]), states
 
 

@@ -9,7 +9,7 @@ from support.cases import BACKEND, DEVICE
 if BACKEND != "triton":
     pytest.skip("needs Triton: a GPU or its interpreter", allow_module_level=True)
 
-from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, STEP, VARIANT
+from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, STEP
 from fused_optim.triton_kernels.prepare import (
     EMA_DECAY,
     EMA_WARMUP,
@@ -17,7 +17,6 @@ from fused_optim.triton_kernels.prepare import (
     SCALARS,
     prepare,
 )
-from fused_optim.triton_kernels.rules import FIRST_STEP
 from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK, prepare_constants
 
 RULES = _C.rules()
@@ -69,7 +68,7 @@ def run(
     n_options = len(RULES[rule]["options"])
     table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
     table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
-    table[:, VARIANT.value], table[:, GRAD_SIGN.value], table[:, SCALARS.value :] = 1.0, -1.0, known
+    table[:, GRAD_SIGN.value], table[:, SCALARS.value :] = -1.0, known
     table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
     tagged = torch.zeros(len(options), 8, dtype=torch.int64)
     tagged[:, :n_options] = torch.tensor(addresses)
@@ -92,9 +91,7 @@ def assert_bits(
     hypers: torch.Tensor, rule: str, options: list[float], scalars: list[float]
 ) -> None:
     """Compare a row with what the host prepares of these scalars: as its prepare takes them."""
-    prepared, variant = _C.prepare(rule, options, scalars)
-    assert hypers[VARIANT.value] == 1 + variant
-    expected = torch.tensor(prepared, dtype=torch.float64)
+    expected = torch.tensor(_C.prepare(rule, options, scalars), dtype=torch.float64)
     if hypers.dtype == torch.int32:
         expected = expected.float()
     found = hypers[: len(expected)]
@@ -167,8 +164,9 @@ def test_skipped_step_advances_nothing(rule: str) -> None:
         after = [_C.advance(rule, options, now, in_float32=True) for now in numbers_now]
         expected = torch.tensor(after).t() if advanced else torch.stack(before)
         assert torch.equal(torch.stack(scalars).cpu(), expected)
-        is_first = (before[-1] == 0) if rule == "sgd" else torch.zeros(5)
-        assert torch.equal(hypers[:, VARIANT.value], (1 + FIRST_STEP.value * is_first).int())
+        if rule == "sgd":
+            first_step = values(hypers, RULES[rule]["hypers"].index("first_step"))
+            assert torch.equal(first_step, (before[-1] == 0).double())
 
 
 @pytest.mark.parametrize("warmup", [False, True], ids=["constant", "warmed up"])

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -106,20 +105,6 @@ def test_triton_takes_states_options_scalars_and_hypers_in_the_order_of_cpp() ->
                     assert names.split(", ") == facts[whole], (name, whole)
                     found.add(whole)
         assert found >= {"states", "options", "hypers"}, name
-
-
-def test_triton_and_cpp_mean_the_same_by_the_bits_of_a_variant() -> None:
-    rules = pytest.importorskip("fused_optim.triton_kernels.rules", reason="needs triton")
-    source = Path(__file__).parents[2].joinpath("csrc/rules.h").read_text()
-    found = dict(
-        re.findall(r"\b([A-Z_]+) = (\d+)", " ".join(re.findall(r"enum : unsigned {(.*)}", source)))
-    )
-    named = {name for name, value in vars(rules).items() if type(value).__name__ == "constexpr"}
-    assert named == found.keys() - {"VARIANTS"}
-    for line in re.findall(r"enum : unsigned {(.*)}", source):
-        for name, value in re.findall(r"\b([A-Z_]+) = (\d+)", line):
-            if name != "VARIANTS":
-                assert getattr(rules, name).value == int(value), name
 
 
 @every_optimizer

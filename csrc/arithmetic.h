@@ -1,0 +1,69 @@
+// Arithmetic that the rules share: the same bits with every libm, compiler and instruction set, and
+// in triton_kernels. Included inside a namespace, before rules.h.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+// Repeated squaring instead of std::pow: the same bits with every libm and on a GPU.
+inline double integer_power(double base, double exponent) {
+  double result = 1.0;
+  for (auto n = static_cast<unsigned long long>(exponent); n != 0; n >>= 1) {
+    if (n & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+// A positive normal base to a real exponent, by operations that are rounded alike everywhere, for
+// the same reason. Within 4 * (5 + |log2 of the result|) units of 2^-53. NaN for another base.
+inline double power(double base, double exponent) {
+  if (!(base >= DBL_MIN && base <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
+  int64_t bits;
+  std::memcpy(&bits, &base, sizeof bits);
+  auto whole = static_cast<double>((bits >> 52) - 1023);
+  bits = (bits & 0xfffffffffffff) | (int64_t{1023} << 52);
+  double fraction;
+  std::memcpy(&fraction, &bits, sizeof fraction);
+  if (fraction > 1.4142135623730951) {
+    fraction = fraction * 0.5;
+    whole = whole + 1;
+  }
+  // log(fraction) = 2 * artanh(s) = 2 * (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.172
+  const double s = (fraction - 1) / (fraction + 1);
+  const double square = s * s;
+  double sum = 1.0 / 27;
+  for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
+  double log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent;
+  if (log2 != log2) return log2;
+  log2 = log2 > 1000 ? 1000 : log2;
+  log2 = log2 < -1000 ? -1000 : log2;
+  // exp(rest) = 1 + rest + rest^2 / 2 + rest^3 / 6 + ..., |rest| < 0.347
+  const int64_t nearest = static_cast<int64_t>(log2 + 1024.5) - 1024;
+  const double rest = (log2 - static_cast<double>(nearest)) * 0.6931471805599453;
+  sum = 1;
+  for (int k = 16; k >= 1; k--) sum = 1 + sum * (rest * (1.0 / k));
+  bits = (nearest + 1023) << 52;
+  double scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return sum * scale;
+}
+
+// torch.maximum: a NaN on either side stays.
+template <class T>
+inline T maximum(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+// torch.sign: 0 for NaN.
+template <class T>
+inline T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
+}
+
+// torch.lerp: measured from the nearer end, so that weight == 1 gives end.
+template <class T>
+inline T lerp(T start, T end, T weight) {
+  const bool near_start = weight < T(0.5);
+  return (near_start ? start : end) + (near_start ? weight : weight - T(1)) * (end - start);
+}
