@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fused_optim import lion_stock
+from fused_optim import plain
 from fused_optim.optimizer import FusedOptimizer
 from fused_optim.options import KernelOptions
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Lion(FusedOptimizer, lion_stock.Lion):
+class Lion(FusedOptimizer, plain.Lion):
     """Lion on fused kernels: the sign of a momentum, with decoupled weight decay.
 
     With grad the gradient (negated if maximize)::
@@ -59,7 +59,7 @@ class Lion(FusedOptimizer, lion_stock.Lion):
     """
 
     _rule = "lion"
-    _stock = lion_stock.Lion
+    _stock = plain.Lion
     _sparse_refusal = "Lion does not support sparse gradients"
 
     def __init__(

@@ -33,9 +33,9 @@ def stock_class(name: str) -> type[torch.optim.Optimizer]:
     """torch.optim's class, or the package's own of an optimizer that torch.optim lacks."""
     if hasattr(torch.optim, name):
         return getattr(torch.optim, name)
-    from fused_optim import lion_stock
+    from fused_optim import plain
 
-    return getattr(lion_stock, name)
+    return getattr(plain, name)
 
 
 class Adagrad(torch.optim.Adagrad):
