@@ -15,12 +15,12 @@ inline double integer_power(double base, double exponent) {
   return result;
 }
 
-// A positive normal base to a real exponent, by operations that are rounded alike everywhere, for
-// the same reason. Within 4 * (5 + |log2 of the result|) units of 2^-53. NaN for another base.
-inline double power(double base, double exponent) {
-  if (!(base >= DBL_MIN && base <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
+// The binary logarithm of a positive normal number, by operations that are rounded alike
+// everywhere, for the same reason. NaN for another number.
+inline double log2_of(double x) {
+  if (!(x >= DBL_MIN && x <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
   int64_t bits;
-  std::memcpy(&bits, &base, sizeof bits);
+  std::memcpy(&bits, &x, sizeof bits);
   auto whole = static_cast<double>((bits >> 52) - 1023);
   bits = (bits & 0xfffffffffffff) | (int64_t{1023} << 52);
   double fraction;
@@ -34,20 +34,27 @@ inline double power(double base, double exponent) {
   const double square = s * s;
   double sum = 1.0 / 27;
   for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
-  double log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent;
-  if (log2 != log2) return log2;
-  log2 = log2 > 1000 ? 1000 : log2;
-  log2 = log2 < -1000 ? -1000 : log2;
+  return whole + 2 * s * sum * 1.4426950408889634;
+}
+
+// 2^x, in the same way; x is clamped to +-1000.
+inline double exp2_of(double x) {
+  if (x != x) return std::numeric_limits<double>::quiet_NaN();
+  x = x > 1000 ? 1000 : x;
+  x = x < -1000 ? -1000 : x;
   // exp(rest) = 1 + rest + rest^2 / 2 + rest^3 / 6 + ..., |rest| < 0.347
-  const int64_t nearest = static_cast<int64_t>(log2 + 1024.5) - 1024;
-  const double rest = (log2 - static_cast<double>(nearest)) * 0.6931471805599453;
-  sum = 1;
+  const int64_t nearest = static_cast<int64_t>(x + 1024.5) - 1024;
+  const double rest = (x - static_cast<double>(nearest)) * 0.6931471805599453;
+  double sum = 1;
   for (int k = 16; k >= 1; k--) sum = 1 + sum * (rest * (1.0 / k));
-  bits = (nearest + 1023) << 52;
+  const int64_t bits = (nearest + 1023) << 52;
   double scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return sum * scale;
 }
+
+// A positive normal base to a real exponent: within 4 * (5 + |log2 of the result|) units of 2^-53.
+inline double power(double base, double exponent) { return exp2_of(log2_of(base) * exponent); }
 
 // torch.maximum: a NaN on either side stays.
 template <class T>

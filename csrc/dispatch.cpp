@@ -41,6 +41,8 @@ T as(const double* values) {
 template <class Rule>
 RuleInfo describe() {
   static_assert(all_states<Rule>() < STATE_SETS, "raise MAX_STATES");
+  static_assert(sizeof(typename Rule::Options) <= MAX_OPTIONS * sizeof(double),
+                "raise MAX_OPTIONS");
   static_assert(sizeof(typename Rule::template Hypers<double>) <= MAX_HYPERS * sizeof(double),
                 "raise MAX_HYPERS");
   static_assert(sizeof(typename Rule::Scalars) <= MAX_RULE_SCALARS * sizeof(double),

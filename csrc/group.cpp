@@ -20,6 +20,8 @@ Schema::Schema(const std::string& name)
     option_keys.push_back(interned(key.c_str()));
     option_items.push_back(dot ? std::atoi(dot + 1) : -1);
   }
+  for (PyObject* key : option_keys)
+    option_lengths.push_back(std::count(option_keys.begin(), option_keys.end(), key));
   for (const char* state : rule.state_names) {
     state_keys.push_back(interned(state));
     scale_keys.push_back(interned((std::string(state) + "_scale").c_str()));
@@ -129,7 +131,8 @@ bool Group::read_options(unsigned device_types) {
     }
     option_values[o] = Ref::share(value);
     if (schema.option_items[o] >= 0) {
-      if (!(PyTuple_Check(value) || PyList_Check(value)) || PySequence_Fast_GET_SIZE(value) != 2)
+      if (!(PyTuple_Check(value) || PyList_Check(value)) ||
+          PySequence_Fast_GET_SIZE(value) != schema.option_lengths[o])
         return false;
       option_values[o] = Ref::own(PySequence_GetItem(value, schema.option_items[o]));
     }
@@ -142,9 +145,10 @@ bool Group::read_options(unsigned device_types) {
 // A tensor on a device is left there if the kernels of that device can read it.
 bool Group::read_option(size_t option, PyObject* value, unsigned device_types) {
   View view;
-  if (schema.may_be_any_tensor(option) && is_plain(value) && view.read(value) &&
-      (view.device.type != dlpack::CPU || capturable) && (device_types >> view.device.type & 1) &&
-      view.numel() == 1 && (view.dtype == F32 || view.dtype == F64) && view.data != nullptr &&
+  if (option < MAX_TENSOR_OPTIONS && schema.may_be_any_tensor(option) && is_plain(value) &&
+      view.read(value) && (view.device.type != dlpack::CPU || capturable) &&
+      (device_types >> view.device.type & 1) && view.numel() == 1 &&
+      (view.dtype == F32 || view.dtype == F64) && view.data != nullptr &&
       (!has_addresses || view.device == option_device)) {
     option_addresses[option] = tagged(view.data, view.dtype);
     option_device = view.device;

@@ -48,10 +48,10 @@ struct Group {
   Ref indices;
   const char* stock_reason = nullptr;  // the whole group goes to stock; null: no
   bool capturable = false, fused = false;
-  double options[MAX_HYPERS] = {};
+  double options[MAX_OPTIONS] = {};
   // Options that are tensors on `option_device`: 0 where the number is known.
-  int64_t option_addresses[MAX_HYPERS] = {};
-  Ref option_values[MAX_HYPERS];
+  int64_t option_addresses[MAX_OPTIONS] = {};
+  Ref option_values[MAX_OPTIONS];
   Device option_device = {};
   bool has_addresses = false, numbers_known = true;
   double grad_sign = 1;

@@ -9,6 +9,8 @@ constexpr int MAX_STATES = 3;
 constexpr int PARAM = 0, GRAD = 1, STATES = 2, EMA = STATES + MAX_STATES;
 constexpr int MAX_STREAMS = EMA + 1;
 constexpr int MAX_HYPERS = 8;
+// The options of a rule. Those that may be tensors on a device, lr and the betas, come first.
+constexpr int MAX_OPTIONS = 9, MAX_TENSOR_OPTIONS = 8;
 // The scalars of a rule, and beside them how many steps went into the EMA.
 constexpr int STEP = 0, MAX_RULE_SCALARS = 3, N_AVERAGED = MAX_RULE_SCALARS;
 constexpr int MAX_SCALARS = MAX_RULE_SCALARS + 1;

@@ -21,6 +21,7 @@ struct Schema {
   int rule_index;
   // Interned: they stay.
   std::vector<PyObject*> option_keys, state_keys, scale_keys, scalar_keys;
+  std::vector<int> option_lengths;  // of a tuple option
   std::vector<int> option_items;  // index into a tuple option (betas); -1: the option is the number
   size_t lr = 0;                  // index of that option
 };

@@ -9,8 +9,8 @@
 namespace fused_optim {
 
 bool Row::operator==(const Row& other) const {
-  return std::equal(values, values + MAX_HYPERS, other.values) &&
-         std::equal(addresses, addresses + MAX_HYPERS, other.addresses) &&
+  return std::equal(values, values + MAX_OPTIONS, other.values) &&
+         std::equal(addresses, addresses + MAX_TENSOR_OPTIONS, other.addresses) &&
          std::equal(scalars, scalars + MAX_RULE_SCALARS, other.scalars) &&
          grad_sign == other.grad_sign && ema == other.ema && ema_warmup == other.ema_warmup;
 }
@@ -45,7 +45,7 @@ void Batch::add_hypers(const Row& row) {
     std::memcpy(words, key.wide() ? static_cast<const void*>(&value) : &narrow, key.wide() ? 8 : 4);
     for (int w = 0; w < (key.wide() ? 2 : 1); w++) hypers.add(words[w]);
   };
-  for (double value : row.values) add(value);
+  for (int i = 0; i < MAX_HYPERS; i++) add(row.values[i]);
   add(row.grad_sign);
   add(row.ema);
   const auto step = static_cast<int64_t>(row.scalars[STEP]);  // random bits need all of it
@@ -131,10 +131,12 @@ size_t DeviceRows::enter_row(const RowOrigin& origin, const Group& group, const 
   if (!rows.empty() && last == origin) return rows.size() - 1;
   last = origin;
   Row row = {};
-  const double* values = origin.hypers < 0 ? group.options : hypers + origin.hypers;
-  std::copy(values, values + MAX_HYPERS, row.values);
+  if (origin.hypers < 0)
+    std::copy(group.options, group.options + MAX_OPTIONS, row.values);
+  else
+    std::copy(hypers + origin.hypers, hypers + origin.hypers + MAX_HYPERS, row.values);
   if (origin.by_address)
-    std::copy(group.option_addresses, group.option_addresses + MAX_HYPERS, row.addresses);
+    std::copy(group.option_addresses, group.option_addresses + MAX_TENSOR_OPTIONS, row.addresses);
   row.grad_sign = group.grad_sign;
   std::copy(origin.scalars.begin(), origin.scalars.end(), row.scalars);
   row.ema = origin.ema;

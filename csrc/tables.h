@@ -55,8 +55,8 @@ class Table {
 
 // One row of a batch's numbers: hypers, or the options from which a device makes them.
 struct Row {
-  double values[MAX_HYPERS];
-  int64_t addresses[MAX_HYPERS];  // option tensors on the device; 0: the value holds
+  double values[MAX_OPTIONS];
+  int64_t addresses[MAX_TENSOR_OPTIONS];  // option tensors on the device; 0: the value holds
   double grad_sign;
   // After the step, or as the rule's prepare takes them; 0 where a device knows it or nobody asks.
   double scalars[MAX_RULE_SCALARS];
@@ -64,6 +64,8 @@ struct Row {
   double ema_warmup;  // 1: that decay is warmed up
   bool operator==(const Row& other) const;
 };
+
+static_assert(MAX_OPTIONS >= MAX_HYPERS);
 
 class Batch {
  public:

@@ -8,10 +8,11 @@ Tables in device memory, beside those of `multi_tensor`:
 
 steps          int64 [n_tensors, columns]: addresses of the rule's scalars, `step` first, in two columns
                at least, and of the number of steps that went into the EMA, or 0; the row of the next two
-option_values  float64 [n_rows, OPTIONS_ROW]: the rule's options, the sign of the grad, the EMA's decay,
-               whether that is warmed up, and the rule's scalars without an address, as its prepare
-               takes them
-addresses      int64 [n_rows, MAX_HYPERS]: of an option that is a tensor on the device, or 0
+option_values  float64 [n_rows, OPTIONS_ROW]: at most MAX_OPTIONS options of the rule; the sign of the
+               grad, the EMA's decay, whether that is warmed up, and the rule's scalars without an
+               address, as its prepare takes them
+addresses      int64 [n_rows, MAX_TENSORS]: of an option that is a tensor on the device, or 0; lr and the
+               betas, which alone may be one, come first
 
 An address is of a float32, or of a float64 where its lowest bit is set.
 """
@@ -21,14 +22,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, MAX_HYPERS, ROW, STEP
+from .multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, STEP
 
-# The columns of `option_values` behind the sign of the grad.
-EMA_DECAY = tl.constexpr(9)
-EMA_WARMUP = tl.constexpr(10)
-SCALARS = tl.constexpr(11)
-OPTIONS_ROW = tl.constexpr(14)
+# The columns of `option_values` behind the options, and those of `addresses`, as csrc/kernel.h has them.
+MAX_OPTIONS = tl.constexpr(9)
+MAX_TENSORS = tl.constexpr(8)
+SIGN = tl.constexpr(9)
+EMA_DECAY = tl.constexpr(10)
+EMA_WARMUP = tl.constexpr(11)
+SCALARS = tl.constexpr(12)
+OPTIONS_ROW = tl.constexpr(15)
 INFINITY = tl.constexpr(float("inf"))
+NAN = tl.constexpr(0x7FF8000000000000)  # its bits
 
 
 @triton.jit
@@ -49,9 +54,9 @@ def bits_as_double(bits):
 
 
 @triton.jit
-def power(base, exponent):
-    """A positive normal base to a real exponent, by operations that are rounded alike everywhere."""
-    bits = base.to(tl.int64, bitcast=True)
+def log2_of(x):
+    """The binary logarithm of a positive normal number, by operations that are rounded alike everywhere."""
+    bits = x.to(tl.int64, bitcast=True)
     whole = ((bits >> 52) - 1023).to(tl.float64)
     fraction = bits_as_double((bits & 0xFFFFFFFFFFFFF) | (1023 << 52))
     is_high = fraction > 1.4142135623730951
@@ -62,17 +67,31 @@ def power(base, exponent):
     sum = square * 0 + 1.0 / 27
     for i in tl.static_range(13):
         sum = sum * square + 1.0 / (25 - 2 * i)
-    log2 = (whole + 2 * s * sum * 1.4426950408889634) * exponent
-    log2 = tl.where(log2 > 1000, 1000.0, log2)
-    log2 = tl.where(log2 < -1000, -1000.0, log2)
-    nearest = (log2 + 1024.5).to(tl.int64) - 1024
-    rest = (log2 - nearest.to(tl.float64)) * 0.6931471805599453
-    sum = square * 0 + 1
+    is_normal = (x >= 2.2250738585072014e-308) & (x < INFINITY)
+    return tl.where(
+        is_normal, whole + 2 * s * sum * 1.4426950408889634, bits_as_double(bits * 0 + NAN)
+    )
+
+
+@triton.jit
+def exp2_of(x):
+    """2^x, in the same way; x is clamped to +-1000."""
+    clamped = tl.where(x > 1000, 1000.0, x)
+    clamped = tl.where(clamped < -1000, -1000.0, clamped)
+    clamped = tl.where(x == x, clamped, 0.0)
+    nearest = (clamped + 1024.5).to(tl.int64) - 1024
+    rest = (clamped - nearest.to(tl.float64)) * 0.6931471805599453
+    sum = clamped * 0 + 1
     for i in tl.static_range(16):
         sum = 1 + sum * (rest * (1.0 / (16 - i)))
-    result = sum * bits_as_double((nearest + 1023) << 52)
-    is_normal = (base >= 2.2250738585072014e-308) & (base < INFINITY)
-    return tl.where(is_normal, result, bits_as_double(nearest * 0 + 0x7FF8000000000000))
+    return tl.where(
+        x == x, sum * bits_as_double((nearest + 1023) << 52), bits_as_double(nearest * 0 + NAN)
+    )
+
+
+@triton.jit
+def power(base, exponent):
+    return exp2_of(log2_of(base) * exponent)
 
 
 @triton.jit
@@ -303,10 +322,12 @@ def prepare(
 
     options = ()
     for o in tl.static_range(N_OPTIONS):
-        address = tl.load(addresses + row * MAX_HYPERS + o, mask=mask, other=0)
         value = tl.load(option_values + o, mask=mask, other=0.0)
-        options = options + (tl.where(address != 0, load_number(address, mask), value),)
-    grad_sign = tl.load(option_values + GRAD_SIGN, mask=mask, other=0.0)
+        if o < MAX_TENSORS:
+            address = tl.load(addresses + row * MAX_TENSORS + o, mask=mask, other=0)
+            value = tl.where(address != 0, load_number(address, mask), value)
+        options = options + (value,)
+    grad_sign = tl.load(option_values + SIGN, mask=mask, other=0.0)
 
     places = ()
     known = ()

@@ -13,8 +13,10 @@ from fused_optim.triton_kernels.multi_tensor import EMA_WEIGHT, GRAD_SIGN, ROW, 
 from fused_optim.triton_kernels.prepare import (
     EMA_DECAY,
     EMA_WARMUP,
+    MAX_TENSORS,
     OPTIONS_ROW,
     SCALARS,
+    SIGN,
     prepare,
 )
 from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS, PREPARE_BLOCK, prepare_constants
@@ -68,10 +70,10 @@ def run(
     n_options = len(RULES[rule]["options"])
     table = torch.zeros(len(options), OPTIONS_ROW.value, dtype=torch.float64)
     table[:, :n_options] = torch.tensor(options, dtype=torch.float64)
-    table[:, GRAD_SIGN.value], table[:, SCALARS.value :] = -1.0, known
+    table[:, SIGN.value], table[:, SCALARS.value :] = -1.0, known
     table[:, EMA_DECAY.value], table[:, EMA_WARMUP.value] = decay, float(warmup)
-    tagged = torch.zeros(len(options), 8, dtype=torch.int64)
-    tagged[:, :n_options] = torch.tensor(addresses)
+    tagged = torch.zeros(len(options), MAX_TENSORS.value, dtype=torch.int64)
+    tagged[:, :n_options] = torch.tensor(addresses)[:, : MAX_TENSORS.value]
     hypers = torch.full((len(rows), ROW.value), 7, dtype=WORDS[dtype], device=DEVICE)
     constants = prepare_constants(rule, averages=n_averaged is not None)
     of_scalars = torch.zeros(len(rows), constants["N_AVERAGED"] + 2, dtype=torch.int64)
@@ -141,8 +143,9 @@ def test_options_that_are_tensors_are_read_where_they_lie(rule: str, dtype: torc
     generator = torch.Generator().manual_seed(1)
     options = random_options(rule, generator)
     on_device = torch.tensor(options, dtype=torch.float64).to(dtype).to(DEVICE)
-    addresses = [a if o % 2 == 0 else 0 for o, a in enumerate(numbers(on_device))]
-    seen = [v if o % 2 == 0 else options[o] for o, v in enumerate(on_device.double().tolist())]
+    there = range(0, min(len(options), MAX_TENSORS.value), 2)
+    addresses = [a if o in there else 0 for o, a in enumerate(numbers(on_device))]
+    seen = [v if o in there else options[o] for o, v in enumerate(on_device.double().tolist())]
     hypers = run(rule, [options], [addresses], [], [0] * 3, known=5.0)
     for row in hypers:
         assert_bits(row, rule, seen, [5.0] * len(RULES[rule]["scalars"]))
