@@ -77,8 +77,10 @@ def test_constructor_raises_as_stock(case: Case, key: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {*OF_TORCH}))
 def test_constructor_of_what_torch_lacks_refuses_what_torch_would(name: str) -> None:
-    refused = {**REFUSED, "betas": ((1.0, 0.9), (0.9, -0.1), (0.9,), (0.9, 0.9, 0.9))}
-    for key in inspect.signature(stock_class(name)).parameters.keys() & refused.keys():
+    constructor = inspect.signature(stock_class(name)).parameters
+    most = (0.9,) * (len(constructor["betas"].default) - 1)
+    refused = {**REFUSED, "betas": ((1.0, *most), (*most, -0.1), most, (*most, 0.9, 0.9))}
+    for key in constructor.keys() & refused.keys():
         for value in refused[key]:
             with pytest.raises(ValueError, match=r"Invalid|1-element"):
                 getattr(fused_optim, name)([torch.zeros(2)], **{key: value})
