@@ -448,10 +448,56 @@ struct NAdam : Rule {
   }
 };
 
+// Pagliardini, Ablin, Grangier 2024, "The AdEMAMix optimizer: better, faster, older", algorithm 1,
+// folded as Adam is.
+struct AdEMAMix : Rule {
+  static constexpr const char* name = "ademamix";
+  OPTIONS(lr, beta1, beta2, beta3, alpha, alpha_warmup, beta3_warmup, eps, weight_decay);
+  static constexpr const char* state_names[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
+  // A step takes a ten-thousandth of the grad into the slow average: fewer bits would lose it.
+  static constexpr StateKind state_kinds[MAX_STATES] = {SIGNED, EXACT, SQUARE};
+  HYPERS(fast_size, slow_size, beta1_comp, beta3_comp, beta2, beta2_comp, eps_hat, param_decay);
+  static constexpr unsigned LERPED = 0b11;
+
+  // In steps: beta**half_life == 1 / 2.
+  static double half_life(double beta) { return beta > 0 ? -1 / log2_of(beta) : 0; }
+  // From beta1 on, whose half-life grows to that of beta3 in equal steps.
+  static double beta3_at(const Options& o, double step) {
+    if (!(step < o.beta3_warmup)) return o.beta3;
+    const double share = step / o.beta3_warmup;
+    return exp2_of(-1 / ((1 - share) * half_life(o.beta1) + share * half_life(o.beta3)));
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double alpha = s.step < o.alpha_warmup ? s.step / o.alpha_warmup * o.alpha : o.alpha;
+    const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
+    const double step_size = o.lr * bias_correction2_sqrt;
+    return {step_size / (1 - integer_power(o.beta1, s.step)),
+            step_size * alpha,
+            1 - o.beta1,
+            1 - beta3_at(o, s.step),
+            o.beta2,
+            1 - o.beta2,
+            o.eps * bias_correction2_sqrt,
+            param_decay_of(o.lr, o.weight_decay)};
+  }
+
+  template <unsigned THERE, class T>
+  static inline void update(T& param, T grad, T& exp_avg_fast, T& exp_avg_slow, T& exp_avg_sq,
+                            const Hypers<T>& h) {
+    param = param * h.param_decay;
+    exp_avg_fast = lerp(exp_avg_fast, grad, h.beta1_comp);
+    exp_avg_slow = lerp(exp_avg_slow, grad, h.beta3_comp);
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
+    const T direction = h.fast_size * exp_avg_fast + h.slow_size * exp_avg_slow;
+    param = param - direction / (std::sqrt(exp_avg_sq) + h.eps_hat);
+  }
+};
+
 // The registry: one line per rule, here and nowhere else in csrc.
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
   RULE(Lion)                    \
   RULE(ASGD)                    \
   RULE(Adagrad)                 \
-  RULE(Adadelta) RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam)
+  RULE(Adadelta)                \
+  RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam) RULE(AdEMAMix)

@@ -9,6 +9,7 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
+from fused_optim.ademamix import AdEMAMix
 from fused_optim.asgd import ASGD
 from fused_optim.lion import Lion
 from fused_optim.nadam import NAdam
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022
     "Adagrad",
     "Adadelta",
     "Lion",
+    "AdEMAMix",
 ]
 
 OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in __all__}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+from torch.optim.optimizer import (
+    Optimizer,
+    _get_capturable_supported_devices,
+    _get_scalar_dtype,
+    _use_grad_for_differentiable,
+)
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -111,6 +117,144 @@ class Lion(_Plain):
         direction = exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
         param.sub_(lr * direction)
         exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+class AdEMAMix(_Plain):
+    """Pagliardini, Ablin, Grangier 2024, algorithm 1. fused_optim.AdEMAMix says what it is."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        alpha: float = 5.0,
+        alpha_warmup: int | None = None,
+        beta3_warmup: int | None = None,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        alpha_warmup, beta3_warmup = alpha_warmup or 0, beta3_warmup or 0
+        _check_lr(lr)
+        _check_betas(betas, "three")
+        _check_not_negative(
+            epsilon=eps,
+            weight_decay=weight_decay,
+            alpha=alpha,
+            alpha_warmup=alpha_warmup,
+            beta3_warmup=beta3_warmup,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "alpha_warmup": alpha_warmup,
+            "beta3_warmup": beta3_warmup,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A checkpoint of the authors' class has None for no warm-up, and steps that are ints.
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("capturable", False)
+            group.setdefault("differentiable", False)
+            for key in ("alpha_warmup", "beta3_warmup"):
+                group[key] = group.get(key) or 0
+            for param in group["params"]:
+                step = self.state.get(param, {}).get("step")
+                if step is not None and not isinstance(step, Tensor):
+                    self.state[param]["step"] = _count(param, group).fill_(step)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ) -> None:
+        for param, grad in _with_grads(group, "AdEMAMix"):
+            state = self.state[param]
+            if not state:
+                state["step"] = _count(param, group)
+                for key in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"):
+                    state[key] = _zeros(param)
+            params.append(param)
+            grads.append(grad)
+            states.append(state)
+
+    @staticmethod
+    def _update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        lr, beta1, beta2, beta3 = map(_without_dimensions, (group["lr"], *group["betas"]))
+        param, grad, fast, slow, square = map(
+            _real, (param, grad, *(state[f"exp_avg_{key}"] for key in ("fast", "slow", "sq")))
+        )
+        step = _counted(state["step"], param, group)
+        alpha = _share(step, group["alpha_warmup"]) * group["alpha"]
+        if group["beta3_warmup"]:
+            share = _share(step, group["beta3_warmup"])
+            half_life = (1 - share) * _half_life(beta1) + share * _half_life(beta3)
+            beta3 = 0.5 ** (1 / half_life) if isinstance(half_life, Tensor) or half_life else 0.0
+        if group["weight_decay"] != 0:
+            param.mul_(1 - lr * group["weight_decay"])
+        fast.lerp_(grad, 1 - beta1)
+        slow.lerp_(grad, _as(slow, 1 - beta3))
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denom = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+        direction = (fast / (1 - beta1**step)).add_(slow * alpha)
+        if isinstance(lr, Tensor):
+            param.sub_(direction.mul_(lr).div_(denom))
+        else:
+            param.addcdiv_(direction, denom, value=-lr)
+
+
+def _half_life(beta: float) -> float:
+    """In steps: beta**half_life == 1 / 2."""
+    return -1 / math.log2(beta) if beta > 0 else 0.0
+
+
+def _count(param: Tensor, group: dict[str, Any]) -> Tensor:
+    device = param.device if group["capturable"] else "cpu"
+    return torch.zeros((), dtype=_get_scalar_dtype(), device=device)
+
+
+def _counted(step: Tensor, param: Tensor, group: dict[str, Any]) -> Any:
+    """One step more: a number, unless no device may be waited for."""
+    if group["capturable"]:
+        devices = _get_capturable_supported_devices()
+        if param.device.type not in devices or step.device != param.device:
+            raise AssertionError(
+                f"If capturable=True, params and state_steps must be on supported devices: {devices}."
+            )
+    elif step == -1:
+        raise ZeroDivisionError("step is -1: its bias correction is 0")
+    step += 1
+    return step if group["capturable"] else step.item()
+
+
+def _share(step: Any, warmup: float) -> Any:
+    """How much of a warm-up is over."""
+    if isinstance(step, Tensor) and warmup:
+        return (step / warmup).clamp(max=1.0)
+    return step / warmup if step < warmup else 1.0
+
+
+def _as(like: Tensor, number: Any) -> Any:
+    return number.to(like.dtype) if isinstance(number, Tensor) else number
 
 
 def _check_lr(lr: float | Tensor) -> None:

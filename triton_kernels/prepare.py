@@ -259,6 +259,38 @@ def nadam(options, scalars):
 
 
 @triton.jit
+def half_life(beta):
+    return tl.where(beta > 0, -1 / log2_of(beta), 0.0)
+
+
+@triton.jit
+def beta3_at(step, beta1, beta3, warmup):
+    """Grows from beta1 on, the half-life in equal steps."""
+    share = step / warmup
+    grown = exp2_of(-1 / ((1 - share) * half_life(beta1) + share * half_life(beta3)))
+    return tl.where(step < warmup, grown, beta3)
+
+
+@triton.jit
+def ademamix(options, scalars):
+    lr, beta1, beta2, beta3, alpha, alpha_warmup, beta3_warmup, eps, weight_decay = options
+    step = scalars[0]
+    alpha = tl.where(step < alpha_warmup, step / alpha_warmup * alpha, alpha)
+    bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, step))
+    step_size = lr * bias_correction2_sqrt
+    return (
+        step_size / (1 - integer_power(beta1, step)),
+        step_size * alpha,
+        1 - beta1,
+        1 - beta3_at(step, beta1, beta3, beta3_warmup),
+        beta2,
+        1 - beta2,
+        eps * bias_correction2_sqrt,
+        param_decay_of(lr, weight_decay),
+    )
+
+
+@triton.jit
 def load_number(address, mask):
     narrow = (address & ~1).to(tl.pointer_type(tl.float32))
     wide = (address & ~1).to(tl.pointer_type(tl.float64))

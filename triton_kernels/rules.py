@@ -230,6 +230,20 @@ def nadam(param, grad, states, hypers, THERE: tl.constexpr):
     return param, (exp_avg, exp_avg_sq)
 
 
+@triton.jit
+def ademamix(param, grad, states, hypers, THERE: tl.constexpr):
+    """Pagliardini, Ablin, Grangier 2024, algorithm 1, folded as Adam is."""
+    exp_avg_fast, exp_avg_slow, exp_avg_sq = states
+    fast_size, slow_size, beta1_comp, beta3_comp, beta2, beta2_comp, eps_hat, param_decay = hypers
+    param = param * param_decay
+    exp_avg_fast = lerp(exp_avg_fast, grad, beta1_comp)
+    exp_avg_slow = lerp(exp_avg_slow, grad, beta3_comp)
+    exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
+    direction = fast_size * exp_avg_fast + slow_size * exp_avg_slow
+    param = param - divide(direction, square_root(exp_avg_sq) + eps_hat)
+    return param, (exp_avg_fast, exp_avg_slow, exp_avg_sq)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule, as the tables and the kernel have to know it.

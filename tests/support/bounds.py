@@ -207,11 +207,12 @@ class Machine:
             denom = self.result(denom / self.hyper(correction))
         return self.result(denom + self.result(self.hyper(self.number(eps))))
 
-    def lerp(self, start: Bounded, end: Bounded, weight: float) -> Bounded:
+    def lerp(self, start: Bounded, end: Bounded, weight: Bounded | float) -> Bounded:
         """torch.lerp: measured from the nearer end."""
-        if weight < 0.5:
-            return start + self.hyper(self.number(weight)) * (end - start)
-        return end - (1.0 - self.hyper(self.number(weight))) * (end - start)
+        weight = weight if isinstance(weight, Bounded) else self.number(weight)
+        if weight.value < 0.5:
+            return start + self.hyper(weight) * (end - start)
+        return end - (1.0 - self.hyper(weight)) * (end - start)
 
     def bias_correction(self, beta: float, step: int) -> Bounded:
         """1 - beta^step in double; a power by multiplication makes at most `step` roundings."""
@@ -560,6 +561,44 @@ def nadam(
     return on.store(param - avg_size * exp_avg / denom), after
 
 
+def ademamix(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: float,
+    weight_decay: float,
+    alpha: float,
+    alpha_warmup: float,
+    beta3_warmup: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    beta1, beta2, beta3 = betas
+    param, grad = _decayed(on, param, grad, maximize, lr, weight_decay, True)
+    old = on.number(beta3)
+    if beta3_warmup > 0:
+        half_lives = [-1 / np.log2(beta) if beta > 0 else 0.0 for beta in (beta1, beta3)]
+        half_life = np.interp(step / beta3_warmup, (0, 1), half_lives)  # 1 counts for more
+        old = Bounded(np.asarray(0.5 ** (1 / half_life)), np.asarray(64 * DOUBLE.unit), DOUBLE)
+    mix = on.number(alpha)
+    if step < alpha_warmup:
+        mix = mix * (on.number(step) / on.number(alpha_warmup))
+    zero = on.stored(0.0)
+    fast = on.store(on.lerp(state.get("exp_avg_fast", zero), grad, 1 - beta1))
+    slow = on.store(on.lerp(state.get("exp_avg_slow", zero), grad, 1.0 - old))
+    square = _decayed_square(on, state.get("exp_avg_sq", zero), grad, beta2)
+    denom = on.root_plus_eps(square, on.bias_correction(beta2, step).sqrt(), eps)
+    corrected = on.result(fast / on.hyper(on.bias_correction(beta1, step)))
+    direction = on.result(on.add(corrected, mix, slow))
+    after = {"exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": square}
+    return on.store(param - on.hyper(on.lr(lr)) * direction / denom), after
+
+
 def _number(scalar: Bounded) -> Bounded:
     """A float32 among the states, as Python computes with it."""
     return Bounded(scalar.value, scalar.error, DOUBLE)
@@ -618,4 +657,5 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "Adamax": adamax,
     "RAdam": radam,
     "NAdam": nadam,
+    "AdEMAMix": ademamix,
 }

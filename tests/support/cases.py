@@ -166,6 +166,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         # which a decay breaks for us alone, as stock has rounded it away before.
         {"tensor": ("lr",), "betas": (0.75, 0.9)},
     ),
+    "AdEMAMix": (
+        {},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {
+            "betas": (0.3, 0.9, 0.99),
+            "alpha": 2.0,
+            "alpha_warmup": 3,
+            "beta3_warmup": 2,
+            "eps": 1e-3,
+        },
+        {"betas": (0.0, 0.9, 0.7), "beta3_warmup": 3, "weight_decay": 0.1},
+        {"tensor": ("lr",), "weight_decay": 0.1},
+    ),
     "RMSprop": (
         {},
         {"weight_decay": 0.1},
@@ -274,7 +287,7 @@ def _kinds() -> list[Case]:
 
 def n_steps_of_all(case: Case) -> int:
     """Steps that take all branches of a rule: the first, the later ones, those that states decide."""
-    return {"RAdam": 6, "ASGD": 3}.get(case.optimizer, 2)
+    return {"RAdam": 6, "ASGD": 3, "AdEMAMix": 3}.get(case.optimizer, 2)
 
 
 # Where numbers like lr and eps make no difference.

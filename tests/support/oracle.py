@@ -325,6 +325,42 @@ def nadam(
     return param - lr * direction / denom, after
 
 
+def ademamix(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: float,
+    weight_decay: float,
+    alpha: float,
+    alpha_warmup: float,
+    beta3_warmup: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Pagliardini et al. 2024, algorithm 1, and the schedules of its section 3."""
+    beta1, beta2, beta3 = betas
+    if maximize:
+        grad = -grad
+    if step < alpha_warmup:
+        alpha = alpha * step / alpha_warmup
+    if step < beta3_warmup and beta1 > 0:
+        log1, log3, share = np.log(beta1), np.log(beta3), step / beta3_warmup
+        beta3 = min(np.exp(log1 * log3 / ((1 - share) * log3 + share * log1)), beta3)
+    elif step < beta3_warmup:  # the limit
+        beta3 = beta3 ** (beta3_warmup / step)
+    fast = beta1 * state.get("exp_avg_fast", 0.0) + (1 - beta1) * grad
+    slow = beta3 * state.get("exp_avg_slow", 0.0) + (1 - beta3) * grad
+    square = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad**2
+    denom = np.sqrt(square / (1 - beta2**step)) + eps
+    direction = (fast / (1 - beta1**step) + alpha * slow) / denom
+    after = {"exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": square}
+    return param - lr * (direction + weight_decay * param), after
+
+
 ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "SGD": sgd,
     "Lion": lion,
@@ -338,4 +374,5 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "Adamax": adamax,
     "RAdam": radam,
     "NAdam": nadam,
+    "AdEMAMix": ademamix,
 }
