@@ -189,7 +189,8 @@ def adam(param, grad, states, hypers, THERE: tl.constexpr):
     step_size, beta1_comp, beta2, beta2_comp, eps_hat, weight_decay, param_decay = hypers
     if weight_decay != 0:
         grad = grad + weight_decay * param
-    param = param * param_decay
+    elif param_decay != 1:
+        param = param * param_decay
     exp_avg = lerp(exp_avg, grad, beta1_comp)
     exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
     second_moment = exp_avg_sq
