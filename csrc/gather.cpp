@@ -179,6 +179,8 @@ const char* Gatherer::find_states(Candidate& c) {
     PyErr_SetObject(PyExc_KeyError, c.param);  // as stock: only a defaultdict makes an entry
     throw PythonError();
   }
+  if (c.fresh && p.data == nullptr && p.numel() > 0)  // which a first state may copy
+    raise(PyExc_RuntimeError, c.where() + "the param has no memory: its storage was freed");
   if (c.fresh)
     make(names._create_states, request_.asks(SKIP_ON_DEVICE) ? Py_True : Py_False);
   else

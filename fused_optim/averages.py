@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fused_optim.optimizer import FusedOptimizer
 
+SWAPPED = "within swapped_ema(): the params hold their averages"
 Entry = list  # [Tensor, int | Tensor]
 Averages = dict[Tensor, Entry]
 
@@ -205,12 +206,12 @@ def of_params(optimizer: FusedOptimizer) -> list[Tensor]:
 @contextlib.contextmanager
 def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     """See :meth:`FusedOptimizer.swapped_ema`."""
-    averages = of_params(optimizer)
-    if optimizer._is_swapped:
+    averages, before = of_params(optimizer), optimizer._why_no_step
+    if before == SWAPPED:
         raise RuntimeError("swapped_ema() is in use already")
     params = [param for _, param in averaged_params(optimizer.param_groups)]
     own = [param.detach().clone() for param in params]
-    optimizer._is_swapped = True
+    optimizer._why_no_step = SWAPPED
     try:
         for param, average in zip(params, averages):
             param.detach().copy_(average)
@@ -218,4 +219,4 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     finally:
         for param, values in zip(params, own):
             param.detach().copy_(values)
-        optimizer._is_swapped = False
+        optimizer._why_no_step = before

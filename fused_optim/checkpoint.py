@@ -290,12 +290,19 @@ def load_master_params(optimizer: FusedOptimizer, values: Sequence[Tensor]) -> N
                 f"value {i} has shape {tuple(value.shape)}, its param {tuple(param.shape)}"
             )
     for number, ((group, param), value) in enumerate(zip(targets, values)):
-        if storage.master_of(param, group) is None or not storage.applies(param, group):
-            param.copy_(value)
-            continue
-        key = (group.get("rounding_seed", 0), number, 0)
-        stream, rest = storage.encode_param(param, group, value, key)
-        param.copy_(stream)
-        if rest is not None:
-            states = optimizer.state.get(param, {})
-            optimizer.state[param] = {**states, storage.REMAINDER: rest}
+        write_master(optimizer, param, group, number, value)
+
+
+def write_master(
+    optimizer: FusedOptimizer, param: Tensor, group: dict[str, Any], number: int, value: Tensor
+) -> None:
+    """Write a float32 value to a param, the `number`-th of all, and to its remainder if it has one."""
+    if storage.master_of(param, group) is None or not storage.applies(param, group):
+        param.copy_(value)
+        return
+    key = (group.get("rounding_seed", 0), number, 0)
+    stream, rest = storage.encode_param(param, group, value, key)
+    param.copy_(stream)
+    if rest is not None:
+        states = optimizer.state.get(param, {})
+        optimizer.state[param] = {**states, storage.REMAINDER: rest}

@@ -89,7 +89,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _averages: averages.Averages  # param -> entry
     _unsure: unsure.Unsure
     _found_inf_to_report: Tensor  # there while a GradScaler waits for it
-    _is_swapped = False
+    _why_no_step: str | None = None  # the params do not hold what a step moves
     _has_some_params = False  # of a model, the rest being another process's
 
     max_grad_norm = clipping.ClippingOption()
@@ -227,8 +227,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             TypeError, RuntimeError, ...: torch.optim's own, of an option that it does not take. Nothing has
                 been written then.
         """
-        if self._is_swapped:
-            raise RuntimeError("step() within swapped_ema(): the params hold their averages")
+        if self._why_no_step is not None:
+            raise RuntimeError(f"step() {self._why_no_step}")
         if torch.cuda.is_initialized() and "capturable" in self.defaults:
             self._check_graph_capture()
         released = self.__dict__.get("_released")  # by release_gradients

@@ -232,8 +232,8 @@ class ReleaseHandle:
         alive = {task: ref for task, ref in self._backwards.items() if ref() is not None}
         if (self._failed or len(alive) < len(self._backwards)) and not self._overrun:
             self._restart()
-        if optimizer._is_swapped:
-            raise RuntimeError("a backward within swapped_ema(): the params hold their averages")
+        if optimizer._why_no_step is not None:
+            raise RuntimeError(f"a backward {optimizer._why_no_step}")
         reason = _optimizer_refusal(optimizer, of_release=False)
         if reason is not None:
             raise RuntimeError(f"release_gradients cannot work any more: {reason}")
