@@ -493,6 +493,56 @@ struct AdEMAMix : Rule {
   }
 };
 
+// Defazio et al. 2024, "The road less scheduled", algorithm 1, in the authors' form, folded as Adam
+// is: the param is y, where grads are taken; x, their average, is not kept.
+struct AdamWScheduleFree : Rule {
+  static constexpr const char* name = "adamw_schedule_free";
+  OPTIONS(lr, beta1, beta2, eps, weight_decay, warmup_steps, r, weight_lr_power);
+  static constexpr const char* state_names[] = {"z", "exp_avg_sq"};
+  static constexpr StateKind state_kinds[MAX_STATES] = {EXACT, SQUARE};
+  SCALARS(step, lr_max, weight_sum);
+  HYPERS(grad_size, beta2, beta2_comp, eps_hat, weight_decay, z_weight, y_size, lr);
+
+  static double lr_at(const Options& o, double step) {
+    return step < o.warmup_steps ? step / o.warmup_steps * o.lr : o.lr;
+  }
+  static double power_of_lr(const Options& o, double lr) {
+    return lr == 0 && o.weight_lr_power > 0 ? 0 : lr == 0 ? 1 : power(lr, o.weight_lr_power);
+  }
+  // What z of this step counts in x.
+  static double weight_of(const Options& o, const Scalars& s) {
+    return power(s.step, o.r) * power_of_lr(o, s.lr_max);
+  }
+  static void advance(const Options& o, Scalars& s, ScalarTypes types) {
+    s.step += 1;
+    const double lr = lr_at(o, s.step);
+    s.lr_max = rounded(s.lr_max > lr ? s.lr_max : lr, types.last_is_float32);
+    s.weight_sum += weight_of(o, s);
+  }
+  static Hypers<double> prepare(const Options& o, const Scalars& s) {
+    const double bias_correction2_sqrt = std::sqrt(1 - integer_power(o.beta2, s.step));
+    const double lr = lr_at(o, s.step);
+    const double z_weight = s.weight_sum != 0 ? weight_of(o, s) / s.weight_sum : 0;
+    return {bias_correction2_sqrt,
+            o.beta2,
+            1 - o.beta2,
+            o.eps * bias_correction2_sqrt,
+            o.weight_decay,
+            z_weight,
+            lr * (o.beta1 * (1 - z_weight) - 1),
+            lr};
+  }
+
+  template <unsigned THERE, class T>
+  static inline void update(T& param, T grad, T& z, T& exp_avg_sq, T&, const Hypers<T>& h) {
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_comp * grad * grad;
+    T direction = h.grad_size * grad / (std::sqrt(exp_avg_sq) + h.eps_hat);
+    if (h.weight_decay != 0) direction = direction + h.weight_decay * param;
+    param = lerp(param, z, h.z_weight) + h.y_size * direction;
+    z = z - h.lr * direction;
+  }
+};
+
 // The registry: one line per rule, here and nowhere else in csrc.
 #define FUSED_OPTIM_RULES(RULE) \
   RULE(SGD)                     \
@@ -500,4 +550,5 @@ struct AdEMAMix : Rule {
   RULE(ASGD)                    \
   RULE(Adagrad)                 \
   RULE(Adadelta)                \
-  RULE(RMSprop) RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam) RULE(AdEMAMix)
+  RULE(RMSprop)                 \
+  RULE(Rprop) RULE(Adamax) RULE(Adam) RULE(RAdam) RULE(NAdam) RULE(AdEMAMix) RULE(AdamWScheduleFree)

@@ -9,6 +9,7 @@ from fused_optim.adagrad import Adagrad
 from fused_optim.adam import Adam
 from fused_optim.adamax import Adamax
 from fused_optim.adamw import AdamW
+from fused_optim.adamwschedulefree import AdamWScheduleFree
 from fused_optim.ademamix import AdEMAMix
 from fused_optim.asgd import ASGD
 from fused_optim.lion import Lion
@@ -34,6 +35,7 @@ __all__ = [  # noqa: RUF022
     "Adadelta",
     "Lion",
     "AdEMAMix",
+    "AdamWScheduleFree",
 ]
 
 OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in __all__}

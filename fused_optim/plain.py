@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,6 +220,177 @@ class AdEMAMix(_Plain):
             param.sub_(direction.mul_(lr).div_(denom))
         else:
             param.addcdiv_(direction, denom, value=-lr)
+
+
+class AdamWScheduleFree(_Plain):
+    """Defazio et al. 2024, algorithm 1. fused_optim.AdamWScheduleFree says what it is."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        _check_lr(lr)
+        _check_betas(betas, "two")
+        if betas[0] == 0:
+            raise ValueError(f"Invalid beta parameter at index 0: {betas[0]}, must be more than 0")
+        _check_not_negative(
+            epsilon=eps,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "train_mode": True,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("capturable", False)
+            group.setdefault("differentiable", False)
+            # The authors' class counts once for all params of a group.
+            k = group.pop("k", -1)
+            lr_max, weight_sum = group.pop("lr_max", -1.0), group.pop("weight_sum", 0.0)
+            group.pop("scheduled_lr", None)
+            for param in group["params"] if k >= 0 else ():
+                if "z" in self.state.get(param, {}):
+                    self.state[param] |= {
+                        "step": _count(param, group).fill_(k),
+                        "lr_max": _number(param, group, lr_max),
+                        "weight_sum": _number(param, group, weight_sum),
+                    }
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ) -> None:
+        for param, grad in _with_grads(group, "AdamWScheduleFree"):
+            state = self.state[param]
+            if not state:
+                state["step"] = _count(param, group)
+                state["lr_max"] = _number(param, group, -1.0)
+                state["weight_sum"] = _number(param, group, 0.0)
+                state["z"] = param.detach().clone(memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = _zeros(param)
+            params.append(param)
+            grads.append(grad)
+            states.append(state)
+
+    @staticmethod
+    def _update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        lr, beta1, beta2 = map(_without_dimensions, (group["lr"], *group["betas"]))
+        step = _counted(state["step"], param, group)
+        lr_max, weight_sum = state["lr_max"], state["weight_sum"]
+        if isinstance(lr, Tensor) and not (group["capturable"] or group["differentiable"]):
+            lr = lr.item()
+        lr = _share(step, group["warmup_steps"]) * lr
+        with torch.no_grad():
+            if group["capturable"]:
+                lr_max.copy_(lr_max.clamp(min=lr))
+                weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
+                weight_sum += weight
+                z_weight = (weight / weight_sum).nan_to_num(nan=0.0)
+            else:
+                lr_max.fill_(max(float(lr), lr_max.item()))
+                weight = step ** group["r"] * lr_max.item() ** group["weight_lr_power"]
+                weight_sum += weight
+                z_weight = weight / weight_sum.item() if weight_sum != 0 else 0.0
+        param, grad, z, exp_avg_sq = map(_real, (param, grad, state["z"], state["exp_avg_sq"]))
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denom = (exp_avg_sq / (1 - beta2**step)).sqrt() + group["eps"]
+        direction = grad / denom
+        if group["weight_decay"] != 0:
+            direction.add_(param, alpha=group["weight_decay"])
+        param.lerp_(z.to(param.dtype), _as(param, z_weight))
+        _move(param, direction, lr * (beta1 * (1 - z_weight) - 1))
+        _move(z, direction, -lr)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state; lr_max and weight_sum stay float64, where torch.optim would round them."""
+        super().load_state_dict(state_dict)
+        saved = [
+            state_dict["state"].get(i, {}) for g in state_dict["param_groups"] for i in g["params"]
+        ]
+        groups = [(group, param) for group in self.param_groups for param in group["params"]]
+        for states, (group, param) in zip(saved, groups):
+            for key in {"lr_max", "weight_sum"} & states.keys():
+                self.state[param][key] = _number(param, group, float(states[key]))
+
+    def step(self, closure: Any = None) -> Any:
+        """Perform a single optimization step."""
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(f"step() {IN_EVAL_MODE}")
+        return super().step(closure)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Let the params be y, where grads are taken."""
+        self._go(True, lambda beta1: 1 - beta1)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Let the params be x, the average that the training is for."""
+        self._go(False, lambda beta1: 1 - 1 / beta1)
+
+    def _go(self, train_mode: bool, weight: Callable[[float], float]) -> None:
+        number = -1
+        for group in self.param_groups:
+            for param in group["params"]:
+                number += 1
+                if group["train_mode"] != train_mode and "z" in self.state.get(param, {}):
+                    self._lerp(param, group, number, weight(float(group["betas"][0])))
+            group["train_mode"] = train_mode
+
+    def _lerp(self, param: Tensor, group: dict[str, Any], number: int, weight: float) -> None:
+        """Move the param, the `number`-th of all, towards z."""
+        param.lerp_(self.state[param]["z"].to(param.dtype), weight)
+
+
+IN_EVAL_MODE = "in eval mode: call the optimizer's train() first"
+
+
+def _move(tensor: Tensor, direction: Tensor, size: Any) -> None:
+    if isinstance(size, Tensor):
+        tensor.add_(direction * size)
+    else:
+        tensor.add_(direction, alpha=size)
+
+
+def _number(param: Tensor, group: dict[str, Any], value: float) -> Tensor:
+    """In float64, as Python's: millions of steps add up in it."""
+    device = param.device if group["capturable"] else "cpu"
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _half_life(beta: float) -> float:

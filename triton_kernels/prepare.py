@@ -291,6 +291,47 @@ def ademamix(options, scalars):
 
 
 @triton.jit
+def lr_at(step, lr, warmup_steps):
+    return tl.where(step < warmup_steps, step / warmup_steps * lr, lr)
+
+
+@triton.jit
+def weight_of(step, lr_max, r, weight_lr_power):
+    of_zero = tl.where(weight_lr_power > 0, 0.0, 1.0)
+    return power(step, r) * tl.where(lr_max == 0, of_zero, power(lr_max, weight_lr_power))
+
+
+@triton.jit
+def adamw_schedule_free_advance(options, scalars, step_is_float32, last_is_float32):
+    lr, beta1, beta2, eps, weight_decay, warmup_steps, r, weight_lr_power = options
+    step, lr_max, weight_sum = scalars
+    step = step + 1
+    lr = lr_at(step, lr, warmup_steps)
+    lr_max = rounded(tl.where(lr_max > lr, lr_max, lr), last_is_float32)
+    return step, lr_max, weight_sum + weight_of(step, lr_max, r, weight_lr_power)
+
+
+@triton.jit
+def adamw_schedule_free(options, scalars):
+    lr, beta1, beta2, eps, weight_decay, warmup_steps, r, weight_lr_power = options
+    step, lr_max, weight_sum = scalars
+    bias_correction2_sqrt = tl.sqrt(1 - integer_power(beta2, step))
+    lr = lr_at(step, lr, warmup_steps)
+    weight = weight_of(step, lr_max, r, weight_lr_power)
+    z_weight = tl.where(weight_sum != 0, weight / weight_sum, 0.0)
+    return (
+        bias_correction2_sqrt,
+        beta2,
+        1 - beta2,
+        eps * bias_correction2_sqrt,
+        weight_decay,
+        z_weight,
+        lr * (beta1 * (1 - z_weight) - 1),
+        lr,
+    )
+
+
+@triton.jit
 def load_number(address, mask):
     narrow = (address & ~1).to(tl.pointer_type(tl.float32))
     wide = (address & ~1).to(tl.pointer_type(tl.float64))

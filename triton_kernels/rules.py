@@ -245,6 +245,20 @@ def ademamix(param, grad, states, hypers, THERE: tl.constexpr):
     return param, (exp_avg_fast, exp_avg_slow, exp_avg_sq)
 
 
+@triton.jit
+def adamw_schedule_free(param, grad, states, hypers, THERE: tl.constexpr):
+    """Defazio et al. 2024, algorithm 1, in the authors' form, folded as Adam is."""
+    z, exp_avg_sq = states
+    grad_size, beta2, beta2_comp, eps_hat, weight_decay, z_weight, y_size, lr = hypers
+    exp_avg_sq = beta2 * exp_avg_sq + beta2_comp * grad * grad
+    direction = divide(grad_size * grad, square_root(exp_avg_sq) + eps_hat)
+    if weight_decay != 0:
+        direction = direction + weight_decay * param
+    param = lerp(param, z, z_weight) + y_size * direction
+    z = z - lr * direction
+    return param, (z, exp_avg_sq)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule, as the tables and the kernel have to know it.

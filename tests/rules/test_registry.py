@@ -19,8 +19,8 @@ every_optimizer = pytest.mark.parametrize("name", VARIANTS)
 # Choose an implementation, not the arithmetic.
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
 # Part of the arithmetic, but of no rule: the sign is put on the grad as it is loaded, and the
-# accumulator's first value is written when its state is created.
-OUTSIDE_THE_RULE = {"maximize", "initial_accumulator_value"}
+# accumulator's first value is written when its state is created; and whether it may step at all.
+OUTSIDE_THE_RULE = {"maximize", "initial_accumulator_value", "train_mode"}
 
 
 def cases_of(name: str) -> list[Case]:

@@ -210,7 +210,7 @@ class Machine:
     def lerp(self, start: Bounded, end: Bounded, weight: Bounded | float) -> Bounded:
         """torch.lerp: measured from the nearer end."""
         weight = weight if isinstance(weight, Bounded) else self.number(weight)
-        if weight.value < 0.5:
+        if np.all(weight.value < 0.5):
             return start + self.hyper(weight) * (end - start)
         return end - (1.0 - self.hyper(weight)) * (end - start)
 
@@ -599,6 +599,54 @@ def ademamix(
     return on.store(param - on.hyper(on.lr(lr)) * direction / denom), after
 
 
+def adamw_schedule_free(
+    on: Machine,
+    param: Bounded,
+    grad: Bounded,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    warmup_steps: float,
+    r: float,
+    weight_lr_power: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Bounded, State]:
+    if maximize:
+        grad = -grad
+    beta1, beta2 = betas
+    rate = on.number(lr)
+    if step < warmup_steps:
+        rate = rate * (on.number(step) / on.number(warmup_steps))
+    lr_max = state["lr_max"].maximum(rate) if "lr_max" in state else rate
+    # Two powers, each within 64 units and a relative error that it multiplies.
+    weight = float(step) ** r * lr_max.value**weight_lr_power
+    error = weight * (weight_lr_power * lr_max.error / lr_max.value + 130 * DOUBLE.unit)
+    counted = Bounded(np.asarray(weight), np.asarray(error), DOUBLE)
+    weight_sum = state["weight_sum"] + counted if "weight_sum" in state else counted
+    share = counted / weight_sum
+    z = state.get("z", param)
+    exp_avg_sq = _decayed_square(on, state.get("exp_avg_sq", on.stored(0.0)), grad, beta2)
+    corrected = on.result(exp_avg_sq / on.hyper(on.bias_correction(beta2, step)))
+    denom = on.root_plus_eps(corrected, None, eps)
+    direction = on.result(grad / denom)
+    if weight_decay != 0:
+        direction = on.result(on.add(direction, on.number(weight_decay), param))
+    y_size = rate * (on.number(beta1) * (1.0 - share) - 1.0)
+    towards_z = on.result(on.lerp(param, z, share))
+    after = {
+        "z": on.store(on.add(z, -rate, direction)),
+        "exp_avg_sq": exp_avg_sq,
+        "lr_max": lr_max,
+        "weight_sum": weight_sum,
+    }
+    return on.store(on.add(towards_z, y_size, direction)), after
+
+
 def _number(scalar: Bounded) -> Bounded:
     """A float32 among the states, as Python computes with it."""
     return Bounded(scalar.value, scalar.error, DOUBLE)
@@ -658,4 +706,5 @@ RECURRENCES: dict[str, Callable[..., tuple[Bounded, State]]] = {
     "RAdam": radam,
     "NAdam": nadam,
     "AdEMAMix": ademamix,
+    "AdamWScheduleFree": adamw_schedule_free,
 }

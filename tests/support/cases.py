@@ -179,6 +179,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"betas": (0.0, 0.9, 0.7), "beta3_warmup": 3, "weight_decay": 0.1},
         {"tensor": ("lr",), "weight_decay": 0.1},
     ),
+    "AdamWScheduleFree": (
+        {},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"betas": (0.3, 0.9), "warmup_steps": 2, "r": 0.5, "weight_lr_power": 1.0, "eps": 1e-3},
+        {"tensor": ("lr",), "weight_decay": 0.1, "r": 2.0},
+    ),
     "RMSprop": (
         {},
         {"weight_decay": 0.1},

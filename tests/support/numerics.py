@@ -28,8 +28,8 @@ WARM_UP_STEPS = 3
 # Units of the storage type (eps times the size of the terms) between ours and stock, in 16 bits.
 MAX_UNITS = 2
 # Their derived bounds alone hold: stock rounds Adadelta's delta six times before it squares it, and ASGD's
-# average takes over the errors of its param.
-WITHOUT_UNITS = {"Adadelta", "ASGD"}
+# average takes over the errors of its param; what moves AdamWScheduleFree's params is rounded four times.
+WITHOUT_UNITS = {"Adadelta", "ASGD", "AdamWScheduleFree"}
 # Error over update, the largest element of each: what float64 is chosen for.
 FLOAT64_RELATIVE = 1e-12
 # Our RMS error over stock's.

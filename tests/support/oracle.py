@@ -361,6 +361,42 @@ def ademamix(
     return param - lr * (direction + weight_decay * param), after
 
 
+def adamw_schedule_free(
+    param: Array,
+    grad: Array,
+    state: State,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    warmup_steps: float,
+    r: float,
+    weight_lr_power: float,
+    maximize: bool,
+    **_: Any,
+) -> tuple[Array, State]:
+    """Defazio et al. 2024, algorithm 1, by way of x; weights and eps as the authors' code has them."""
+    beta1, beta2 = betas
+    if maximize:
+        grad = -grad
+    y, z = param, state.get("z", param)
+    x = (y - (1 - beta1) * z) / beta1
+    lr = lr * min(1.0, step / warmup_steps) if warmup_steps else lr
+    lr_max = np.maximum(state.get("lr_max", 0.0), lr)
+    weight = step**r * lr_max**weight_lr_power
+    weight_sum = state.get("weight_sum", 0.0) + weight
+    share = weight / weight_sum
+    square = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad**2
+    direction = grad / (np.sqrt(square / (1 - beta2**step)) + eps)
+    z = z - lr * direction - lr * weight_decay * y
+    x = (1 - share) * x + share * z
+    after = {"z": z, "exp_avg_sq": square}
+    after |= {"lr_max": np.float64(lr_max), "weight_sum": np.float64(weight_sum)}
+    return (1 - beta1) * z + beta1 * x, after
+
+
 ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "SGD": sgd,
     "Lion": lion,
@@ -375,4 +411,5 @@ ORACLES: dict[str, Callable[..., tuple[Array, State]]] = {
     "RAdam": radam,
     "NAdam": nadam,
     "AdEMAMix": ademamix,
+    "AdamWScheduleFree": adamw_schedule_free,
 }
