@@ -32,8 +32,8 @@ class AdamWScheduleFree(FusedOptimizer, plain.AdamWScheduleFree):
         z          -= lr_t * direction
 
     It needs no schedule of the learning rate. While it trains, the params are where grads are taken.
-    :meth:`eval` makes them the average that the training is for, and :meth:`train` takes them back: call
-    them where ``model.eval()`` and ``model.train()`` are called, and :meth:`eval` before weights are saved.
+    ``eval()`` makes them the average that the training is for, and ``train()`` takes them back: call them
+    where ``model.eval()`` and ``model.train()`` are called, and ``eval()`` before weights are saved.
 
     Args:
         params: iterable of parameters, named parameters or param groups.
