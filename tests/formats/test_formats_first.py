@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_optim import storage
 from support.cases import SHAPES, STATE_CASES, Case
 from support.formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
-from support.marks import each_state, needs_cpu_kernels, over
+from support.marks import few_cases, needs_cpu_kernels, over
 from support.program import SCALARS
 
 pytestmark = needs_cpu_kernels
@@ -28,7 +28,7 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-@each_state
+@few_cases
 def test_bits_of_converted_zeros(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape, dtype, state_dtype, master in itertools.product(
