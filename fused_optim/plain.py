@@ -165,7 +165,8 @@ class AdEMAMix(_Plain):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A checkpoint of the authors' class has None for no warm-up, and steps that are ints.
+        # A checkpoint of the authors' class has None for no warm-up, steps that are ints, and no fast
+        # average where beta1 is 0.
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
@@ -174,9 +175,12 @@ class AdEMAMix(_Plain):
             for key in ("alpha_warmup", "beta3_warmup"):
                 group[key] = group.get(key) or 0
             for param in group["params"]:
-                step = self.state.get(param, {}).get("step")
+                state = self.state.get(param, {})
+                step = state.get("step")
                 if step is not None and not isinstance(step, Tensor):
-                    self.state[param]["step"] = _count(param, group).fill_(step)
+                    state["step"] = _count(param, group).fill_(step)
+                if "exp_avg_fast" in state and state["exp_avg_fast"] is None:
+                    state["exp_avg_fast"] = _zeros(param)
 
     def _init_group(
         self,
