@@ -83,9 +83,12 @@ void Gatherer::check_scalar(const Candidate& c, size_t scalar, PyObject* tensor)
           name() + "has shape " + describe(view.shape, view.ndim) + ", not that of a number");
 }
 
-// Raises if step 0 makes a number that is not finite: stock would write states, then raise.
+// Raises if step 0 makes a number that is not finite: stock would write states, then raise. Of
+// betas that are tensors it divides by a tensor, which gives infinity.
 void Gatherer::check_corrections(const Candidate& c) const {
   if (c.numbers[STEP] != 0) return;
+  for (size_t o = 0; o < schema_.option_keys.size(); o++)
+    if (o != schema_.lr && PyObject_TypeCheck(c.group.option_values[o], torch.tensor)) return;
   double hypers[MAX_HYPERS] = {};
   c.group.know_options();
   schema_.rule.prepare(c.group.options, c.numbers, hypers);
