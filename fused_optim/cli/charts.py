@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fused_optim.cli import text
-from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, STOCK_CALLS
+from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, PLAIN, STOCK_CALLS
 from fused_optim.cli.peers import STOCK_FLAGS
 from fused_optim.cli.results import Results, Row
 from fused_optim.cli.verdict import FASTER, judge
@@ -71,7 +71,7 @@ def bars(row: Row) -> list[Bar]:
 def _kind(name: str) -> str:
     if name == OURS:
         return "ours"
-    is_stock = name in (*STOCK_FLAGS, MATCHING, NEVER_ON, STOCK_CALLS)
+    is_stock = name in (*STOCK_FLAGS, PLAIN, MATCHING, NEVER_ON, STOCK_CALLS)
     return "stock" if is_stock else "peer"
 
 
@@ -95,7 +95,7 @@ def points(found: Results) -> list[Point]:
             continue
         bandwidths = {"ours": row.bandwidth(OURS)}
         # In another format a step of torch.optim has other bytes to move.
-        if row.baseline in STOCK_FLAGS and not row.workload.formats:
+        if row.baseline in (*STOCK_FLAGS, PLAIN) and not row.workload.formats:
             bandwidths["stock"] = row.bandwidth(row.baseline)
         listed.append(
             Point(str(index), row.workload.title, row.nbytes, bandwidths, row.shows_bandwidth)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fused_optim
-from fused_optim import FusedOptimizer, OnePassOptions, backends
+from fused_optim import FusedOptimizer, OnePassOptions, backends, plain
 from fused_optim.cli.peers import STOCK_FLAGS
 from fused_optim.cli.timing import Step
 from fused_optim.cli.workloads import Workload
@@ -18,6 +18,8 @@ OURS = "fused_optim"
 MATCHING = "matching layout"
 NEVER_ON = "never switched on"
 STOCK_CALLS = "stock calls"
+# The one variant of what torch.optim lacks: the package's own, in torch's operations.
+PLAIN = "plain loop"
 PROBE = "probe"
 COPY = "copy_"
 CPU = torch.device("cpu")
@@ -137,16 +139,16 @@ def stock_variants(
 ) -> tuple[list[str], dict[str, str]]:
     """The variants of torch.optim's optimizer that are measured, and why the others are not.
 
-    For a huge workload, the fused one alone. None where torch.optim has no such optimizer.
+    For a huge workload, the fused one alone. Where torch.optim has no such optimizer, PLAIN.
 
     Args:
         quick: leave out what is never the best where it would cost the most time: everything but
             fused, if there is a fused one, from QUICK_NUMEL parameters on.
         asked: by the user; if torch.optim has none of these, they are as all.
     """
-    optimizer = getattr(torch.optim, workload.optimizer, None)
-    if optimizer is None:
-        return [], dict.fromkeys(asked, f"torch.optim has no {workload.optimizer}")
+    optimizer = _stock_class(workload)
+    if optimizer.__module__ == plain.__name__:
+        return [PLAIN], dict.fromkeys(STOCK_FLAGS, f"torch.optim has no {workload.optimizer}")
     has_fused = "fused" in inspect.signature(optimizer).parameters
     why_not = {} if has_fused else {"fused": f"torch.optim has no fused {workload.optimizer}"}
     chosen = [name for name in STOCK_FLAGS if name in asked and name not in why_not]
@@ -163,14 +165,18 @@ def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> O
     """One variant of torch.optim's optimizer.
 
     Args:
-        variant: a key of STOCK_FLAGS.
+        variant: a key of STOCK_FLAGS, or PLAIN.
     """
-    optimizer = getattr(torch.optim, workload.optimizer)
+    optimizer = _stock_class(workload)
     accepted = inspect.signature(optimizer).parameters
-    flags = {name: on for name, on in STOCK_FLAGS[variant].items() if name in accepted}
+    flags = {name: on for name, on in STOCK_FLAGS.get(variant, {}).items() if name in accepted}
     if workload.formats:
         params = [_in_float32(param) for param in params]
     return optimizer(params, **workload.options, **flags)
+
+
+def _stock_class(workload: Workload) -> type[Optimizer]:
+    return getattr(fused_optim, workload.optimizer)._stock
 
 
 def _in_float32(param: nn.Parameter) -> nn.Parameter:

@@ -22,8 +22,9 @@ def told(found: Results) -> list[str]:
         "A contestant's time in a round is the median of its visits; the table has the median and the "
         "quartiles over the rounds. Ratios are taken within each round, then their median and quartiles.",
         "The baseline is the fastest of torch.optim's own variants (for-loop, foreach, fused) on this "
-        "machine. Faster means that the lower quartile of the ratio is above 1, slower that the upper one "
-        "is below; otherwise there is no difference that can be told.",
+        "machine; of an optimizer that it lacks, a plain loop over torch's operations. Faster means that the "
+        "lower quartile of the ratio is above 1, slower that the upper one is below; otherwise there is no "
+        "difference that can be told.",
         f"A variant or peer more than {CLEARLY_SLOWER:g} times slower than the baseline after the first "
         "round is not measured further: it then has one round.",
         "Peers have our hyperparameters. Each that keeps whole states has first taken a few steps beside "

@@ -113,6 +113,14 @@ def _small_states(module: str, name: str, *hypers: str) -> Factory:
     return build
 
 
+def _schedule_free(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
+    peer = importlib.import_module("schedulefree").AdamWScheduleFree
+    names = (*_ADAM, "warmup_steps", "r", "weight_lr_power")
+    optimizer = peer(params, **_hypers(workload, *names))
+    optimizer.train()
+    return optimizer
+
+
 def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
     optimizer = getattr(torch.optim, workload.optimizer)(params, foreach=True, **workload.options)
     torch.compiler.reset()  # after eight lists of tensors torch would give up
@@ -139,6 +147,9 @@ PEERS = (
             "Lion": _optimi("Lion", *_LION),
             "SGD": _optimi("SGD", *_SGD),
         },
+    ),
+    Peer(
+        "schedulefree", "schedulefree", "schedulefree", {"AdamWScheduleFree": _schedule_free}
     ),
     Peer(
         "torch.compile", "torch", "torch",
@@ -174,7 +185,7 @@ PEERS = (
     ),
 )  # fmt: skip
 # Whom a run has on a CPU without being told: those that are not there say so in its table.
-_ON_CPU = ("DeepSpeedCPUAdam", "optimi")
+_ON_CPU = ("DeepSpeedCPUAdam", "optimi", "schedulefree")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from fused_optim.cli import text
-from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS
+from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, PLAIN
 from fused_optim.cli.results import MIN_ROUNDS_TO_JUDGE, Results, Row
 
 FASTER, SLOWER = "faster", "slower"
@@ -46,6 +46,8 @@ def headline(rows: list[Row]) -> str:
         counts = ", ".join(f"{word} in {count}" for word, count in words.most_common())
         own = any(row.baseline in (MATCHING, NEVER_ON) for row in rows)
         beside = "the fastest of torch.optim" + ", in some rows our own other step" * own
+        if any(row.baseline == PLAIN for row in rows):
+            beside += ", of what it lacks a plain loop"
         return f"Steps of {len(rows)} works beside {beside}: {counts}."
     [row] = rows
     ours = text.seconds(row.seconds(OURS).median)
@@ -53,10 +55,9 @@ def headline(rows: list[Row]) -> str:
     if row.ratio is None or row.baseline is None:
         return f"{begin}; there is nothing of torch.optim to compare it with."
     theirs = text.seconds(row.seconds(row.baseline).median)
-    return (
-        f"{begin}, the fastest that torch.optim offers ({row.baseline}) {theirs}. "
-        f"Ratio {text.ratio(row.ratio)}: {judge(row)}."
-    )
+    offers = "the fastest that torch.optim offers"
+    who = "a plain loop" if row.baseline == PLAIN else f"{offers} ({row.baseline})"
+    return f"{begin}, {who} {theirs}. Ratio {text.ratio(row.ratio)}: {judge(row)}."
 
 
 def notices(found: Results) -> list[str]:

@@ -19,7 +19,7 @@ from fused_optim.cli.models import (
     gpt2_small,
     resnet50,
 )
-from fused_optim.optimizers import REPLACED
+from fused_optim.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,11 @@ MEMORY = "memory"
 
 
 def without_fused() -> list[str]:
-    """The optimizers for which torch.optim has no fused code."""
+    """The optimizers for which torch.optim has no fused code, if it has them."""
     return [
-        ours.__name__
-        for stock, ours in REPLACED.items()
-        if "fused" not in inspect.signature(stock).parameters
+        name
+        for name, ours in OPTIMIZERS.items()
+        if "fused" not in inspect.signature(ours._stock).parameters
     ]
 
 

@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import fused_optim
 from fused_optim import cli
-from fused_optim.cli import agreement, bench, choice, contestants, device, factory, models, peers
+from fused_optim.cli import (
+    agreement,
+    bench,
+    choice,
+    contestants,
+    device,
+    factory,
+    models,
+    peers,
+    verdict,
+)
 from fused_optim.cli.contestants import OURS
 from fused_optim.cli.workloads import Workload
 from support.marks import needs_cpu_kernels
@@ -243,7 +252,8 @@ def test_peers_choose_who_is_timed(monkeypatch):
     chosen = peers.lineup(["torch.compile", "foreach"], "cpu")
     assert [peer.name for peer in chosen.peers] == ["torch.compile"]
     assert chosen.variants == ("foreach",)
-    assert [peer.name for peer in peers.lineup(None, "cpu").peers] == ["DeepSpeedCPUAdam", "optimi"]
+    on_cpu = [peer.name for peer in peers.lineup(None, "cpu").peers]
+    assert on_cpu == ["DeepSpeedCPUAdam", "optimi", "schedulefree"]
 
 
 def test_torch_compile_enters_a_quick_run_when_it_is_asked_for():
@@ -266,14 +276,17 @@ def test_variants_that_torch_optim_lacks_are_named():
     assert contestants.stock_variants(rmsprop, quick=False, asked=["fused"])[0] == variants
 
 
-def test_an_optimizer_that_torch_optim_lacks_is_timed_by_itself(monkeypatch):
-    monkeypatch.setattr(fused_optim, "Own", fused_optim.SGD, raising=False)
+def test_an_optimizer_that_torch_optim_lacks_is_timed_beside_a_plain_loop_and_its_package(
+    monkeypatch,
+):
     monkeypatch.setattr(bench, "QUICK", dataclasses.replace(bench.QUICK, budget_s=0.01))
-    row = bench.measure(Workload("o", "o", "Own", [(3,)]), quick=True)
-    assert set(row.samples_s) == {OURS}
-    assert (row.baseline, row.ratio) == (None, None)
-    assert row.not_measured["fused"] == "torch.optim has no Own"
-    assert row.contestants[0] == OURS
+    lineup = peers.lineup(["schedulefree"], "cpu")
+    work = Workload("s", "s", "AdamWScheduleFree", [(3,)])
+    row = bench.measure(work, quick=True, lineup=lineup)
+    assert set(row.samples_s) == {OURS, contestants.PLAIN, "schedulefree"}
+    assert row.baseline == contestants.PLAIN and row.ratio is not None
+    assert row.not_measured["fused"] == "torch.optim has no AdamWScheduleFree"
+    assert "a plain loop" in verdict.headline([row])
 
 
 def test_memory_of_the_cpu_is_checked_before(monkeypatch):
