@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_optim
 from support.cases import BACKEND, CASES, DEVICE, FEW_CASES, Case
-from support.marks import each_optimizer, each_state, few_cases, over
+from support.marks import each_optimizer, few_cases, over
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
 # Powers of 2, so that scaling and unscaling are exact.
@@ -44,7 +44,7 @@ def let_scale(run: Run, scales_itself: bool) -> None:
         run.opt._step_supports_amp_scaling = True
 
 
-@all_cases
+@each_optimizer
 @either_way
 def test_scaled_steps(case: Case, scales_itself: bool) -> None:
     def program(run: Run) -> None:
@@ -81,7 +81,7 @@ def test_unscale_then_clip(case: Case, scales_itself: bool) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@each_state
+@few_cases
 @either_way
 # The kernels see found_inf alone, and never what has set it.
 @pytest.mark.parametrize(("bad", "n_before"), [(float("nan"), 0), (float("inf"), 2)])

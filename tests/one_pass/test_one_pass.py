@@ -16,7 +16,6 @@ from fused_optim import backends
 from support.cases import BACKEND, CASES, DEVICE, ONE_EACH, STOCK_SHAPES, Case, Shape
 from support.cases import SHAPES as LAYOUTS
 from support.marks import (
-    all_cases,
     each_optimizer,
     every_dtype,
     few_cases,
@@ -113,7 +112,7 @@ def test_norm_is_exact_to_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@all_cases
+@each_optimizer
 def test_clipping_is_a_factor_on_the_grads(case: Case, dtype: torch.dtype) -> None:
     """The same bits as a plain step on grads that were multiplied before: test_numerics has the rest."""
     norm = 0.25

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from fused_optim import _C
 from support.cases import DEVICE, Case
-from support.marks import all_cases, each_optimizer, few_cases
+from support.marks import all_cases, each_optimizer
 from support.twins import SHAPES, Run, run_both
 
 
@@ -58,7 +58,7 @@ def test_every_scheduler_of_torch_is_here() -> None:
     assert public <= set(SCHEDULERS)
 
 
-@few_cases
+@each_optimizer
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler(case: Case, name: str) -> None:
     def program(run: Run) -> None:
@@ -115,7 +115,7 @@ def test_every_option_written_between_steps(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@few_cases
+@each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tensor_lr_filled_in_place(case: Case, dtype: torch.dtype) -> None:
     def program(run: Run) -> None:
@@ -135,7 +135,7 @@ def test_tensor_lr_filled_in_place(case: Case, dtype: torch.dtype) -> None:
     assert ours.opt.param_groups[0]["lr"].item() == pytest.approx(0.02)
 
 
-@few_cases
+@each_optimizer
 def test_tensor_betas_written_into_the_group(case: Case) -> None:
     def program(run: Run) -> None:
         run.step()
@@ -148,7 +148,7 @@ def test_tensor_betas_written_into_the_group(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@few_cases
+@each_optimizer
 def test_groups_keep_their_own_hypers(case: Case) -> None:
     def program(run: Run) -> None:
         run.opt = run.make(
@@ -163,7 +163,7 @@ def test_groups_keep_their_own_hypers(case: Case) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@few_cases
+@each_optimizer
 def test_differentiable_takes_stocks_path(case: Case) -> None:
     def program(run: Run) -> None:
         run.step(2)
@@ -171,7 +171,7 @@ def test_differentiable_takes_stocks_path(case: Case) -> None:
     run_both(case, program, differentiable=True, tensors={"stock": len(SHAPES)})
 
 
-@few_cases
+@each_optimizer
 def test_differentiable_carries_gradients(case: Case) -> None:
     def program(run: Run) -> None:
         source = run.randn((5,)).double().requires_grad_()

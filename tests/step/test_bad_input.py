@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.cases import DEVICE, FEW_CASES, ONE_EACH, Case, stock_class
-from support.marks import all_cases, each_optimizer, few_cases, over
+from support.marks import each_optimizer, few_cases, over
 from support.program import SCALARS
 from support.surgeries import tensors_of
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot, step_or_leave_untouched
@@ -72,7 +72,7 @@ def test_state_on_another_device(case: Case) -> None:
         assert_untouched(run.opt, before)
 
 
-@all_cases
+@few_cases
 @pytest.mark.parametrize("shape", [(5, 33), (1,), (), (33, 6), (66, 5), (0,)], ids=str)
 def test_state_of_another_shape(case: Case, shape: tuple[int, ...]) -> None:
     run = begun(case)
@@ -88,7 +88,7 @@ def test_state_of_another_shape(case: Case, shape: tuple[int, ...]) -> None:
     run.step()
 
 
-@all_cases
+@each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.bool], ids=str)
 def test_state_of_another_dtype(case: Case, dtype: torch.dtype) -> None:
     """Refused where stock refuses it, without a trace; else as stock."""

@@ -147,7 +147,7 @@ def test_ten_steps(case: Case) -> None:
     run_both(case, lambda run: run.step(10), tensors={case.backend: len(SHAPES)})
 
 
-@all_cases
+@each_optimizer
 def test_repr(case: Case) -> None:
     # The table builds its stock optimizers with foreach=False; ours gets the same here.
     params = [{"params": [torch.zeros(2)], "lr": 0.5}, {"params": [torch.zeros(1)]}]
@@ -274,7 +274,7 @@ def test_profiler_labels_appear_once(case: Case, dtype: torch.dtype) -> None:
     ]
 
 
-@all_cases
+@few_cases
 def test_step_bumps_the_version_of_what_it_writes(case: Case) -> None:
     def program(run: Run) -> None:
         run.set_grads()
@@ -299,7 +299,7 @@ def test_backward_after_step_raises_autograds_error(case: Case) -> None:
     assert "modified by an inplace operation" in str(ours.error)
 
 
-@all_cases
+@few_cases
 def test_grads_are_never_written(case: Case) -> None:
     run = Run(case, case.fused)
     for _ in range(2):

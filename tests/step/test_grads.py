@@ -8,11 +8,11 @@ from torch import Tensor
 
 import fused_optim
 from support.cases import DEVICE, STOCK_SHAPES, Case
-from support.marks import all_cases, few_cases
+from support.marks import all_cases, each_optimizer, few_cases
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
 
-@all_cases
+@few_cases
 def test_none_grads_come_and_go(case: Case) -> None:
     def program(run: Run) -> None:
         for i in range(6):
@@ -30,7 +30,7 @@ def sparse(run: Run, coalesced: bool) -> Tensor:
     return grad.coalesce() if coalesced else grad
 
 
-@all_cases
+@few_cases
 @pytest.mark.parametrize("coalesced", [True, False])
 def test_sparse_grad(case: Case, coalesced: bool) -> None:
     def program(run: Run) -> None:
@@ -74,7 +74,7 @@ def test_dense_grads_after_sparse_ones(case: Case) -> None:
     run_both(case, program)
 
 
-@all_cases
+@few_cases
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex(case: Case, dtype: torch.dtype) -> None:
     run_both(case, lambda run: run.step(3), dtype=dtype, tensors={"stock": len(SHAPES)})
@@ -211,7 +211,7 @@ def test_special_params_propagate_as_stock(case: Case, value: float) -> None:
     run_both(case, program)
 
 
-@few_cases
+@each_optimizer
 @pytest.mark.parametrize("what", ["param", "grad", "both"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_nan_and_infinity_of_16_bits(case: Case, dtype: torch.dtype, what: str) -> None:
@@ -234,7 +234,7 @@ def test_every_nan_and_infinity_of_16_bits(case: Case, dtype: torch.dtype, what:
         assert torch.equal(ours.isinf(), stock.isinf())
 
 
-@few_cases
+@each_optimizer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_nan_as_a_hyperparameter_comes_out_as_nan(case: Case, dtype: torch.dtype) -> None:
     """With all bits of its payload set, which rounding would carry into the sign."""
@@ -314,7 +314,7 @@ MIXED = [
 mixed = pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=str)
 
 
-@all_cases
+@few_cases
 @mixed
 def test_grad_whose_data_has_another_dtype(
     case: Case, dtype: torch.dtype, grad_dtype: torch.dtype

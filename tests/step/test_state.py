@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import CASES, DEVICE, ONE_EACH, STATE_CASES, Case
-from support.marks import all_cases, each_optimizer, few_cases, over
+from support.cases import DEVICE, ONE_EACH, STATE_CASES, Case
+from support.marks import each_optimizer, few_cases, over
 from support.program import SCALARS
 from support.twins import SHAPES, Run, assert_same_groups, run_both
 
@@ -20,7 +20,7 @@ def state_tensors(opt: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
-@all_cases
+@over(STATE_CASES)
 @pytest.mark.parametrize("n_steps", [0, 1, 3])
 def test_state_is_created_when_stock_creates_it(case: Case, n_steps: int) -> None:
     def program(run: Run) -> None:
@@ -73,7 +73,7 @@ def test_strides_are_stocks(case: Case, lay_params, lay_grads) -> None:
     run_both(case, program, tensors={case.backend: len(SHAPES)})
 
 
-@all_cases
+@few_cases
 def test_one_storage_per_state_tensor(case: Case) -> None:
     run = Run(case, case.fused)
     run.step(2)
@@ -86,7 +86,7 @@ def test_one_storage_per_state_tensor(case: Case) -> None:
         assert not tensor.requires_grad
 
 
-@all_cases
+@few_cases
 def test_state_tensors_keep_their_identity(case: Case) -> None:
     run = Run(case, case.fused)
     run.step()
@@ -97,7 +97,7 @@ def test_state_tensors_keep_their_identity(case: Case) -> None:
     assert all(a is b for a, b in zip(held, state_tensors(run.opt)))
 
 
-@all_cases
+@few_cases
 def test_state_does_not_alias_params_or_grads(case: Case) -> None:
     def program(run: Run) -> None:
         run.step()
@@ -144,15 +144,8 @@ def through_pickle(value: dict) -> dict:
 
 
 @pytest.mark.parametrize("source", ["stock", "fused"])
-# Before the first step and after it, what there is depends on the states alone.
-@pytest.mark.parametrize(
-    ("case", "n_steps"),
-    [
-        pytest.param(case, n_steps, id=f"{n_steps}-{case.id}")
-        for n_steps, cases in ((0, STATE_CASES), (1, STATE_CASES), (5, CASES))
-        for case in cases
-    ],
-)
+@pytest.mark.parametrize("n_steps", [0, 1, 5])
+@over(STATE_CASES)
 def test_checkpoint_continues_like_the_uninterrupted_run(
     case: Case, source: str, n_steps: int
 ) -> None:
@@ -203,7 +196,7 @@ def test_saved_file_is_no_larger_than_stocks(case: Case) -> None:
     run_both(case, program, foreach=False)
 
 
-@all_cases
+@few_cases
 @pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle], ids=["deepcopy", "pickle"])
 def test_copies_of_the_optimizer_continue(case: Case, clone) -> None:
     def program(run: Run) -> None:

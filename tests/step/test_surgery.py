@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.cases import DEVICE, Case
-from support.marks import each_optimizer, each_state, few_cases, not_interpreted
+from support.marks import few_cases, not_interpreted
 from support.surgeries import SURGERIES, Surgery, tensors_of
 from support.twins import SHAPES, Run, run_both, step_or_leave_untouched
 
@@ -55,9 +55,9 @@ def assert_served(run: Run, backend: str) -> None:
 
 
 @every_surgery
-@each_state
-def test_surgery(case: Case, surgery: Surgery) -> None:
-    ours, _ = run_both(case, operated([surgery]))
+@few_cases
+def test_surgery_twice(case: Case, surgery: Surgery) -> None:
+    ours, _ = run_both(case, operated([surgery, surgery]))
     if surgery.served and ours.error is None:
         assert_served(ours, surgery.served)
 
@@ -68,18 +68,6 @@ def test_surgery_before_the_first_step(case: Case, surgery: Surgery) -> None:
     ours, _ = run_both(case, operated([surgery], n_steps_before=0))
     if surgery.served and ours.error is None:
         assert_served(ours, surgery.served)
-
-
-@every_surgery
-@each_optimizer
-def test_surgery_in_float64(case: Case, surgery: Surgery) -> None:
-    run_both(case, operated([surgery]), dtype=torch.float64)
-
-
-@every_surgery
-@each_optimizer
-def test_surgery_twice(case: Case, surgery: Surgery) -> None:
-    run_both(case, operated([surgery, surgery]))
 
 
 @few_cases

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.cases import CASES, FEW_CASES, ONE_EACH, Case, fullest
-from support.marks import each_optimizer, few_cases, needs_cpu_kernels, over
+from support.marks import few_cases, needs_cpu_kernels, over
 from support.processes import fresh_python, python
 from support.twins import Run, assert_same_run
 
@@ -45,7 +45,7 @@ def test_two_optimizers_in_two_threads(case: Case) -> None:
         assert_same_run(run, expected)
 
 
-@each_optimizer
+@few_cases
 def test_many_small_optimizers_in_many_threads(case: Case) -> None:
     expected = stepped(case, 30, "stock", ((5, 3), ()))
     runs: dict[int, Run] = {}
@@ -64,7 +64,7 @@ def test_many_small_optimizers_in_many_threads(case: Case) -> None:
         assert_same_run(run, expected)
 
 
-@each_optimizer
+@few_cases
 def test_one_optimizer_in_two_threads_does_not_crash(case: Case) -> None:
     # The values are a race, as in stock; that every step writes whole, live memory is not.
     run = Run(case, case.fused, LARGE)
@@ -114,7 +114,7 @@ def test_first_step_in_two_threads_shows_no_unwritten_state(name: str) -> None:
         assert all(param.isfinite().all() for param in run.params)
 
 
-@each_optimizer
+@few_cases
 def test_surgery_in_another_thread_during_steps(case: Case) -> None:
     """Tensors dropped while a step runs stay alive until it ends."""
     run = Run(case, case.fused, LARGE)

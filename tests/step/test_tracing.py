@@ -133,7 +133,7 @@ FORMATS = {
 LONG = ((5000,),)  # int8 is for tensors of 4,096 elements
 
 
-@each_optimizer
+@few_cases
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
     """They decode to values that kernels step to: the states before are the same, bit for bit."""
@@ -152,7 +152,7 @@ def test_formats_under_a_dispatch_mode(case: Case, format: str) -> None:
         assert_close(ours, expected, 1)
 
 
-@each_optimizer
+@few_cases
 def test_released_grads_under_a_dispatch_mode(case: Case) -> None:
     weights = []
     for make_mode in (Recording, contextlib.nullcontext):
@@ -238,7 +238,7 @@ def test_make_fx_records_the_update_as_stocks(case: Case) -> None:
 
 
 @needs_cpu_kernels
-@each_optimizer
+@few_cases
 @pytest.mark.parametrize("format", FORMATS)
 def test_make_fx_of_formats_is_an_error(case: Case, format: str) -> None:
     dtype, options = FORMATS[format]
@@ -257,7 +257,7 @@ def test_make_fx_of_formats_is_an_error(case: Case, format: str) -> None:
 
 
 @needs_cpu_kernels
-@each_optimizer
+@few_cases
 def test_no_codec_writes_to_fake_tensors(case: Case) -> None:
     """They have no memory: that would end the process."""
     run = Run(case, case.fused, LONG, torch.bfloat16, {"master": "split16"})

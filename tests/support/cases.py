@@ -270,25 +270,27 @@ def fullest(optimizer: str) -> Case:
     return max(cases, key=lambda case: len(case.options))
 
 
-# Each optimizer with its defaults, with the most options; and with both where those bring states.
+# Each optimizer with its defaults, and with the most options.
 PLAIN = [next(case for case in CASES if case.optimizer == name) for name in VARIANTS]
 ONE_EACH = [fullest(name) for name in VARIANTS]
-BRING_STATES = {"amsgrad", "centered", "momentum"}
+# What the code around the rules can tell apart: states of zeros, those that options bring, none, buffers that
+# the first step fills, values from a constructor and from options, numbers, copies of the param; and options
+# that are tensors. The rules that are not there have states like one of these.
 FEW_CASES = [
-    case
-    for plain, full in zip(PLAIN, ONE_EACH)
-    for case in ((plain, full) if BRING_STATES & {*plain.hypers()} else (full,))
+    *(case for case in PLAIN if case.optimizer in ("Adam", "SGD")),
+    *map(fullest, ("AdamW", "SGD", "RMSprop", "Adagrad", "ASGD", "Rprop", "AdamWScheduleFree")),
+    next(case for case in CASES if case.tensor_options == ("lr", "betas")),
 ]
 
 
 def _kinds() -> list[Case]:
-    """FEW_CASES, and one for each set of states and of options that are tensors."""
+    """ONE_EACH, and one for each set of states and of options that are tensors."""
     chosen = {}
     for case in CASES:
         options = {key: value for key, value in case.options if value}
-        deciding = options.keys() & {*BRING_STATES, "nesterov"}
+        deciding = options.keys() & {"amsgrad", "centered", "momentum", "nesterov"}
         chosen.setdefault((case.optimizer, frozenset(deciding), case.tensor_options), case)
-    return list(dict.fromkeys((*FEW_CASES, *chosen.values())))
+    return list(dict.fromkeys((*ONE_EACH, *chosen.values())))
 
 
 def n_steps_of_all(case: Case) -> int:

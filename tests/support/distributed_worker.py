@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import sharding
-from support.cases import VARIANTS, fullest
+from support.cases import FEW_CASES, fullest
 from support.processes import HANG_S
 from support.program import assert_same_bits
 
 WORLD_SIZE = 2
+# Rules whose states are those of another one are parted as that one is.
+NAMES = list(dict.fromkeys(case.optimizer for case in FEW_CASES))
 PACKED = {"state_dtype": "int8", "master": "split8"}  # with bfloat16 params
 SCENARIOS: dict[str, Callable[[Path], None]] = {}
 
@@ -131,7 +133,7 @@ def _fsdp2(name: str, packed: bool) -> None:
         assert_same_bits([full(p) for p in opt.master_params()], its_opt.master_params())
 
 
-for _name in VARIANTS:
+for _name in NAMES:
     for _packed in (False, True):
         for _engine, _run in (("ddp", _ddp), ("fsdp2", _fsdp2)):
             SCENARIOS[f"{_engine}-{_name}{'-packed' if _packed else ''}"] = (
@@ -166,7 +168,7 @@ def _fsdp2_clips(folder: Path) -> None:
 def _fsdp1(folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for name in VARIANTS:
+    for name in NAMES:
         model = FullyShardedDataParallel(
             make_model(), use_orig_params=True, device_id=torch.device("cpu")
         )
@@ -212,7 +214,7 @@ def _zero(folder: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
-    for name in VARIANTS:
+    for name in NAMES:
         for packed in (False, True):
             model = DistributedDataParallel(make_model(packed))
 
@@ -247,7 +249,7 @@ def _tensor_parallel(folder: Path) -> None:
         parallelize_module,
     )
 
-    for name in VARIANTS:
+    for name in NAMES:
         model = make_model(width=64)
         twins = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))
@@ -331,7 +333,7 @@ def resume(folder: Path, name: str, packed: bool) -> tuple[nn.Module, object]:
 
 
 def each_run() -> Iterator[tuple[str, str, bool]]:
-    for name in VARIANTS:
+    for name in NAMES:
         yield name, name, False
         yield f"{name}-packed", name, True
 
