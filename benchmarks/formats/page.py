@@ -73,7 +73,8 @@ PAGE = """\
 The sum of `nbytes` of params and of all tensors in `optimizer.state` after one step, over the number of
 parameters; in parentheses with grads, which have the param's dtype. The model has {n_tensors} tensors of
 {numel:,} elements in all, none below {min_numel:,}: smaller ones keep float32 states where `int8` is
-asked for.
+asked for. AdamW has two states, SGD with momentum one; [the page of all optimizers](optimizers.md) says
+what the others have.
 
 {bytes_table}
 
