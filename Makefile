@@ -20,8 +20,9 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
 LOG := build/install.log
 quietly = { $(1); } >>$(LOG) 2>&1 || { tail -n 20 $(LOG); echo "Failed. $(LOG) has everything that was said." >&2; exit 1; }
 pinned = $$(grep -E '^($(1))==' constraints.txt)
-# What is imported is compiled then: pip would compile everything, for a minute.
+# What is imported is compiled to bytecode then, and kept: pip would compile everything, for a minute.
 PIP := $(BIN)/pip install --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # What the demo needs. The package is installed while torch is downloaded: its kernels compile without torch, which is
 # asked for by name, as this version has a CPU build; as a mere dependency it may come with gigabytes of CUDA libraries.

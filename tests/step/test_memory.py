@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.cases import BACKEND, CASES, DEVICE, ONE_EACH, Case
-from support.marks import each_optimizer, needs_8_gib, needs_cpu_kernels, not_interpreted
+from support.marks import few_cases, needs_8_gib, needs_cpu_kernels, not_interpreted
 from support.processes import fresh_python, python
 from support.twins import Run
 
@@ -43,7 +43,7 @@ def growth_mib(case: Case, build: str, layout: str = "contiguous()") -> int:
 
 
 @needs_cpu_kernels
-@each_optimizer
+@few_cases
 def test_a_step_allocates_nothing_of_the_params_size(case: Case) -> None:
     assert growth_mib(case, "fused", "t()") < 8
 
