@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,7 +176,7 @@ def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> O
     return optimizer(params, **workload.options, **flags)
 
 
-def _stock_class(workload: Workload) -> type[Optimizer]:
+def _stock_class(workload: Workload) -> Any:
     return getattr(fused_optim, workload.optimizer)._stock
 
 

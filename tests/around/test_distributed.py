@@ -17,7 +17,7 @@ from fused_optim import storage
 from support import distributed_worker as worker
 from support.cases import DEVICE
 from support.marks import needs_cpu_kernels
-from support.processes import HANG_S
+from support.processes import HANG_S, python_all
 
 pytestmark = [
     needs_cpu_kernels,
@@ -61,28 +61,15 @@ def outcomes(folder) -> list[dict[str, str]]:
     finally:
         dist.destroy_process_group()
         torch.set_num_threads(threads)
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
-    logs = [folder / f"log{rank}.txt" for rank in range(worker.WORLD_SIZE)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            command = [sys.executable, worker.__file__, str(rank), str(folder)]
-            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            )
-    try:
-        for process in processes:
-            process.wait(HANG_S)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    programs = [
+        f"from support.distributed_worker import main; main({rank}, {str(folder)!r})"
+        for rank in range(worker.WORLD_SIZE)
+    ]
     found = []
-    for rank, log in enumerate(logs):
+    for rank, done in enumerate(python_all(programs)):
         file = folder / f"outcomes{rank}.json"
         found.append(json.loads(file.read_text()) if file.exists() else {})
-        found[-1]["log"] = log.read_text()[-4000:]
+        found[-1]["log"] = (done.stdout + done.stderr)[-4000:]
     return found
 
 

@@ -29,7 +29,11 @@ fused_optim.config = lambda: found
 doctor.several_openmp = lambda *_: None
 """
 RUN = "raise SystemExit(main(['doctor']))"
-SMALL = "doctor.SHAPES = ((), (37, 29))\n"  # for the interpreter
+# For the interpreter.
+SMALL = """
+doctor.SHAPES = ((), (37, 29))
+doctor.OPTIMIZERS = {name: doctor.OPTIMIZERS[name] for name in ("AdamW", "SGD", "Rprop")}
+"""
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def test_all_is_well_here(backend: str) -> None:
     )
     assert done.returncode == 0, done
     lines = done.stdout.splitlines()
-    for name in VARIANTS:
+    for name in VARIANTS if backend == "cpu" else ("AdamW", "SGD", "Rprop"):
         device, _, by, float32, bfloat16, outcome = line_of(name, lines).split()
         assert (device, by, outcome) == ("cpu", backend, "ok")
         # bfloat16 was rounded to, and nothing was compared with itself.

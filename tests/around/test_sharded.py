@@ -3,15 +3,15 @@
 import copy
 import os
 import sys
-import tempfile
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import fused_optim
 from support.cases import DEVICE
-from support.processes import fresh_python
+from support.processes import python_all
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cpu" or not torch.distributed.is_available(), reason="needs a second GPU"
@@ -107,11 +107,10 @@ def _hidden_shards() -> None:
             exec("opt.step()", deepspeed)
 
 
-def spawn() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD_SIZE)
-
-
-def test_two_processes() -> None:
-    result = fresh_python("from around import test_sharded; test_sharded.spawn()")
-    assert result.returncode == 0, result.stderr
+def test_two_processes(tmp_path: Path) -> None:
+    programs = [
+        f"from around import test_sharded; test_sharded._process({rank}, {str(tmp_path)!r})"
+        for rank in range(WORLD_SIZE)
+    ]
+    for done in python_all(programs):
+        assert done.returncode == 0, done.stderr

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tomllib
 
 import fused_optim
-from support.processes import HANG_S
+from support.processes import HANG_S, python
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -104,22 +103,17 @@ def test_worked_example_fails_first_and_then_passes(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pyc*"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (command,) = (text for _, text in BLOCKS if text.startswith(".venv/bin/pytest"))
-    # The copy comes before what is installed; plugins would only take time.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
 
     def run() -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", *command.removeprefix(".venv/bin/").split()],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=HANG_S,
-        )
+        """The copy comes before what is installed; plugins would only take time."""
+        program = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+sys.path.insert(0, {str(tmp_path)!r})
+import pytest
+sys.exit(pytest.main({command.removeprefix(".venv/bin/pytest ").split()}))
+"""
+        done = python(program, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
         return done.returncode, done.stdout + done.stderr
 
     test, code = (text for language, text in BLOCKS if language == "diff")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_optim import storage
-from support.cases import SHAPES, STATE_CASES, Case
+from support.cases import ONE_EACH, SHAPES, Case
 from support.formats import DTYPES, EACH_FORMAT, MASTERS, STATE_DTYPES
 from support.marks import few_cases, needs_cpu_kernels, over
 from support.program import SCALARS
@@ -61,7 +61,7 @@ def test_bits_of_converted_zeros(case: Case) -> None:
                 assert torch.equal(value, expected[key])
 
 
-@over([c for c in STATE_CASES if not initial_value(c)])
+@over([c for c in ONE_EACH if not initial_value(c)])
 @pytest.mark.parametrize("key", ["capturable", "fused", None])
 def test_nothing_is_read_from_the_device(case: Case, key: str | None) -> None:
     """A meta tensor has nothing that could be read."""

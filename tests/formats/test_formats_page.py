@@ -2,13 +2,12 @@
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from support.marks import needs_cpu_kernels
+from support.processes import python
 
 pytestmark = needs_cpu_kernels
 
@@ -20,8 +19,11 @@ STATE_DTYPES = ["`None`", "`float32`", "`bfloat16`", "`int8`"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("page")
-    command = [sys.executable, str(FORMATS), "--quick", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(f"""
+import runpy, sys
+sys.argv = ["formats", "--quick", "--out", {str(out)!r}]
+runpy.run_path({str(FORMATS)!r}, run_name="__main__")
+""")
     assert done.returncode == 0, done.stderr
     return out
 

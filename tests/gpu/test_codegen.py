@@ -27,6 +27,10 @@ def has_all_states(kernel: Kernel) -> bool:
     return kernel.rule in RULES and all(kernel.there)
 
 
+# All that there is of decoding, encoding and random bits.
+EIGHT_BITS = ("float32, states int8", "bfloat16 split8, states int8")
+
+
 def is_chosen(kernel: Kernel, target: str) -> bool:
     """Dtypes, formats and unscaling are the same code for all rules: Adam's and SGD's have them all."""
     if target != "sm_90":
@@ -34,7 +38,8 @@ def is_chosen(kernel: Kernel, target: str) -> bool:
     if kernel.rule == "norm":
         return True
     if kernel.dtypes in kernels.PACKED:
-        return kernel.rule in ("adam", "sgd") and has_all_states(kernel)
+        chosen = {"adam": kernels.PACKED, "sgd": EIGHT_BITS}.get(kernel.rule, ())
+        return kernel.dtypes in chosen and has_all_states(kernel)
     if kernel.rule not in ("sgd", "adam"):
         # In float64, the rule with the most states has the most registers.
         computed = (None, "float32", "float64") if kernel.rule == "ademamix" else (None, "float32")
@@ -52,7 +57,7 @@ def is_chosen_elsewhere(kernel: Kernel, target: str) -> bool:
     if kernel.rule not in ("sgd", "adam") or kernel.one_pass or not has_all_states(kernel):
         return False
     if kernel.dtypes in kernels.PACKED:
-        return kernel.rule == "adam" and target == "gfx942" and "split16" not in kernel.dtypes
+        return kernel.rule == "adam" and target == "gfx942" and kernel.dtypes in EIGHT_BITS
     dtypes = {
         "sm_80": ("float32", "bfloat16"),
         "sm_100": ("float32", "bfloat16", "float64"),

@@ -82,11 +82,8 @@ def test_same_bits_in_one_pass(dtype: torch.dtype, options: dict[str, Any]) -> N
 
 
 @over([ADAMW, SGD])
-@pytest.mark.parametrize(("dtype", "options"), [FORMATS[0], FORMATS[3]], ids=["float32", "split8"])
-def test_same_bits_where_the_device_counts_steps(
-    case: Case, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    assert_same(case, dtype, options, n_steps=3, skips=[1], scale=3.0)
+def test_same_bits_where_the_device_counts_steps(case: Case) -> None:
+    assert_same(case, *FORMATS[3], n_steps=3, skips=[1], scale=3.0)
 
 
 def test_same_bits_with_capturable() -> None:

@@ -80,7 +80,7 @@ def test_the_data_can_tell() -> None:
 
 @needs_cpu_kernels
 @every_dtype
-@all_cases
+@each_optimizer
 def test_thread_count(case: Case, dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
     assert_same_bits(run(case, dtype), reference(case, dtype))
@@ -97,7 +97,7 @@ def _pieces(values: Tensor) -> list[Tensor]:
 
 
 @every_dtype
-@all_cases
+@each_optimizer
 def test_chunk_boundaries_and_tails(case: Case, dtype: torch.dtype) -> None:
     assert_same_bits(run(case, dtype, cut=_pieces), reference(case, dtype))
 
@@ -111,7 +111,7 @@ def _misaligned(values: Tensor) -> Tensor:
 
 
 @every_dtype
-@all_cases
+@each_optimizer
 def test_alignment(case: Case, dtype: torch.dtype) -> None:
     def cut(values: Tensor) -> list[Tensor]:
         return [_misaligned(piece) for piece in values.split((SMALL, SMALL + 1, SMALL + 2, 2, 3))]

@@ -6,7 +6,7 @@ import torch
 
 from support.bounds import Machine
 from support.cases import CASES, DTYPES, SHAPES, STOCK_SHAPES, Case, Shape, expected_backends
-from support.marks import all_cases, every_dtype, over
+from support.marks import all_cases, each_state, every_dtype, over
 from support.numerics import (
     N_STEPS,
     Exact,
@@ -28,7 +28,7 @@ def test_close_to_stock(case: Case, dtype: torch.dtype) -> None:
 
 # float64 has no finer oracle; it is held to 1e-12 of the update instead.
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize < 8], ids=str)
-@all_cases
+@each_state
 def test_rms_error_against_oracle(case: Case, dtype: torch.dtype) -> None:
     check_rms_against_oracle(case, dtype)
 

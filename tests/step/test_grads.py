@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fused_optim
 from support.cases import DEVICE, STOCK_SHAPES, Case
-from support.marks import all_cases, each_optimizer, few_cases
+from support.marks import each_optimizer, each_state, few_cases
 from support.twins import SHAPES, Run, assert_untouched, run_both, snapshot
 
 
@@ -176,7 +176,7 @@ def test_param_that_is_a_view(case: Case, kind: str) -> None:
     run_both(case, program)
 
 
-@all_cases
+@each_state
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, 1e-42, 0.0])
 def test_special_values_propagate_as_stock(case: Case, value: float) -> None:
     def program(run: Run) -> None:
@@ -197,7 +197,7 @@ def test_special_values_propagate_as_stock(case: Case, value: float) -> None:
         run_both(case, program)
 
 
-@all_cases
+@each_state
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_special_params_propagate_as_stock(case: Case, value: float) -> None:
     """weight_decay == 0 must not touch the grad: 0 * inf is NaN."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import DEVICE, ONE_EACH, STATE_CASES, Case
-from support.marks import each_optimizer, few_cases, over
+from support.cases import DEVICE, ONE_EACH, Case
+from support.marks import each_optimizer, each_state, few_cases, over
 from support.program import SCALARS
 from support.twins import SHAPES, Run, assert_same_groups, run_both
 
@@ -20,7 +20,7 @@ def state_tensors(opt: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
-@over(STATE_CASES)
+@each_state
 @pytest.mark.parametrize("n_steps", [0, 1, 3])
 def test_state_is_created_when_stock_creates_it(case: Case, n_steps: int) -> None:
     def program(run: Run) -> None:
@@ -145,7 +145,7 @@ def through_pickle(value: dict) -> dict:
 
 @pytest.mark.parametrize("source", ["stock", "fused"])
 @pytest.mark.parametrize("n_steps", [0, 1, 5])
-@over(STATE_CASES)
+@each_optimizer
 def test_checkpoint_continues_like_the_uninterrupted_run(
     case: Case, source: str, n_steps: int
 ) -> None:

@@ -170,7 +170,7 @@ for case in ONE_EACH:
 
 @needs_fork
 def test_forked_child_and_its_parent_go_on_stepping() -> None:
-    done = fresh_python(FORK)
+    done = python(FORK)
     assert done.stdout.split() == [case.optimizer for case in ONE_EACH], done.stderr
 
 
@@ -190,7 +190,7 @@ for _ in range(2):
     stepped(case, 1)
 os._exit(7)
 """
-    assert fresh_python(program).returncode == 7
+    assert python(program).returncode == 7
 
 
 def _step_in_child(case_id: str, queue: multiprocessing.Queue) -> None:
@@ -229,7 +229,7 @@ def test_multiprocessing_children(method: str, tmp_path) -> None:
     # spawn imports the main module again, so it has to be a file.
     main = tmp_path / "main_module.py"
     main.write_text(MULTIPROCESSING.format(method=method))
-    done = fresh_python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')")
+    done = python(f"import runpy; runpy.run_path({str(main)!r}, run_name='__main__')")
     assert done.stdout.strip() == "[0, 0]", done.stderr
 
 

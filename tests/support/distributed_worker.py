@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -360,8 +359,8 @@ def _save_on_two(folder: Path) -> None:
         assert_model_is(model, again)
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def main(rank: int, path: str) -> None:
+    folder = Path(path)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -382,7 +381,3 @@ def main() -> None:
         finally:
             (folder / f"outcomes{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

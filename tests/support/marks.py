@@ -15,6 +15,7 @@ from support.cases import (
     FEW_CASES,
     ONE_EACH,
     PLAIN,
+    STATE_CASES,
     VARIANTS,
     Case,
 )
@@ -28,6 +29,7 @@ def over(cases: list[Case]) -> pytest.MarkDecorator:
 
 all_cases = over(CASES)
 few_cases = over(FEW_CASES)
+each_state = over(STATE_CASES)
 each_optimizer = over(ONE_EACH)
 plain_optimizers = over(PLAIN)
 each_capturable = over([case for case in ONE_EACH if case.optimizer in CAPTURABLE])
