@@ -84,7 +84,8 @@ void Gatherer::check_scalar(const Candidate& c, size_t scalar, PyObject* tensor)
 }
 
 // Raises if step 0 makes a number that is not finite: stock would write states, then raise. Of
-// betas that are tensors it divides by a tensor, which gives infinity.
+// betas that are tensors it divides by a tensor, which gives infinity; so does an lr that is one,
+// in some classes.
 void Gatherer::check_corrections(const Candidate& c) const {
   if (c.numbers[STEP] != 0) return;
   for (size_t o = 0; o < schema_.option_keys.size(); o++)

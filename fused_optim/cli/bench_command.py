@@ -64,7 +64,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME",
         help="who is timed beside ours: DeepSpeedCPUAdam, optimi, schedulefree, torch.compile, torchao, "
         "bitsandbytes, FlashOptim; for-loop, foreach, fused for these variants of torch.optim alone; none "
-        "(torch.optim alone); all. Default: those that are installed",
+        "of them; all. Default: those that are installed",
     )
     how = bench.add_argument_group("how")
     how.add_argument(

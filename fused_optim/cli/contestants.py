@@ -149,7 +149,7 @@ def stock_variants(
     """
     optimizer = _stock_class(workload)
     if optimizer.__module__ == plain.__name__:
-        return [PLAIN], dict.fromkeys(STOCK_FLAGS, f"torch.optim has no {workload.optimizer}")
+        return [PLAIN], dict.fromkeys(asked, f"torch.optim has no {workload.optimizer}")
     has_fused = "fused" in inspect.signature(optimizer).parameters
     why_not = {} if has_fused else {"fused": f"torch.optim has no fused {workload.optimizer}"}
     chosen = [name for name in STOCK_FLAGS if name in asked and name not in why_not]

@@ -159,7 +159,7 @@ def _roofline(found: Results) -> Markup | None:
     caption = tag(
         "figcaption",
         tag("span", "fused_optim", class_="key ours"),
-        tag("span", "torch.optim, fastest", class_="key stock"),
+        tag("span", "baseline", class_="key stock"),
         f". Lines, from the left: {roofs}. No optimizer can be faster than its memory: what is near the "
         "last line is done.",
     )

@@ -137,7 +137,7 @@ def _draw_roofline(found: Results, path: Path) -> Path:
     """Bytes of a step against the bytes per second that it reached, beneath what memory allows."""
     fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     points = charts.points(found)
-    for kind, label in (("stock", "torch.optim, fastest"), ("ours", "fused_optim")):
+    for kind, label in (("stock", "baseline"), ("ours", "fused_optim")):
         shown = [point for point in points if kind in point.bandwidths]
         bandwidths = [point.bandwidths[kind] / 1e9 for point in shown]
         megabytes = [point.nbytes / 1e6 for point in shown]

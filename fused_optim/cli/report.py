@@ -40,7 +40,7 @@ def print_results(found: Results) -> None:
     if rows:
         console.print(_main_table(rows, on_gpu))
         console.print(
-            "Medians, [lower, upper quartile] over rounds; ratio = best stock / ours, paired per "
+            "Medians, [lower, upper quartile] over rounds; ratio = baseline / ours, paired per "
             f"round. A target of 1.0x asks for a lower quartile of {PARITY}, any other for the "
             "median.",
             markup=False,

@@ -125,6 +125,6 @@ def bandwidths(title: str, items: Sequence[Point], roofs: dict[str, float]) -> M
         parts += [_line(x(value), "roof") for value in roofs.values()]
         shown = f"{item.bandwidths['ours'] / 1e9:.1f} GB/s"
         if "stock" in item.bandwidths:
-            shown += f" (torch.optim {item.bandwidths['stock'] / 1e9:.1f})"
+            shown += f" (baseline {item.bandwidths['stock'] / 1e9:.1f})"
         lines.append((f"{item.mark}. {item.label}", shown, parts))
     return _chart(title, lines)

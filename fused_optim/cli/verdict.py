@@ -46,7 +46,10 @@ def headline(rows: list[Row]) -> str:
         counts = ", ".join(f"{word} in {count}" for word, count in words.most_common())
         own = any(row.baseline in (MATCHING, NEVER_ON) for row in rows)
         beside = "the fastest of torch.optim" + ", in some rows our own other step" * own
-        if any(row.baseline == PLAIN for row in rows):
+        is_plain = [row.baseline == PLAIN for row in rows]
+        if all(is_plain):
+            beside = "a plain loop"
+        elif any(is_plain):
             beside += ", of what it lacks a plain loop"
         return f"Steps of {len(rows)} works beside {beside}: {counts}."
     [row] = rows

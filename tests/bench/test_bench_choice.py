@@ -286,7 +286,11 @@ def test_an_optimizer_that_torch_optim_lacks_is_timed_beside_a_plain_loop_and_it
     assert set(row.samples_s) == {OURS, contestants.PLAIN, "schedulefree"}
     assert row.baseline == contestants.PLAIN and row.ratio is not None
     assert row.not_measured["fused"] == "torch.optim has no AdamWScheduleFree"
-    assert "a plain loop" in verdict.headline([row])
+    assert ", a plain loop " in verdict.headline([row])
+    assert "Steps of 2 works beside a plain loop: " in verdict.headline([row, row])
+    stock = dataclasses.replace(row, baseline="fused")
+    beside = "beside the fastest of torch.optim, of what it lacks a plain loop: "
+    assert beside in verdict.headline([row, stock])
 
 
 def test_memory_of_the_cpu_is_checked_before(monkeypatch):

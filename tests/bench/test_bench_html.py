@@ -191,7 +191,7 @@ def test_every_contestant_has_its_time_or_the_reason(found, parsed):
         "needs 39 GiB", "param 0 differs by 1", "memory that one step adds", "already: 12.3 ms",
         "clip_grad_norm_(foreach=True)", "caches flushed", "state_dtype=int8", torch.__version__,
         "target 1.1x: met", "target 1.1x, 95%: missed", "fell back to torch.optim: a complex tensor",
-        "2.7 GB/s (torch.optim 1.4)", "fell back to torch.optim: a sparse grad",
+        "2.7 GB/s (baseline 1.4)", "fell back to torch.optim: a sparse grad",
         found.about["date"],
         found.about["machine"]["cpu"], found.about["versions"]["isa"], "new order each time",
     ):  # fmt: skip
