@@ -173,8 +173,6 @@ def update_block(
             grad = grad_sign * clip * grad
         else:
             grad = grad_sign * grad
-        if GRAD_WRITE == ZEROED:
-            zero(streams[1] + index, mask, BLOCK // PARTS)
         param, states = RULE(values[0][p], grad, states, hypers, THERE)
         stepped = stepped + ((param, grad) + states,)
     to_store = ()
@@ -210,6 +208,11 @@ def update_block(
                 values[EMA], ema_weight, True, False, WHOLE, DTYPES, STORAGES, COMPUTE, PARTS, BLOCK,
                 INTERPRETED,
             )  # fmt: skip
+    if GRAD_WRITE == ZEROED:
+        # After stores that need the grads: right after their loads, zeros for 0.5 GB of grads took 2.1 ms
+        # (H200, GPT-2 small), where stock's zero_grad takes 0.15.
+        for p in tl.static_range(PARTS):
+            zero(streams[1] + indices[p], mask_of(indices[p], numel, WHOLE), BLOCK // PARTS)
 
 
 @triton.jit

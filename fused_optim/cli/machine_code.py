@@ -43,11 +43,13 @@ class Round:
         instructions: of a thread.
         bits: of its widest accesses: stores, or loads where nothing is stored.
         accesses: how many of these there are on it.
+        early_stores: stores to where a load is under way: nothing before them reads what it brings.
     """
 
     instructions: int
     bits: int
     accesses: int
+    early_stores: int = 0
 
     def per_element(self, needs: Needs) -> float | None:
         """Instructions; a compiler may have unrolled the loop. None: its accesses are not those needed."""
@@ -113,6 +115,10 @@ def complaints(needs: Needs, measured: Measured) -> list[str]:
                 f"{per_element:.1f} instructions per element, more than {needs.max_instructions:.1f}"
             )
     for number, what in (
+        (
+            measured.round.early_stores if measured.round else 0,
+            "stores to where a load is under way",
+        ),
         (measured.stack_nbytes, "bytes of stack"),
         (measured.local_nbytes, "bytes of local memory"),
         (max(0, measured.shared_nbytes - needs.max_shared_nbytes), "bytes of shared memory"),
@@ -198,11 +204,12 @@ def measure_nvidia(
 
 def shortest_round(sass: str) -> Round | None:
     """Of the disassembly of one kernel."""
-    instructions, labels = [], dict[str, int]()
+    instructions, text, labels = [], [], dict[str, int]()
     for line in sass.splitlines():
         if match := re.match(r"(\.L\w+):", line):
             labels[match[1]] = len(instructions)
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)(.*);", line):
+            text.append(line)
             target = re.search(r"\((\.L\w+)\)", match[3])
             instructions.append((match[2], match[1] is not None, target and target[1]))
 
@@ -226,8 +233,24 @@ def shortest_round(sass: str) -> Round | None:
             ways = [way for i in sorted(wide) if (way := _way_around(i, following))]
             if ways:
                 shortest = min(ways, key=len)
-                return Round(len(shortest), bits, len(wide.intersection(shortest)))
+                early = _early_stores([text[i] for i in sorted(shortest)])
+                return Round(len(shortest), bits, len(wide.intersection(shortest)), early)
     return None
+
+
+def _early_stores(way: list[str]) -> int:
+    """Stores of a block to the address, in the same registers, of a load that nothing has waited for."""
+    under_way = dict[str, set[str]]()  # address -> registers
+    n_early = 0
+    for line in way:
+        if match := re.search(r"\bLDG\S* R(\d+), (.*\])", line):
+            under_way[match[2]] = {f"R{int(match[1]) + i}" for i in range(4)}
+            continue
+        operands = set(re.findall(r"\bR\d+\b", line.partition(",")[2]))
+        under_way = {at: there for at, there in under_way.items() if not there & operands}
+        match = re.search(r"\bSTG\S* (.*?\]), ", line)
+        n_early += bool(match and match[1] in under_way)
+    return n_early
 
 
 def _way_around(start: int, following: Callable[[int], list[int]]) -> list[int]:

@@ -202,6 +202,7 @@ NEEDS = Needs({128: 4}, {128: 3}, 64, elements=4, max_instructions=40.0)
         ({"rounded_roots": 0, "takes_roots": False}, None),
         ({"round": Round(164, 128, 3)}, "41.0 instructions per element, more than 40.0"),
         ({"round": Round(328, 128, 6)}, "41.0 instructions per element, more than 40.0"),
+        ({"round": Round(160, 128, 3, 1)}, "1 stores to where a load is under way"),
         ({"round": None}, None),
     ],
     ids=str,
@@ -305,6 +306,21 @@ def test_the_round_is_that_of_a_whole_block_without_rare_routines():
     only_loads = LOOP.replace("STG.E.128", "FADD")
     assert machine_code.shortest_round(only_loads) == Round(8, 128, 1)
     assert machine_code.shortest_round(LOOP.replace("@P3 BRA", "@P3 NOP")) is None
+
+
+@pytest.mark.parametrize(
+    ("store", "before", "n_early"),
+    [
+        ("R2.64], RZ", "NOP ;", 1),
+        ("R8.64], RZ", "NOP ;", 0),
+        ("R2.64], RZ", "FMUL R9, R7, R8 ;", 0),
+        ("R2.64], RZ", "FMUL R9, R8, R8 ;", 1),
+    ],
+)
+def test_stores_to_where_a_load_is_under_way_are_counted(store, before, n_early):
+    loop = LOOP.replace("R2.64], R4", store)
+    loop = loop.replace("@P1 BRA", f"{before}\n        /*0048*/ @P1 BRA")
+    assert machine_code.shortest_round(loop).early_stores == n_early
 
 
 @pytest.mark.parametrize(
