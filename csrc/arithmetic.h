@@ -16,9 +16,9 @@ inline double integer_power(double base, double exponent) {
 }
 
 // The binary logarithm of a positive normal number, by operations that are rounded alike
-// everywhere, for the same reason. NaN for another number.
+// everywhere, for the same reason. Infinity counts as 2^1024; NaN for another number.
 inline double log2_of(double x) {
-  if (!(x >= DBL_MIN && x <= DBL_MAX)) return std::numeric_limits<double>::quiet_NaN();
+  if (!(x >= DBL_MIN)) return std::numeric_limits<double>::quiet_NaN();
   int64_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   auto whole = static_cast<double>((bits >> 52) - 1023);

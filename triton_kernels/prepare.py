@@ -32,7 +32,6 @@ EMA_DECAY = tl.constexpr(10)
 EMA_WARMUP = tl.constexpr(11)
 SCALARS = tl.constexpr(12)
 OPTIONS_ROW = tl.constexpr(15)
-INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(0x7FF8000000000000)  # its bits
 
 
@@ -55,7 +54,10 @@ def bits_as_double(bits):
 
 @triton.jit
 def log2_of(x):
-    """The binary logarithm of a positive normal number, by operations that are rounded alike everywhere."""
+    """The binary logarithm of a positive normal number, by operations that are rounded alike everywhere.
+
+    Infinity counts as 2^1024.
+    """
     bits = x.to(tl.int64, bitcast=True)
     whole = ((bits >> 52) - 1023).to(tl.float64)
     fraction = bits_as_double((bits & 0xFFFFFFFFFFFFF) | (1023 << 52))
@@ -67,7 +69,7 @@ def log2_of(x):
     sum = square * 0 + 1.0 / 27
     for i in tl.static_range(13):
         sum = sum * square + 1.0 / (25 - 2 * i)
-    is_normal = (x >= 2.2250738585072014e-308) & (x < INFINITY)
+    is_normal = x >= 2.2250738585072014e-308
     return tl.where(
         is_normal, whole + 2 * s * sum * 1.4426950408889634, bits_as_double(bits * 0 + NAN)
     )
