@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,3 +90,10 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
             differentiable=differentiable,
             capturable=capturable,
         )
+
+    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if param.is_cuda and not isinstance(group["lr"], Tensor):
+            # As a number it would be copied there, which waits for the device.
+            lr = torch.full((), group["lr"], dtype=torch.float64, device=param.device)
+            group = {**group, "lr": lr}
+        return super()._create_state(param, group)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 from fused_optim import averages, backends, checkpoint, clipping, options, sharding, storage, unsure
 from fused_optim.options import GroupOption, KernelOptions
 from fused_optim.step import step_groups
-from fused_optim.tracing import left_to_the_interpreter
+from fused_optim.tracing import check_graph_capture, left_to_the_interpreter
 from fused_optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self._why_no_step is not None:
             raise RuntimeError(f"step() {self._why_no_step}")
-        if torch.cuda.is_initialized() and "capturable" in self.defaults:
-            self._check_graph_capture()
+        check_graph_capture(self)
         released = self.__dict__.get("_released")  # by release_gradients
         if released is not None:
             released.refuse_scaling(self)
@@ -259,11 +258,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         released = unwrapped(self).__dict__.get("_released")
         if released is not None:
             released.accumulate_anew()
-
-    def _check_graph_capture(self) -> None:
-        """Stock's error where a CUDA graph would capture what cannot be replayed; Adam and RMSprop."""
-        name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
-        getattr(self, name if hasattr(self, name) else name.replace("accelerator", "cuda"))()
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The first states of one param: stock's own code makes them, beside self.state."""

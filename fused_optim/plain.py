@@ -16,6 +16,8 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
+from fused_optim.tracing import check_graph_capture
+
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
@@ -42,6 +44,7 @@ class _Plain(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Any = None) -> Any:
         """Perform a single optimization step."""
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Keeps torch.compile out of functions, and finds modes that cannot see what kernels do."""
+"""Keeps torch.compile out of functions, and finds modes and captures that cannot see what kernels do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 # Python's it is 150 ns.
 from torch._C import _len_torch_dispatch_stack as n_dispatch_modes
 
-__all__ = ["WATCHED", "left_to_the_interpreter", "n_dispatch_modes", "refuse_formats"]
+__all__ = [
+    "WATCHED",
+    "check_graph_capture",
+    "left_to_the_interpreter",
+    "n_dispatch_modes",
+    "refuse_formats",
+]
 
 # The reason that torch.optim's code steps tensors then: a mode sees torch's work, not a kernel's.
 WATCHED = "a dispatch mode is active"
@@ -38,6 +44,15 @@ def left_to_the_interpreter(function: _Function, *, with_callees: bool = True) -
     except (ImportError, AttributeError):
         pass
     return function
+
+
+def check_graph_capture(optimizer: Any) -> None:
+    """Raise torch's error where a CUDA graph would capture a step that cannot be replayed."""
+    if torch.cuda.is_initialized() and "capturable" in optimizer.defaults:
+        name = "_accelerator_graph_capture_health_check"  # before torch 2.12: _cuda_...
+        getattr(
+            optimizer, name if hasattr(optimizer, name) else name.replace("accelerator", "cuda")
+        )()
 
 
 def refuse_formats() -> None:
