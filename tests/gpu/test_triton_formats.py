@@ -37,6 +37,7 @@ NUM_WARPS = 1
 GPU_BLOCK = PARTS * RUN.value * 32 * NUM_WARPS
 BLOCK = 8192 if IS_INTERPRETED else GPU_BLOCK
 CODES = {"s8": np.int8, "u8": np.uint8}
+NOT_FINITE = {"s8": (127, -127, -128), "u8": (254, 255)}
 EXTRAS = {
     "s8": np.uint16,
     "u8": np.uint16,
@@ -161,6 +162,9 @@ def outcome(format, begin, values, paired, special):
     # All codes of 16 bits, and any remainder or scale beside any code.
     old_codes = generator.permutation(np.arange(N, dtype=np.uint16)).astype(code_dtype)
     old_extra = generator.integers(0, 65536, n_extra, dtype=np.uint16).astype(extra_dtype)
+    if format in NOT_FINITE:  # the sign of their scale says so
+        is_odd = np.isin(old_codes, NOT_FINITE[format]).reshape(-1, GROUP).any(axis=1)
+        old_extra |= is_odd.astype(np.uint16) << 15
     codes, extra = on_device(old_codes), on_device(old_extra)
     decoded = torch.empty(N, device=DEVICE)
     odd = torch.zeros((2, N // BLOCK), dtype=torch.int32, device=DEVICE)

@@ -464,6 +464,7 @@ import fused_optim
 from support.cases import BACKEND, DEVICE, VARIANTS, stock_class
 from torch._dynamo.utils import counters
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on newer Pythons
 
 def trained(optimizer_class, compiled):
     torch.manual_seed(0)

@@ -118,7 +118,7 @@ def test_one_pass_under_a_dispatch_mode(case: Case, options: str) -> None:
         assert_close(ours.grad, expected.grad, 1)
     if options == "clip":
         assert opts[0].grad_norm > 0.5
-        torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm)
+        torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm, check_device=False)
     if options == "average and zero":
         assert not any(param.grad.any() for param in watched.params)
         for ours, expected in zip(*(opt.ema_params() for opt in opts)):
