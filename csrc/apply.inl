@@ -128,10 +128,10 @@ template <class Rule, unsigned THERE, class Form>
 
   // The CPU's own prefetchers stop at every page (measured: 5 to 10% on float32, 20 to 30% on 16
   // bits). It may ask for addresses behind the last element, which is harmless; a short slice has
-  // nothing ahead.
+  // nothing ahead. Always inline, see prefetch.
   const int64_t ahead = slice.numel >= 4 * AHEAD ? AHEAD : 0;
-  const auto fetch = [&](int stream, int64_t i) {
-    const int itemsize = Form::itemsize(dtypes[stream]);
+  const auto fetch = [&](int stream, int64_t i) __attribute__((always_inline)) {
+    const int itemsize = form.fetched(stream);
     for (int k = 0; k < Form::tile * itemsize; k += 64)
       prefetch(streams[stream], (i + ahead) * itemsize + k);
   };
@@ -181,15 +181,16 @@ template <class Rule, unsigned THERE, class Form>
     if constexpr (THERE & 0b010) form.store(slice, STATES + 1, i, state[1]);
     if constexpr (THERE & 0b100) form.store(slice, STATES + 2, i, state[2]);
     if (streams[EMA] != nullptr) {
-      fetch(EMA, i);
-      alignas(64) T ema[N];
-      form.load(slice, EMA, i, ema);
+      if (!form.past_caches) fetch(EMA, i);
       if constexpr (Form::rounds) form.load_stored(slice, PARAM, i, param);
-      if (ema_weight == T(1))
-        std::memcpy(ema, param, sizeof(ema));
-      else
+      if (ema_weight == T(1)) {
+        form.store(slice, EMA, i, param);
+      } else {
+        alignas(64) T ema[N];
+        form.load(slice, EMA, i, ema);
         lerp_tile<N>(ema, param, ema_weight);
-      form.store(slice, EMA, i, ema);
+        form.store(slice, EMA, i, ema);
+      }
     }
   }
 
@@ -293,7 +294,8 @@ constexpr Kernel kernel_of() {
 #define FORMS_OF(RULE)                                                                             \
   {STATE_SETS_OF(RULE, Uniform<Direct<float>>) STATE_SETS_OF(RULE, Uniform<Direct<double>>)        \
        STATE_SETS_OF(RULE, Pairs) STATE_SETS_OF(RULE, Uniform<Float16>) STATE_SETS_OF(RULE, Mixed) \
-           STATE_SETS_OF(RULE, Packed) STATE_SETS_OF(RULE, PackedPairs)},
+           STATE_SETS_OF(RULE, Masters) STATE_SETS_OF(RULE, Packed)                                \
+               STATE_SETS_OF(RULE, PackedPairs)},
 
 // By rule, in the order of the registry, and KernelForm.
 constexpr Kernel kernels[][N_FORMS][STATE_SETS] = {FUSED_OPTIM_RULES(FORMS_OF)};

@@ -51,8 +51,9 @@ void Averages::leave(int index) {
 }
 
 bool Averages::host_counts() const {
-  return std::any_of(all_.begin(), all_.end(),
-                     [](const Average& average) { return !average.n_averaged.on_device; });
+  return std::any_of(all_.begin(), all_.end(), [](const Average& average) {
+    return average.entry != nullptr && !average.n_averaged.on_device;
+  });
 }
 
 Ref Averages::left() const {
@@ -60,10 +61,12 @@ Ref Averages::left() const {
   for (const Average& average : all_) {
     if (average.in_kernel) continue;
     PyObject *param = average.param, *entry = average.entry;
-    const Ref item = Ref::own(average.n_averaged.on_device
-                                  ? Py_BuildValue("(OO(dO))", param, entry, average.how.decay,
-                                                  average.how.warmup ? Py_True : Py_False)
-                                  : Py_BuildValue("(OOd)", param, entry, average.weight));
+    const Ref item = Ref::own(
+        entry == nullptr
+            ? Py_BuildValue("(OOO)", param, static_cast<PyObject*>(average.tensor), Py_None)
+        : average.n_averaged.on_device ? Py_BuildValue("(OO(dO))", param, entry, average.how.decay,
+                                                       average.how.warmup ? Py_True : Py_False)
+                                       : Py_BuildValue("(OOd)", param, entry, average.weight));
     append(left, item);
   }
   return left;
@@ -82,7 +85,8 @@ void Averages::enter_new() const {
 
 void Averages::write_counts() const {
   for (const Average& average : all_)
-    if (average.in_kernel || average.n_averaged.on_device)  // gather has seen a list of two
+    if (average.entry != nullptr &&
+        (average.in_kernel || average.n_averaged.on_device))  // gather has seen a list of two
       PyList_SetItem(average.entry, 1, Ref(average.n_averaged.object).release());
 }
 
@@ -131,15 +135,33 @@ int Gatherer::gather_average(Candidate& c) {
   return work_.averages.add(std::move(average));
 }
 
+// Returns the index of an average that is the param's output; -1: it has none.
+int Gatherer::gather_output(Candidate& c) {
+  PyObject* output = nullptr;
+  if (PyList_Check(outputs_))
+    output = list_item(outputs_, static_cast<Py_ssize_t>(c.number));
+  else
+    output = memory_.outputs.find(outputs_, c.param, c.hint.output_position);
+  if (output == nullptr || output == Py_None) return -1;
+  Average copy;
+  copy.param = Ref::share(c.param);
+  copy.tensor = Ref::share(output);
+  copy.weight = 1;
+  return work_.averages.add(std::move(copy));
+}
+
 // Makes the average a stream of the param's kernel, if one can take it.
 void Gatherer::join_average(Candidate& c) {
   Average& average = work_.averages[c.average];
   const View& p = c.views[PARAM];
   View& view = c.views[EMA];
   Ref& part = c.held.parts[EMA] = part_of(average.tensor, c.param);
-  average.in_kernel = part != nullptr && view.read(part) && view.dtype != N_DTYPES &&
-                      view.same_shape(p) && view.device == p.device &&
-                      (view.dtype == F64) == (p.dtype == F64);
+  const bool is_read = part != nullptr && view.read(part);
+  if (is_read && average.entry == nullptr && !view.same_shape(p))
+    raise(PyExc_ValueError, c.where() + "its output has shape " + describe(view.shape, view.ndim) +
+                                ", the param " + describe(p.shape, p.ndim));
+  average.in_kernel = is_read && view.dtype != N_DTYPES && view.same_shape(p) &&
+                      view.device == p.device && (view.dtype == F64) == (p.dtype == F64);
   if (!average.in_kernel) return work_.averages.leave(c.average);
   c.task.streams |= 1u << EMA;
   c.task.slice.ema_weight = average.weight;

@@ -1,5 +1,5 @@
-// The exponential moving averages (EMA) of the params: one more stream of the kernels where they
-// can take it.
+// The exponential moving averages (EMA) of the params, and the outputs, which are copies: one more
+// stream of the kernels where they can take it.
 #pragma once
 
 #include <vector>
@@ -21,7 +21,7 @@ struct Averaging {
 
 // That of one param.
 struct Average {
-  Ref param, entry, tensor;  // entry: the list [average, n_averaged]
+  Ref param, entry, tensor;  // entry: the list [average, n_averaged]; none: `tensor` is an output
   Averaging how;
   bool is_new = false;     // `_averages` lacks this entry, or has one that no longer fits
   bool in_kernel = false;  // else torch moves it
@@ -36,10 +36,12 @@ class Averages {
   PyObject* dict() const { return dict_; }
   int add(Average average);
   Average& operator[](int index) { return all_[index]; }
+  const Average& operator[](int index) const { return all_[index]; }
   void leave(int index);  // to torch
   bool are_left() const { return are_left_; }
   bool host_counts() const;
-  // (param, EMA entry, weight, or (decay, warmup) where a device counts) of each that is left.
+  // (param, EMA entry, weight, or (decay, warmup) where a device counts) of each that is left; of
+  // an output (param, output, None).
   Ref left() const;
   // The tensors that kernels write.
   void append_written(PyObject* list) const;

@@ -26,7 +26,7 @@ const char* Gatherer::read_scalars(Candidate& c) {
     if (is_hidden) c.numbers[i] = c.fresh && c.used != 0 ? 0 : 1;
     if (is_hidden || (i == STEP && !c.has_step)) continue;
     scalar.key = schema_.scalar_keys[i];
-    PyObject* const found = item(c.held.states, scalar.key);
+    PyObject* const found = c.scalar(schema_, i);
     if (!scalar.find(found, p)) {
       if (found != nullptr && PyObject_TypeCheck(found, torch.tensor)) check_scalar(c, i, found);
       return i == STEP ? ODD_STEP : ODD_STATE;
@@ -131,7 +131,8 @@ const char* Gatherer::complete(Candidate& c) {
   Average* average = c.held.average >= 0 ? &work_.averages[c.held.average] : nullptr;
   bool prepared = by_address || (average != nullptr && average->n_averaged.on_device);
   for (const Scalar& scalar : c.scalars) prepared |= scalar.on_device;
-  if (average != nullptr && c.on_device && prepared) count_on_device(*average, c.views[PARAM]);
+  if (average != nullptr && average->entry != nullptr && c.on_device && prepared)
+    count_on_device(*average, c.views[PARAM]);
   if (!prepared && !prepare(c)) return ODD_OPTIONS;
   c.now.packs = c.packed.packing.packs();
   memory_.hold = memory_.hold && c.now.packs == c.hint.packs;
@@ -169,6 +170,7 @@ const char* Gatherer::complete(Candidate& c) {
   task.known_grad = c.now.data[GRAD] == c.hint.data[GRAD] && c.now.numel == c.hint.numel;
   c.now.position = c.hint.position;
   c.now.average_position = c.hint.average_position;
+  c.now.output_position = c.hint.output_position;
   c.now.objects[PARAM] = c.param;
   c.now.objects[MAX_STREAMS] = c.held.states;
   c.hint = c.now;
@@ -195,12 +197,15 @@ void Gatherer::complete_on_cpu(Candidate& c) {
   const Packing& packing = c.packed.packing;
   const Dtype* dtypes = c.task.slice.dtypes;
   const Dtype dtype = dtypes[PARAM];
-  bool all_same = true;
-  for (int s = 0; s < MAX_STREAMS; s++)
-    if (c.task.streams >> s & 1) all_same &= dtypes[s] == dtype;
+  bool all_same = true, masters = true;
+  for (int s = 0; s < MAX_STREAMS; s++) {
+    if (!(c.task.streams >> s & 1)) continue;
+    all_same &= dtypes[s] == dtype;
+    masters &= dtypes[s] == F32 || s == GRAD || s == EMA;
+  }
   const KernelForm form =
       packing.packs() ? all_same && dtype == BF16 && packing.in_pairs() ? PACKED_BF16 : PACKED
-      : !all_same     ? MIXED
+      : !all_same     ? masters ? MASTERS : MIXED
       : dtype == F32  ? ALL_F32
       : dtype == F64  ? ALL_F64
       : dtype == BF16 ? ALL_BF16

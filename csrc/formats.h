@@ -228,17 +228,6 @@ struct Root8 {
   }
 };
 
-// The upper halves, rounded as round_bits_to_bf16 does.
-inline void encode_nearest_bf16(const float* from, uint16_t* to) {
-  const auto nearest = [from](int k) {
-    const Floats value = load_floats(from + k);
-    const Bits exact = Bits(value);
-    return (value != value ? exact | 0x400000u : exact + 0x7fffu + (exact >> 16 & 1u)) >> 16;
-  };
-#pragma GCC unroll 4
-  for (int k = 0; k < SCALE_BLOCK; k += 2 * LANES) pack16(nearest(k), nearest(k + LANES), to + k);
-}
-
 // Rounded up with the probability of the part that is cut off.
 template <class Draw>
 inline void encode_stochastic_bf16(const float* from, const Draw& random, uint16_t* to) {

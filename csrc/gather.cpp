@@ -26,10 +26,11 @@ void warn_of_negative_lr(double lr) {
 }  // namespace
 
 Candidate::Candidate(Group& group, int64_t position, size_t number, PyObject* param, Hint& hint,
-                     Work& work)
+                     Work& work, PyObject* lists)
     : group(group),
       number(number),
       param(param),
+      lists(lists),
       hint(hint),
       held(work.held.emplace_back()),
       task(work.tasks.emplace_back()) {
@@ -38,17 +39,38 @@ Candidate::Candidate(Group& group, int64_t position, size_t number, PyObject* pa
 }
 
 std::string Candidate::where() const {
+  if (lists != nullptr) return "params[" + std::to_string(held.origin.index) + "]: ";
   return "param " + std::to_string(held.origin.index) + " of group " +
          std::to_string(held.origin.group) + ": ";
+}
+
+PyObject* Candidate::listed_grad() const {
+  return list_item(PyTuple_GET_ITEM(lists, 0), held.origin.index);
+}
+
+PyObject* Candidate::listed(Py_ssize_t which, size_t index) const {
+  PyObject* list = PyTuple_GET_ITEM(PyTuple_GET_ITEM(lists, which), static_cast<Py_ssize_t>(index));
+  if (list == Py_None || PyList_GET_SIZE(list) == 0) return nullptr;
+  return list_item(list, held.origin.index);
+}
+
+PyObject* Candidate::state(const Schema& schema, size_t s) const {
+  return held.states != nullptr ? item(held.states, schema.state_keys[s]) : listed(1, s);
+}
+
+PyObject* Candidate::scalar(const Schema& schema, size_t i) const {
+  return lists != nullptr ? listed(2, i) : item(held.states, schema.scalar_keys[i]);
 }
 
 unsigned Gatherer::run() {
   memory_.hold = true;
   memory_.states.begin();
   memory_.averages.begin();
+  memory_.outputs.begin();
   work_.state = get_attr(request_.optimizer, names.state);
   const Ref averages = get_attr(request_.optimizer, names._averages);
   work_.averages.begin(averages);
+  outputs_ = get_attr(request_.optimizer, names._outputs);
   if (!PyDict_Check(work_.state)) raise(PyExc_TypeError, "optimizer.state must be a dict");
   std::vector<Hint>& hints = memory_.hints;
   size_t number = 0;
@@ -69,10 +91,13 @@ unsigned Gatherer::run() {
       // A cold tensor costs a dozen cache misses in a row; asked for four tensors ahead, they
       // overlap (2,000 tensors: 1.5 us each without, 0.9 us with).
       if (number + 4 < hints.size()) hints[number + 4].fetch();
-      Candidate c(group, i, number, PySequence_Fast_GET_ITEM(params, i), hints[number], work_);
+      Candidate c(group, i, number, PySequence_Fast_GET_ITEM(params, i), hints[number], work_,
+                  request_.lists);
       const char* reason = gather(c);
       if (reason == nullptr) continue;
-      if (c.average >= 0) work_.averages.leave(c.average);
+      // The output of what is not stepped is what it was.
+      const bool is_average = c.average >= 0 && work_.averages[c.average].entry != nullptr;
+      if (is_average || (c.average >= 0 && reason != NO_GRAD)) work_.averages.leave(c.average);
       if (reason != NO_GRAD) work_.fall_back(c.held.origin, reason);
       work_.held.pop_back();
       work_.tasks.pop_back();
@@ -86,6 +111,7 @@ unsigned Gatherer::run() {
   }
   memory_.states.end();
   memory_.averages.end();
+  memory_.outputs.end();
   for (Task& task : work_.tasks) {
     if (task.device < 0) task.slice.hypers = work_.hypers.data() + task.hypers;
     if (task.packing >= 0) task.slice.packing = &work_.packings[task.packing];
@@ -102,6 +128,13 @@ unsigned Gatherer::run() {
 const char* Gatherer::gather(Candidate& c) {
   const char* reason = nullptr;
   if (c.group.averaging.on) c.average = gather_average(c);
+  if (outputs_ != Py_None) {
+    const int output = gather_output(c);
+    if (c.average < 0)
+      c.average = output;
+    else if (output >= 0)
+      work_.averages.leave(output);
+  }
   if ((reason = identify(c)) || (reason = find_states(c)) || (reason = read_states(c)) ||
       (reason = read_scalars(c)) || (reason = lay_out(c)))
     return reason;
@@ -113,8 +146,11 @@ const char* Gatherer::identify(Candidate& c) {
   if (!is_plain(c.param) && !PyObject_TypeCheck(c.param, torch.tensor))
     raise(PyExc_TypeError, c.where() + "not a tensor");
   Ref& part = c.held.parts[PARAM] = part_of(c.param, c.param);
-  c.held.grad = Ref::own(part == nullptr ? PyObject_GetAttrString(c.param, "grad")
-                                         : torch.grad->get(c.param, torch.grad->closure));
+  c.held.grad = c.lists != nullptr ? Ref::share(c.listed_grad())
+                : part == nullptr  ? Ref::own(PyObject_GetAttrString(c.param, "grad"))
+                                   : Ref::own(torch.grad->get(c.param, torch.grad->closure));
+  if (c.lists != nullptr && !PyObject_TypeCheck(static_cast<PyObject*>(c.held.grad), torch.tensor))
+    raise(PyExc_TypeError, c.where() + "its grad is not a tensor");
   if (c.held.grad == Py_None) return NO_GRAD;
   if (c.group.stock_reason != nullptr) return c.group.stock_reason;
   if (part == nullptr) return "a tensor subclass";
@@ -125,7 +161,11 @@ const char* Gatherer::identify(Candidate& c) {
   View& p = c.views[PARAM];
   View& g = c.views[GRAD];
   if (!p.read(part)) return "the param is not a strided tensor";
-  if (!g.read(grad_part)) return "the grad is not a strided tensor";
+  if (!g.read(grad_part)) {
+    if (!on_one_device(grad_part, part))
+      raise(PyExc_RuntimeError, c.where() + "param and grad are on two devices");
+    return "the grad is not a strided tensor";
+  }
   const auto served = [&](const View& view) {
     return view.device.type == dlpack::CPU || request_.serves(view.device);
   };
@@ -154,6 +194,11 @@ const char* Gatherer::find_states(Candidate& c) {
   c.has_step =
       schema_.rule.has_step || (c.has_formats && needs_random_bits(c.group.master, p.dtype));
   if (c.used == 0 && !c.has_step && !(c.has_formats && c.group.master != PLAIN)) return nullptr;
+  if (c.lists != nullptr) {
+    c.fresh = c.used != 0 && schema_.rule.hidden_scalars != 0 && c.listed(1, 0) == Py_None;
+    if (c.fresh) make_states(c, names._create_states, Py_False);
+    return nullptr;
+  }
 
   PyObject* known = memory_.states.find(work_.state, c.param, c.hint.position);
   if (known != nullptr && !PyDict_Check(known)) return "the state is not a dict";
@@ -167,13 +212,6 @@ const char* Gatherer::find_states(Candidate& c) {
     c.fresh = true;  // but for a remainder, say
     for (PyObject* key : schema_.state_keys) c.fresh = c.fresh && PyDict_Contains(known, key) == 0;
   }
-  const auto make = [&](PyObject* method, PyObject* last) {
-    c.held.states = c.held.created = Ref::own(PyObject_CallMethodObjArgs(
-        request_.optimizer, method, c.param, static_cast<PyObject*>(c.group.dict), last, nullptr));
-    if (!PyDict_Check(static_cast<PyObject*>(c.held.states)))
-      raise(PyExc_TypeError, "the states of a param must be a dict");
-    memory_.hold = false;
-  };
   if (known == nullptr && PyDict_CheckExact(static_cast<PyObject*>(work_.state)) &&
       !request_.asks(DRY_RUN)) {
     PyErr_SetObject(PyExc_KeyError, c.param);  // as stock: only a defaultdict makes an entry
@@ -182,7 +220,7 @@ const char* Gatherer::find_states(Candidate& c) {
   if (c.fresh && p.data == nullptr && p.numel() > 0)  // which a first state may copy
     raise(PyExc_RuntimeError, c.where() + "the param has no memory: its storage was freed");
   if (c.fresh)
-    make(names._create_states, request_.asks(SKIP_ON_DEVICE) ? Py_True : Py_False);
+    make_states(c, names._create_states, request_.asks(SKIP_ON_DEVICE) ? Py_True : Py_False);
   else
     c.held.states = Ref::share(known);
   if (!c.has_formats) return nullptr;
@@ -190,18 +228,29 @@ const char* Gatherer::find_states(Candidate& c) {
   if (fit()) return nullptr;
   if (!c.fresh) {
     const Ref others = c.held.states;
-    make(names._convert_states, others);
+    make_states(c, names._convert_states, others);
     c.held.converted = true;
     if (fit()) return nullptr;
   }
   return "states of another layout than the param's";
 }
 
+void Gatherer::make_states(Candidate& c, PyObject* method, PyObject* last) {
+  c.held.states = c.held.created = Ref::own(PyObject_CallMethodObjArgs(
+      request_.optimizer, method, c.param, static_cast<PyObject*>(c.group.dict), last, nullptr));
+  if (!PyDict_Check(static_cast<PyObject*>(c.held.states)))
+    raise(PyExc_TypeError, "the states of a param must be a dict");
+  memory_.hold = false;
+}
+
 const char* Gatherer::read_states(Candidate& c) {
   const View& p = c.views[PARAM];
   for (size_t s = 0; s < schema_.state_keys.size(); s++) {
     if (!(c.used >> s & 1)) continue;
-    PyObject* tensor = item(c.held.states, schema_.state_keys[s]);
+    PyObject* tensor = c.state(schema_, s);
+    if (c.lists != nullptr && (tensor == nullptr || !PyObject_TypeCheck(tensor, torch.tensor)))
+      raise(PyExc_TypeError,
+            c.where() + "state '" + schema_.rule.state_names[s] + "' is not a tensor");
     if (tensor == nullptr) return "a state is missing";
     const auto name = [&] { return c.where() + "state '" + schema_.rule.state_names[s] + "' "; };
     if (!PyObject_TypeCheck(tensor, torch.tensor)) return ODD_STATE;
@@ -228,10 +277,13 @@ const char* Gatherer::read_states(Candidate& c) {
   return nullptr;
 }
 
-// torch.lerp_ takes states in the grad's dtype alone.
+// torch.lerp_ takes states in the grad's dtype alone. Of lists, grads of fewer bits than the param
+// are the normal case.
 void Gatherer::check_dtypes(const Candidate& c) const {
   const unsigned lerped = schema_.rule.lerped & c.used;
-  if (lerped == 0 || (c.has_formats && c.group.state_format != STATE_AS_STOCK)) return;
+  if (lerped == 0 || c.lists != nullptr ||
+      (c.has_formats && c.group.state_format != STATE_AS_STOCK))
+    return;
   const Dtype grad = c.views[GRAD].dtype;
   const Dtype wanted =
       schema_.rule.decays_grad(c.group.options) ? promote(grad, c.views[PARAM].dtype) : grad;

@@ -32,12 +32,16 @@ constexpr const char* ODD_STATE = "a state of another type or dtype than torch.o
 
 // Borrowed references.
 struct Request {
-  PyObject*
-      optimizer;  // has `state`, `_averages`, and the methods that make first states and averages
+  // Has `state`, `_averages`, `_outputs`, and the methods that make first states and averages.
+  PyObject* optimizer;
   PyObject* groups;
   PyObject* launcher;     // launches devices' kernels (triton_kernels/launch.py); or None
   unsigned device_types;  // DLPack device types that it serves, as bits
   unsigned bits;
+  // (grads, states, scalars) for a call with lists instead of an optimizer's dicts: a list of the
+  // params' grads, a tuple with such a list for each state of the rule, empty if it is not used,
+  // and one with a list, or None, for each of its scalars. Null: there is none.
+  PyObject* lists = nullptr;
 
   bool asks(Bits bit) const { return bits & bit; }
   bool serves(const Device& device) const { return device_types >> device.type & 1; }
@@ -58,13 +62,21 @@ inline PyObject* item(PyObject* states, PyObject* wanted) {
 
 // The param under way.
 struct Candidate {
-  Candidate(Group& group, int64_t position, size_t number, PyObject* param, Hint& hint, Work& work);
+  Candidate(Group& group, int64_t position, size_t number, PyObject* param, Hint& hint, Work& work,
+            PyObject* lists);
   std::string where() const;
+  // Its grad's, state's or scalar's entry in the lists, borrowed; null: the list is empty.
+  PyObject* listed_grad() const;
+  PyObject* listed(Py_ssize_t which, size_t index) const;
+  // Borrowed; null: there is none.
+  PyObject* state(const Schema& schema, size_t s) const;
+  PyObject* scalar(const Schema& schema, size_t i) const;
 
   Group& group;
   const size_t number;  // among all params of this walk
   PyObject* const param;
-  Hint& hint;  // the last step's; `now` takes its place
+  PyObject* const lists;  // the request's
+  Hint& hint;             // the last step's; `now` takes its place
   Hint now = {};
   Held& held;  // the work's last ones, which leave it again if no kernel serves the param
   Task& task;
@@ -95,6 +107,7 @@ class Gatherer {
   const char* gather(Candidate& c);
   const char* identify(Candidate& c);
   const char* find_states(Candidate& c);
+  void make_states(Candidate& c, PyObject* method, PyObject* last);
   const char* read_states(Candidate& c);
   const char* read_scalars(Candidate& c);
   void check_scalar(const Candidate& c, size_t scalar, PyObject* tensor) const;
@@ -105,6 +118,7 @@ class Gatherer {
   const char* complete(Candidate& c);
 
   int gather_average(Candidate& c);
+  int gather_output(Candidate& c);
   void join_average(Candidate& c);
   void count_on_device(Average& average, const View& p);
   void check_dtypes(const Candidate& c) const;
@@ -119,6 +133,7 @@ class Gatherer {
   Work& work_;
   const Request& request_;
   double lowest_lr_ = 0;  // among the groups, if negative
+  Ref outputs_;           // the optimizer's: None, a dict of the params', or a list of all
   // The optimizer's (unsure.py), once asked, and whether it has some number.
   Ref unsure_;
   bool is_unsure_ = false;

@@ -27,13 +27,15 @@ enum Dtype : uint8_t { F32, F64, BF16, F16, N_DTYPES, I8, U8, I16 };
 constexpr int ITEMSIZE[] = {4, 8, 2, 2, 0, 1, 1, 2};
 
 // How a kernel reads its streams: all of one dtype, or any mix of the three that compute in
-// float32; with some of them packed, of any dtypes or bfloat16 all of them.
+// float32, in one form with all but grad and EMA in float32; with some of them packed, of any
+// dtypes or bfloat16 all of them.
 enum KernelForm : uint8_t {
   ALL_F32,
   ALL_F64,
   ALL_BF16,
   ALL_F16,
   MIXED,
+  MASTERS,
   PACKED,
   PACKED_BF16,
   N_FORMS

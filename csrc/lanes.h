@@ -89,3 +89,16 @@ inline void pack8(const Bits (&parts)[4], uint8_t* to) {
     for (int k = 0; k < LANES; k++) to[part * LANES + k] = uint8_t(parts[part][k]);
 #endif
 }
+
+// Writes 64 bytes to where a cache line begins, past the caches: memory does not read the line
+// first.
+inline void write_past_caches(const void* from, void* to) {
+#if defined(FUSED_OPTIM_AVX512)
+  _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#elif defined(FUSED_OPTIM_F16C)
+  for (int k = 0; k < 2; k++)
+    _mm256_stream_si256((__m256i*)to + k, _mm256_loadu_si256((const __m256i*)from + k));
+#else
+  std::memcpy(to, from, 64);
+#endif
+}

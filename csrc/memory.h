@@ -31,7 +31,8 @@ class Finder {
 
 // The place and the memory of a param's states in the last step.
 struct Hint {
-  Py_ssize_t position = 0, average_position = 0;  // its entries in `state` and `_averages`
+  // Its entries in `state`, `_averages` and `_outputs`.
+  Py_ssize_t position = 0, average_position = 0, output_position = 0;
   void* data[MAX_STREAMS] = {};
   int64_t numel = 0;
   PyObject* objects[MAX_STREAMS + 2] = {};  // param, states, state dict, step: to prefetch
@@ -54,7 +55,7 @@ struct Hint {
 struct Memory {
   std::vector<Hint> hints;  // one for each param, in order
   bool hold = true;         // no pointer that is written through has changed since the last step
-  Finder states, averages;
+  Finder states, averages, outputs;
   Places places;
   Written written;  // by all tasks of the last step
   std::vector<Origin> written_by;

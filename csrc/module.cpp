@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "plan.h"
 
@@ -205,9 +206,12 @@ void bind_plan(py::module_& m) {
       .def(
           "gather",
           [](Plan& plan, py::handle optimizer, py::list groups, py::handle launcher,
-             unsigned device_types, unsigned bits) {
-            return plan.gather({optimizer.ptr(), groups.ptr(), launcher.ptr(), device_types, bits});
-          })
+             unsigned device_types, unsigned bits, std::optional<py::tuple> lists) {
+            return plan.gather({optimizer.ptr(), groups.ptr(), launcher.ptr(), device_types, bits,
+                                lists ? lists->ptr() : nullptr});
+          },
+          py::arg("optimizer"), py::arg("groups"), py::arg("launcher"), py::arg("device_types"),
+          py::arg("bits"), py::arg("lists") = std::nullopt)
       .def("tasks", [](const Plan& plan) { return to_pybind(plan.tasks()); })
       .def("fallbacks", [](const Plan& plan) { return to_pybind(plan.fallbacks()); })
       .def("averages_left", [](const Plan& plan) { return to_pybind(plan.averages_left()); })
@@ -287,6 +291,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SCALE_BLOCK") = SCALE_BLOCK;
   m.attr("SMALLEST_INT8") = SMALLEST_INT8;
   m.def("rules", &describe_rules);
+  m.def(
+      "sum_of_squares",
+      [](py::list grads, int num_threads) {
+        return to_pybind(fused_optim::sum_of_squares(grads.ptr(), num_threads));
+      },
+      py::arg("grads"), py::arg("num_threads"));
   m.def("prepare", &prepare, py::arg("rule"), py::arg("options"), py::arg("scalars"));
   m.def("advance", &advance, py::arg("rule"), py::arg("options"), py::arg("scalars"),
         py::arg("in_float32"));

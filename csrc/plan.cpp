@@ -6,12 +6,13 @@ namespace fused_optim {
 
 namespace {
 
-// The bytes that a kernel reads and writes for one tensor; a step count is not worth counting.
-int64_t moved_nbytes(const Task& task) {
+// The bytes that a kernel reads and writes for one tensor, whose EMA may be an output, which is not
+// read; a step count is not worth counting.
+int64_t moved_nbytes(const Task& task, bool has_output) {
   int64_t nbytes = 0;
   for (int s = 0; s < MAX_STREAMS; s++) {
     if (!(task.streams >> s & 1)) continue;
-    const int times = task.written >> s & 1 ? 2 : 1;
+    const int times = (task.written >> s & 1) && !(s == EMA && has_output) ? 2 : 1;
     nbytes += times * task.slice.numel * ITEMSIZE[task.slice.dtypes[s]];
     if (task.slice.packing != nullptr)
       nbytes += times * extra_nbytes(task.slice.packing->storage[s], task.slice.numel);
@@ -37,6 +38,7 @@ unsigned Plan::gather(const Request& request) {
   work_.clear();
   state_dicts_.clear();
   grad_write_ = request.grad_write();
+  lists_ = Ref::share(request.lists);
   return Gatherer(schema_, memory_, work_, request).run();
 }
 
@@ -45,10 +47,12 @@ Ref Plan::tasks() const {
   for (size_t t = 0; t < work_.tasks.size(); t++) {
     const Task& task = work_.tasks[t];
     const Origin& origin = work_.held[t].origin;
+    const int average = work_.held[t].average;
+    const bool has_output = average >= 0 && work_.averages[average].entry == nullptr;
     const Ref entry = Ref::own(Py_BuildValue(
         "(LLOLOO)", static_cast<long long>(origin.group), static_cast<long long>(origin.index),
-        as_bool(task.device >= 0), static_cast<long long>(moved_nbytes(task)),
-        as_bool(task.streams >> EMA & 1), as_bool(task.layout >= 0)));
+        as_bool(task.device >= 0), static_cast<long long>(moved_nbytes(task, has_output)),
+        as_bool((task.streams >> EMA & 1) && !has_output), as_bool(task.layout >= 0)));
     append(found, entry);
   }
   return found;
@@ -74,6 +78,28 @@ Ref Plan::sum_of_squares(int num_threads) {
   Py_BEGIN_ALLOW_THREADS sum = fused_optim::sum_of_squares(grads, work_.layouts, num_threads);
   Py_END_ALLOW_THREADS return Ref::own(
       Py_BuildValue("(dOO)", sum.squares, as_bool(sum.nonfinite), static_cast<PyObject*>(sharded)));
+}
+
+Ref sum_of_squares(PyObject* grads, int num_threads) {
+  std::vector<NormTask> tasks;
+  std::vector<Layout> layouts;
+  std::vector<Ref> held;
+  const Ref others = Ref::own(PyList_New(0));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); i++) {
+    PyObject* const grad = PyList_GET_ITEM(grads, i);
+    View view;
+    if (is_plain(grad) && view.read(grad) && view.device.type == dlpack::CPU &&
+        view.dtype != N_DTYPES && (view.data != nullptr || view.numel() == 0)) {
+      held.push_back(Ref::share(grad));
+      tasks.push_back(norm_task(view, layouts));
+    } else {
+      append(others, grad);
+    }
+  }
+  Sum sum;
+  Py_BEGIN_ALLOW_THREADS sum = sum_of_squares(tasks, layouts, num_threads);
+  Py_END_ALLOW_THREADS return Ref::own(
+      Py_BuildValue("(dO)", sum.squares, static_cast<PyObject*>(others)));
 }
 
 Ref Plan::tasks_to_stage() const {
@@ -129,10 +155,20 @@ void Plan::begin_commit() {
   Ref::own(PyObject_CallOneArg(torch.increment_version, changed));
   for (const Held& held : work_.held) {
     if (!work_.has_new_states) break;
-    if (held.created == nullptr) continue;
+    if (held.created == nullptr || lists_ != nullptr) continue;
     state_dicts_.push_back(Ref::own(PyObject_GetItem(work_.state, held.param)));
     if (!PyDict_Check(static_cast<PyObject*>(state_dicts_.back())))
       raise(PyExc_TypeError, "a param's state must be a dict");
+  }
+}
+
+void Plan::enter_created(const Held& held) const {
+  PyObject* const lists = PyTuple_GET_ITEM(static_cast<PyObject*>(lists_), 1);
+  for (size_t s = 0; s < schema_.state_keys.size(); s++) {
+    PyObject* const state = item(held.created, schema_.state_keys[s]);
+    PyObject* const list = PyTuple_GET_ITEM(lists, static_cast<Py_ssize_t>(s));
+    if (state != nullptr && held.origin.index < PyList_GET_SIZE(list))
+      PyList_SetItem(list, held.origin.index, Ref::share(state).release());
   }
 }
 
@@ -173,6 +209,10 @@ Ref Plan::commit(double clip, double grad_scale, int num_threads) {
           PyDict_SetItem(held.states, scalar.key, scalar.object) != 0)
         throw PythonError();
     if (held.created == nullptr) continue;
+    if (lists_ != nullptr) {
+      enter_created(held);
+      continue;
+    }
     PyObject* entry = state_dicts_[next++];
     if (PyDict_Update(entry, held.created) != 0) throw PythonError();
     if (held.converted) remove_nones(entry);

@@ -6,6 +6,9 @@
 
 namespace fused_optim {
 
+// Over a list of grads. Returns (sum, those that no kernel reads).
+Ref sum_of_squares(PyObject* grads, int num_threads);
+
 class Plan {
  public:
   explicit Plan(const std::string& rule) : schema_(rule) {}
@@ -43,15 +46,19 @@ class Plan {
   void release() {
     work_.clear();
     state_dicts_.clear();
+    lists_ = Ref();
   }
 
  private:
+  void enter_created(const Held& held) const;
+
   const Schema schema_;
   Memory memory_;
   Work work_;
   Tables tables_;
   GradWrite grad_write_ = KEPT;
   std::vector<Ref> state_dicts_;  // of the tasks with new states, in `state`
+  Ref lists_;                     // the request's, for new states
 };
 
 }  // namespace fused_optim

@@ -51,7 +51,7 @@ class Ref {
 // clang-format off
 #define FUSED_OPTIM_NAMES(X) \
   X(_averages) X(_check_options) X(_convert_states) X(_create_average) X(_create_states) \
-  X(_local_tensor) X(_origin) X(_spec) X(_unsure) X(begin_step) X(capturable) X(device) X(differentiable) \
+  X(_local_tensor) X(_origin) X(_outputs) X(_spec) X(_unsure) X(begin_step) X(capturable) X(device) X(differentiable) \
   X(ema_decay) X(ema_warmup) X(fused) X(item) X(master) X(maximize) X(mesh) X(nbytes) X(number_of) \
   X(param_remainder) X(params) X(placements) X(rounding_seed) X(scalar) X(shape) \
   X(state) X(state_dtype) X(step) X(storage_offset) X(untyped_storage)

@@ -6,10 +6,6 @@
 using LoadTile = void (*)(const Slice& slice, int s, int64_t i, float* to);
 using StoreTile = void (*)(const Slice& slice, int s, int64_t i, const float* from);
 
-template <class S>
-inline S* at(const Slice& slice, int s, int64_t i) {
-  return static_cast<S*>(slice.streams[s]) + i;
-}
 inline uint16_t& scale_at(const Slice& slice, int s, int64_t i) {
   return slice.packing->scales[s][(slice.first + i) / SCALE_BLOCK];
 }
@@ -37,7 +33,7 @@ inline void load_bf16(const Slice& slice, int s, int64_t i, float* __restrict to
   for (int k = 0; k < SCALE_BLOCK; k++) to[k] = decode_bf16(from[k]);
 }
 inline void store_bf16(const Slice& slice, int s, int64_t i, const float* from) {
-  encode_nearest_bf16(from, at<uint16_t>(slice, s, i));
+  encode_nearest_bf16<SCALE_BLOCK>(from, at<uint16_t>(slice, s, i));
 }
 inline void load_f16(const Slice& slice, int s, int64_t i, float* to) {
   for (int k = 0; k < SCALE_BLOCK; k += TILE) Float16::load(at<uint16_t>(slice, s, i + k), to + k);
@@ -82,7 +78,7 @@ void store_split(const Slice& slice, int s, int64_t i, const float* from) {
 struct Packed {
   using compute = float;
   static constexpr bool rounds = true;
-  static constexpr bool roots = true;
+  static constexpr bool roots = true, past_caches = false;
   static constexpr int tile = SCALE_BLOCK;
   LoadTile loads[MAX_STREAMS];
   StoreTile stores[MAX_STREAMS];
@@ -97,6 +93,7 @@ struct Packed {
     }
   }
   static int itemsize(Dtype dtype) { return ITEMSIZE[dtype]; }
+  static constexpr int fetched(int) { return 0; }
 
   // Memory in which the kernel works on a stream: the stream's own for a float32 param, and for a
   // float32 grad that is only read; else the buffer. (For the states, copies are faster.)

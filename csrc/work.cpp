@@ -75,17 +75,22 @@ NormTask norm_task(Work& work, size_t t) {
   const Slice& slice = task.slice;
   // A DTensor's norm includes the parts of other processes: Python sums it (clipping.py).
   const int64_t numel = task.is_sharded ? 0 : slice.numel;
-  NormTask norm = {slice.streams[GRAD], slice.dtypes[GRAD], numel, -1};
+  const NormTask norm = {slice.streams[GRAD], slice.dtypes[GRAD], numel, -1};
   View grad;
   if (task.layout < 0 || numel == 0 || !grad.read(work.held[t].parts[GRAD])) return norm;
+  std::vector<Layout> layouts;
+  const NormTask own = norm_task(grad, task.device < 0 ? work.layouts : layouts);
+  return layouts.empty() ? own : norm;  // a device's copy is dense
+}
+
+NormTask norm_task(const View& grad, std::vector<Layout>& layouts) {
+  NormTask norm = {grad.data, grad.dtype, grad.numel(), -1};
   const int64_t* strides[MAX_STREAMS] = {};
   strides[GRAD] = grad.strides;
   Layout layout;
-  if (layout.build(grad.ndim, grad.shape, strides, 1u << GRAD)) {
-    norm.grad = grad.data;       // dense in an order of its own
-  } else if (task.device < 0) {  // else its copy is dense
-    norm.layout = static_cast<int>(work.layouts.size());
-    work.layouts.push_back(std::move(layout));
+  if (norm.numel > 0 && !layout.build(grad.ndim, grad.shape, strides, 1u << GRAD)) {
+    norm.layout = static_cast<int>(layouts.size());  // dense in no order
+    layouts.push_back(std::move(layout));
   }
   return norm;
 }

@@ -59,7 +59,8 @@ struct Work {
   void clear();
 };
 
-// The grad of one task, for the norm of all grads.
+// The grad of one task, for the norm of all grads; any tensor, with its layout where it needs one.
 NormTask norm_task(Work& work, size_t task);
+NormTask norm_task(const View& grad, std::vector<Layout>& layouts);
 
 }  // namespace fused_optim

@@ -1,7 +1,7 @@
 """Drop-in torch.optim optimizers on multi-tensor kernels that run at the memory bus's speed."""
 
 from fused_optim import optimizers
-from fused_optim.backends import config, show_config
+from fused_optim.backends import config, set_num_threads, show_config
 from fused_optim.grad_scaler import GradScaler
 from fused_optim.optimizer import Fallback, FusedOptimizer, StepReport
 from fused_optim.optimizers import *  # noqa: F403
@@ -22,6 +22,7 @@ __all__ = [
     "patch",
     "patched",
     "release_gradients",
+    "set_num_threads",
     "show_config",
     "unpatch",
 ]

@@ -67,15 +67,19 @@ def weight(decay: Any, warmup: bool, n_averaged: Any) -> Any:
 
 
 @torch.no_grad()
-def move(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None) -> None:
+def move(left: list[tuple[Tensor, Any, Any]], found_inf: Tensor | None = None) -> None:
     """Move these averages towards their params by their weights, and count that.
 
     Args:
-        left: a pair (decay, warmup) stands for the weight where n_averaged is a tensor.
+        left: a pair (decay, warmup) stands for the weight where n_averaged is a tensor; None for an output,
+            a tensor that takes the place of the entry and becomes a copy.
         found_inf: not 0 if the step is skipped, where the device alone knows that.
     """
     together: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for param, entry, towards in left:
+        if towards is None:
+            entry.copy_(param)
+            continue
         ema = entry[0]
         if isinstance(towards, tuple):
             decay, warmup = towards
@@ -93,7 +97,7 @@ def move(left: list[tuple[Tensor, Entry, Any]], found_inf: Tensor | None = None)
     for (_, _, towards), (emas, params) in together.items():
         torch._foreach_lerp_(emas, params, towards)  # pyright: ignore[reportPrivateImportUsage]
     for _, entry, towards in left:
-        if not isinstance(towards, tuple):
+        if towards is not None and not isinstance(towards, tuple):
             entry[1] += 1
 
 

@@ -148,6 +148,38 @@ def codec() -> ModuleType | None:
     return kernels if isinstance(kernels, ModuleType) else None
 
 
+_n_threads: int | None = None
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Set the number of threads of the CPU's kernels in this process; torch's own setting stays.
+
+    Processes that engines start with ``OMP_NUM_THREADS=1`` keep torch at one thread, and step with more. A
+    process that is pinned to some cores has no more than these, whatever its number of threads.
+
+    Args:
+        num_threads: at least 1; None: ``torch.get_num_threads()``, as before the first call.
+
+    Raises:
+        ValueError: num_threads is less than 1, or no int.
+    """
+    global _n_threads
+    _n_threads = None if num_threads is None else check_num_threads(num_threads)
+
+
+def num_threads() -> int:
+    """The number of threads that the CPU's kernels use at most."""
+    return torch.get_num_threads() if _n_threads is None else _n_threads
+
+
+def check_num_threads(given: Any) -> int:
+    if type(given) is not int or given < 1:
+        raise ValueError(
+            f"Invalid num_threads: {given!r}; it must be an int of at least 1, or None"
+        )
+    return given
+
+
 def config() -> dict[str, Any]:
     """Describe what is installed and in use.
 
@@ -175,7 +207,7 @@ def config() -> dict[str, Any]:
         "why_no_cpu_kernels": None if loaded is not None else kernels,
         "isa": loaded.isa() if loaded is not None else None,
         "isas_available": loaded.isas() if loaded is not None else [],
-        "threads": torch.get_num_threads(),
+        "threads": num_threads(),
         "openmp": loaded.openmp_library() if loaded is not None else None,
         "torch": torch.__version__,
         "triton": metadata.version("triton") if has_triton else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_optim import sharding
+from fused_optim import backends, sharding
 from fused_optim.options import check_flags, check_max_grad_norm
 from fused_optim.wrappers import unwrapped
 
@@ -141,7 +141,7 @@ def decide(
         squares, nonfinite = 0.0, False
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     else:
-        squares, nonfinite, sharded = plan.sum_of_squares(torch.get_num_threads())
+        squares, nonfinite, sharded = plan.sum_of_squares(backends.num_threads())
         left = [optimizer.param_groups[g]["params"][i].grad for g, i, _ in plan.fallbacks() or ()]
         grads = left + sharded
     if launcher is not None:

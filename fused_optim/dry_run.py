@@ -115,6 +115,7 @@ class DryRun:
         # A plan asks an optimizer for these two and the methods below.
         self.state: dict[Tensor, Any] = {}
         self._averages: averages.Averages = {}
+        self._outputs = None
         self._made: set[int] = set()
         self.n_assumed_grads = 0
         self.groups = [

@@ -127,7 +127,7 @@ class Explanation:
 
 def explain(optimizer: FusedOptimizer, *, measure: bool) -> Explanation:
     """See :meth:`FusedOptimizer.explain`."""
-    dry_run, n_threads = DryRun(optimizer), torch.get_num_threads()
+    dry_run, n_threads = DryRun(optimizer), backends.num_threads()
     bandwidths: dict[torch.device, float] = {}
     alike: dict[Any, list[int]] = {}
     for g, (group, params) in enumerate(zip(optimizer.param_groups, dry_run.groups)):

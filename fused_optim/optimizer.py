@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from fused_optim import averages, backends, checkpoint, clipping, options, sharding, storage, unsure
+from fused_optim import outputs as outputs_of
 from fused_optim.options import GroupOption, KernelOptions
 from fused_optim.step import step_groups
 from fused_optim.tracing import check_graph_capture, left_to_the_interpreter
@@ -87,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _clipping: clipping.Clipping | None = None  # there once an option of it is in use
     _group_options: dict[str, Any] | None = None  # what a new param group gets
     _averages: averages.Averages  # param -> entry
+    _outputs: dict[Tensor, Tensor] | None = None  # param -> what gets its new values
     _unsure: unsure.Unsure
     _found_inf_to_report: Tensor  # there while a GradScaler waits for it
     _why_no_step: str | None = None  # the params do not hold what a step moves
@@ -344,6 +346,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         where = f" in param group {index}"
         options.check_averaging(group, where)
         options.check_formats(group, where)
+
+    def set_outputs(self, outputs: Mapping[Tensor, Tensor] | None) -> None:
+        """Have each step leave the params' new values in other tensors too, in its own pass over them.
+
+        So float32 params here and a bfloat16 model elsewhere need no copies beside the step. The tensors are
+        filled at once. A step that is skipped, or has no grad for the param, leaves them alone; so does
+        whatever else changes params, ``load_state_dict`` say. They are no part of the state.
+
+        Args:
+            outputs: param -> tensor of its shape and a floating-point dtype, on any device. They take the
+                place of what was set before. None, or nothing: no outputs.
+
+        Raises:
+            TypeError: an output is no tensor.
+            ValueError: a key is no param of this optimizer; an output has another shape or kind of dtype, or
+                shares memory with a param or another output. Nothing was set.
+        """
+        outputs_of.register(unwrapped(self), outputs)
 
     def _description(self) -> dict[str, Any]:
         """The rule's names, as csrc/rules.h has them."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from fused_optim import averages, backends, clipping, fallback, options
+from fused_optim import averages, backends, clipping, fallback, options, outputs
 from fused_optim.tracing import WATCHED, n_dispatch_modes
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
         bits = _bits(kernels, optimizer, scaling, measures, launcher if device_types else None)
         todo = plan.gather(optimizer, groups, launcher, device_types, bits)
         if todo == 0:  # nothing to decide
-            outcome = plan.commit(1.0, 0.0, torch.get_num_threads())
+            outcome = plan.commit(1.0, 0.0, backends.num_threads())
         else:
             outcome = _decide_and_commit(optimizer, scaling, kernels, plan, launcher, todo)
         if optimizer._averages:
@@ -119,6 +118,7 @@ def _step_without_kernels(
     if fallbacks:
         fallback.write(fallback.step(optimizer, fallbacks, clip))
     averages.move_params(optimizer, groups, set())
+    outputs.copy_all(optimizer)
     return 0, 0, fallbacks
 
 
@@ -143,7 +143,7 @@ def _decide_and_commit(
     not_averaged = plan.averages_left() if todo & kernels.AVERAGES else []
     # A clip that the device alone knows leaves no tensor to the CPU's kernels.
     clip_on_cpu = 1.0 if isinstance(clip, Tensor) else clip
-    grad_scale, n_threads = scaling.number() if on_cpu else 0.0, torch.get_num_threads()
+    grad_scale, n_threads = scaling.number() if on_cpu else 0.0, backends.num_threads()
     # Ctrl-C interrupts calls of Python's: from the first write on, there are as few as can be.
     left = fallback.step(optimizer, plan.fallbacks(), clip) if falls_back else []
     if todo & kernels.DEVICES:

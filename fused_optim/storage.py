@@ -139,7 +139,7 @@ def _transcode(
         values=values.data_ptr(),
         numel=stream.numel(),
         key=key,
-        num_threads=torch.get_num_threads(),
+        num_threads=backends.num_threads(),
         offset=first,
     )
 
