@@ -263,6 +263,9 @@ struct Masters : Mixed {
         past_caches(goes_past_caches(slice)),
         grad_size(ITEMSIZE[slice.dtypes[GRAD]]),
         ema_size(ITEMSIZE[slice.dtypes[EMA]]) {}
+  ~Masters() {
+    if (past_caches) fence_past_caches();
+  }
   inline int fetched(int s) const { return s == GRAD ? grad_size : s == EMA ? ema_size : 4; }
   static inline void load(const Slice& slice, int s, int64_t i, float* to) {
     if (is_float32(s))

@@ -91,7 +91,7 @@ inline void pack8(const Bits (&parts)[4], uint8_t* to) {
 }
 
 // Writes 64 bytes to where a cache line begins, past the caches: memory does not read the line
-// first.
+// first. Other threads see them behind a fence.
 inline void write_past_caches(const void* from, void* to) {
 #if defined(FUSED_OPTIM_AVX512)
   _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
@@ -100,5 +100,10 @@ inline void write_past_caches(const void* from, void* to) {
     _mm256_stream_si256((__m256i*)to + k, _mm256_loadu_si256((const __m256i*)from + k));
 #else
   std::memcpy(to, from, 64);
+#endif
+}
+inline void fence_past_caches() {
+#if defined(FUSED_OPTIM_AVX512) || defined(FUSED_OPTIM_F16C)
+  _mm_sfence();
 #endif
 }
