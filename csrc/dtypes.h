@@ -301,7 +301,7 @@ struct Masters : Mixed {
   }
   // Large outputs are read later, or by another device.
   static bool goes_past_caches(const Slice& slice) {
-    return slice.ema_weight == 1 && slice.numel >= 65536 && ITEMSIZE[slice.dtypes[EMA]] == 2 &&
+    return slice.ema_weight == 1 && slice.numel >= 16384 && ITEMSIZE[slice.dtypes[EMA]] == 2 &&
            reinterpret_cast<uintptr_t>(slice.streams[EMA]) % 64 == 0;
   }
 };

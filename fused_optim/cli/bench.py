@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_optim.cli import agreement, contestants, memory, peers, phase, progress, results, timing
+from fused_optim.cli import (
+    agreement,
+    contestants,
+    memory,
+    offload,
+    peers,
+    phase,
+    progress,
+    results,
+    timing,
+)
 from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
 from fused_optim.cli.device import CPU, Device, EventTimer, rotate
 from fused_optim.cli.peers import Lineup, Peer
@@ -152,7 +162,13 @@ def _measure(
     by_device = device.new_event is not None and workload.timed == "step"
     copy: timing.Step | None = None
     timer: timing.Timer | None = None
-    if workload.phase is None:
+    if workload.offload:
+        admitted, not_measured = _admit(workload, quick, device, lineup)
+        _check_memory(workload, 2 + len(admitted), device)
+        watch.stage("first steps")
+        entrants = offload.enter(workload, contestants.make_params(workload), admitted)
+        entrants.not_measured.update(not_measured)
+    elif workload.phase is None:
         entrants = _enter(workload, quick, device, lineup, watch, rotates=by_device)
         if by_device:
             copy, timer = _copy_and_timer(device)

@@ -45,7 +45,7 @@ class Choice:
 class Entrants:
     """All who are timed on one workload, past their first step.
 
-    ours: the optimizer under test; of several, the first.
+    ours: the optimizer under test; of several, the first. Of it, what the last step did is read.
     steps: contestant -> its step.
     baselines: those that the ratio may compare with; none where torch.optim takes no such workload.
     nbytes: that our step reads and writes.
@@ -56,7 +56,7 @@ class Entrants:
     stock_calls: part of a phase -> what does it in STOCK_CALLS; none but for phases.
     """
 
-    ours: FusedOptimizer
+    ours: Any
     steps: dict[str, Step]
     baselines: list[str]
     nbytes: int
@@ -254,7 +254,7 @@ def device_copy(device: torch.device, nbytes: int) -> Step:
     return lambda: target.copy_(source)
 
 
-def fallbacks(ours: FusedOptimizer) -> list[str]:
+def fallbacks(ours: Any) -> list[str]:
     """Distinct reasons for which tensors of the last step were left to torch.optim."""
     assert ours.last_step is not None  # measured: it has stepped
     return sorted({fallback.reason for fallback in ours.last_step.fallbacks})

@@ -64,7 +64,9 @@ class Peer:
         if workload.format not in self.formats and (workload.formats or self.formats):
             return "keeps other states"
         plain = workload.timed == "step" and workload.dtype == torch.float32
-        if self.compiles and (workload.n_tensors > MOST_COMPILED_TENSORS or workload.phase):
+        if self.compiles and (
+            workload.n_tensors > MOST_COMPILED_TENSORS or workload.phase or workload.offload
+        ):
             return "compiles for too long"
         if self.compiles and not by_name and (quick or not plain):
             return "compiles for too long"

@@ -84,6 +84,8 @@ class Workload:
     timed: "step": until the work is done, on a GPU by the device's own time; "call": by the host's,
         until step() returns, with nothing in the device's queue before.
     phase: what is timed instead of the step alone; stock's calls are then the baseline.
+    offload: in how many calls the step of float32 masters is made, from bfloat16 grads and to bfloat16
+        outputs; the baseline is torch's calls for that, or, of several calls, one. 0: no such step.
     switched: whether the step is one whose options of one pass were on before and are off again. The
         baseline is then our own optimizer that never had one.
     threads: of the CPU, for this row; None: as many as for all.
@@ -104,6 +106,7 @@ class Workload:
     format: str = OWN
     timed: str = "step"
     phase: Phase | None = None
+    offload: int = 0
     switched: bool = False
     threads: int | None = None
     quick: bool = True
@@ -215,6 +218,20 @@ def _format_rows(quick: bool, targets: dict[str, Target]) -> list[Workload]:
     ]  # fmt: skip
 
 
+def _offload_rows(gpt2_title: str, gpt2: Shapes) -> list[Workload]:
+    """The host's half of offloaded training."""
+    title, whole = "AdamW, float32 masters, bf16 grads and outputs", Target(ratio=2.0, probe=0.95)
+    large: Shapes = [(4096, 4096)] * 4
+    in_pieces = f"{title}, 8 pieces from a thread, {gpt2_title}"
+    return [
+        Workload("offload-gpt2", f"{title}, {gpt2_title}", "AdamW", gpt2, whole, offload=1),
+        Workload(
+            "offload-64m", f"{title}, 64 M params", "AdamW", large, whole, offload=1, quick=False
+        ),
+        Workload("offload-pieces", in_pieces, "AdamW", gpt2, Target(0.97), offload=8, quick=False),
+    ]
+
+
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
 # The name of the pseudo row that measures memory instead of time.
 MEMORY = "memory"
@@ -293,6 +310,7 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
         if threads is None
         else [threads],
     )
+    rows += _offload_rows(gpt2_title, gpt2)
     rows.append(
         Workload(
             "small-switched", "AdamW, 2,000 x 256, options on and off again", "AdamW", small,
