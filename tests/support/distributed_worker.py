@@ -163,6 +163,34 @@ def _fsdp2_clips(folder: Path) -> None:
         assert not full(param.grad).any()
 
 
+@scenario("fsdp2-offload")
+def _fsdp2_offload(folder: Path) -> None:
+    """CPUOffloadPolicy: masters and states in host memory, outputs for what else reads the params."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    for name in NAMES:
+        models = []
+        for policy in ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}):
+            model = make_model()
+            mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+            precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            for layer in (model[0], model[2], model[4], model):
+                fully_shard(layer, mesh=mesh, mp_policy=precision, **policy)
+            opt = make_optimizer(name, model.parameters())
+            outputs = {
+                param: torch.zeros_like(param, dtype=torch.bfloat16, requires_grad=False)
+                for param in model.parameters()
+            }
+            opt.set_outputs(outputs)
+            train(model, opt, range(3))
+            assert_served(opt)
+            for param, output in outputs.items():
+                assert torch.equal(full(output), full(param).bfloat16())
+            models.append(model)
+        assert_model_is(*models)
+
+
 @scenario("fsdp1")
 def _fsdp1(folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
