@@ -112,10 +112,10 @@ class DryRun:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._by_id: dict[int, DryParam] = {}
-        # A plan asks an optimizer for these two and the methods below.
+        # A plan asks an optimizer for these and the methods below.
         self.state: dict[Tensor, Any] = {}
         self._averages: averages.Averages = {}
-        self._outputs = None
+        self._outputs: dict[Tensor, Tensor] = {}
         self._made: set[int] = set()
         self.n_assumed_grads = 0
         self.groups = [
@@ -141,6 +141,9 @@ class DryRun:
         if entry is not None and group.get("ema_decay") is not None:
             self._averages[tensor] = entry
             seen.average = entry[0]
+        output = (self._optimizer._outputs or {}).get(param)
+        if output is not None:
+            self._outputs[tensor] = output
         self._by_id[id(tensor)] = seen
         return seen
 

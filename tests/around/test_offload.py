@@ -1,6 +1,8 @@
 """Loops of the shape of engines that step on the host: ZeRO-Offload, HybridDeviceOptimizer."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +107,31 @@ def test_an_optimizer_for_each_tensor() -> None:
             opt.step()
         whole.step()
     assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "has_output", "held", "moved"),
+    [
+        (torch.float32, {}, True, 12, 30),
+        (torch.float32, {"state_dtype": torch.bfloat16}, True, 8, 22),
+        (torch.float32, {"state_dtype": "int8"}, True, 6.06, 18.1),
+        (torch.bfloat16, {"master": "split16", "state_dtype": torch.bfloat16}, False, 8, 18),
+        (torch.bfloat16, {"master": "split8", "state_dtype": "int8"}, False, 5.06, 12.1),
+    ],
+)
+def test_bytes_that_the_page_says(
+    dtype: torch.dtype, options: dict, has_output: bool, held: float, moved: float
+) -> None:
+    """docs/offload.md, per parameter: params with states; what a step moves."""
+    param = nn.Parameter(torch.zeros(64_000, dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    opt = fused_optim.AdamW([param], **options)
+    if has_output:
+        opt.set_outputs({param: torch.zeros_like(param, dtype=torch.bfloat16)})
+    opt.step()
+    said = opt.explain()
+    numel = param.numel()
+    assert (param.nbytes + said.state_nbytes) / numel == pytest.approx(held, abs=0.005)
+    assert said.step_nbytes / numel == pytest.approx(moved, abs=0.05)
+    page = (Path(__file__).parents[2] / "docs/offload.md").read_text()
+    assert re.search(rf"\| {held} and \d \| {moved} \|", page)
