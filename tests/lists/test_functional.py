@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_optim
 from fused_optim import _C, functional
 from support.cases import CASE_IDS, CASES, OF_TORCH, Case, stock_class
-from support.program import assert_same_bits
+from support.program import assert_same_bits, wild
 from support.twins import Run, assert_close
 
 FUNCTIONS = {"AdamWScheduleFree": "adamw_schedule_free"}
@@ -149,6 +150,34 @@ def test_grads_of_16_bits_outputs_scale_and_clip_in_one_pass(
         if in_one_pass:
             assert_same_bits(outputs, [param.to(output) for param in run.params])
     assert_same_bits(runs[0].harvest(), runs[1].harvest())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bits_of_every_instruction_set_number_of_threads_and_alignment(
+    grad_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """With subnormals, infinities and NaN; outputs that go past the caches and such that do not."""
+    numel, isa, found = 100_003, _C.isa(), []
+    try:
+        for name, threads, offset in itertools.product(_C.isas(), (1, 3), (0, 32, 1)):
+            _C.set_isa(name)
+            master = wild(numel, torch.float32, 0).clone()
+            outputs = torch.zeros(numel + 64, dtype=dtype)[offset : offset + numel]
+            states = [torch.zeros_like(master) for _ in range(2)]
+            for step in range(2):
+                grad = wild(numel, grad_dtype, step + 1)
+                functional.adamw(
+                    [master], [grad], [states[0]], [states[1]], [], [torch.tensor(float(step))],
+                    beta1=0.9, beta2=0.99, lr=0.1, weight_decay=0.01, eps=1e-8, amsgrad=False,
+                    maximize=False, outputs=[outputs], num_threads=threads,
+                )  # fmt: skip
+            assert_same_bits([outputs], [master.to(dtype)])
+            found.append([master, *states, outputs])
+    finally:
+        _C.set_isa(isa)
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
 
 
 def test_pieces_from_several_threads_have_the_bits_of_the_whole() -> None:
