@@ -47,6 +47,7 @@ int Averages::add(Average average) {
 
 void Averages::leave(int index) {
   all_[index].in_kernel = false;
+  all_[index].is_left = true;
   are_left_ = true;
 }
 
@@ -59,7 +60,7 @@ bool Averages::host_counts() const {
 Ref Averages::left() const {
   const Ref left = Ref::own(PyList_New(0));
   for (const Average& average : all_) {
-    if (average.in_kernel) continue;
+    if (!average.is_left) continue;
     PyObject *param = average.param, *entry = average.entry;
     const Ref item = Ref::own(
         entry == nullptr
@@ -138,8 +139,8 @@ int Gatherer::gather_average(Candidate& c) {
 // Returns the index of an average that is the param's output; -1: it has none.
 int Gatherer::gather_output(Candidate& c) {
   PyObject* output = nullptr;
-  if (PyList_Check(outputs_))
-    output = list_item(outputs_, static_cast<Py_ssize_t>(c.number));
+  if (c.lists != nullptr)
+    output = PyTuple_GET_ITEM(static_cast<PyObject*>(outputs_), c.held.origin.index);
   else
     output = memory_.outputs.find(outputs_, c.param, c.hint.output_position);
   if (output == nullptr || output == Py_None) return -1;

@@ -23,10 +23,10 @@ struct Averaging {
 struct Average {
   Ref param, entry, tensor;  // entry: the list [average, n_averaged]; none: `tensor` is an output
   Averaging how;
-  bool is_new = false;     // `_averages` lacks this entry, or has one that no longer fits
-  bool in_kernel = false;  // else torch moves it
-  double weight = 0;       // if the host counts
-  Scalar n_averaged;       // if the host counts, its object is Python's number after the step
+  bool is_new = false;  // `_averages` lacks this entry, or has one that no longer fits
+  bool in_kernel = false, is_left = false;  // what is left torch moves
+  double weight = 0;                        // if the host counts
+  Scalar n_averaged;  // if the host counts, its object is Python's number after the step
 };
 
 // Those of one step.

@@ -171,7 +171,6 @@ const char* Gatherer::complete(Candidate& c) {
   c.now.position = c.hint.position;
   c.now.average_position = c.hint.average_position;
   c.now.output_position = c.hint.output_position;
-  c.now.objects[PARAM] = c.param;
   c.now.objects[MAX_STREAMS] = c.held.states;
   c.hint = c.now;
   return nullptr;

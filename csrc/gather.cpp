@@ -45,13 +45,14 @@ std::string Candidate::where() const {
 }
 
 PyObject* Candidate::listed_grad() const {
-  return list_item(PyTuple_GET_ITEM(lists, 0), held.origin.index);
+  return PyTuple_GET_ITEM(PyTuple_GET_ITEM(lists, 0), held.origin.index);
 }
 
 PyObject* Candidate::listed(Py_ssize_t which, size_t index) const {
-  PyObject* list = PyTuple_GET_ITEM(PyTuple_GET_ITEM(lists, which), static_cast<Py_ssize_t>(index));
-  if (list == Py_None || PyList_GET_SIZE(list) == 0) return nullptr;
-  return list_item(list, held.origin.index);
+  PyObject* found =
+      PyTuple_GET_ITEM(PyTuple_GET_ITEM(lists, which), static_cast<Py_ssize_t>(index));
+  if (found == Py_None || PyTuple_GET_SIZE(found) == 0) return nullptr;
+  return PyTuple_GET_ITEM(found, held.origin.index);
 }
 
 PyObject* Candidate::state(const Schema& schema, size_t s) const {
@@ -95,9 +96,7 @@ unsigned Gatherer::run() {
                   request_.lists);
       const char* reason = gather(c);
       if (reason == nullptr) continue;
-      // The output of what is not stepped is what it was.
-      const bool is_average = c.average >= 0 && work_.averages[c.average].entry != nullptr;
-      if (is_average || (c.average >= 0 && reason != NO_GRAD)) work_.averages.leave(c.average);
+      if (c.average >= 0) work_.averages.leave(c.average);
       if (reason != NO_GRAD) work_.fall_back(c.held.origin, reason);
       work_.held.pop_back();
       work_.tasks.pop_back();
@@ -126,16 +125,17 @@ unsigned Gatherer::run() {
 }
 
 const char* Gatherer::gather(Candidate& c) {
-  const char* reason = nullptr;
   if (c.group.averaging.on) c.average = gather_average(c);
-  if (outputs_ != Py_None) {
+  const char* reason = identify(c);
+  if (reason == NO_GRAD) return reason;
+  if (outputs_ != Py_None) {  // that of what is not stepped is what it was
     const int output = gather_output(c);
     if (c.average < 0)
       c.average = output;
     else if (output >= 0)
       work_.averages.leave(output);
   }
-  if ((reason = identify(c)) || (reason = find_states(c)) || (reason = read_states(c)) ||
+  if (reason != nullptr || (reason = find_states(c)) || (reason = read_states(c)) ||
       (reason = read_scalars(c)) || (reason = lay_out(c)))
     return reason;
   return complete(c);
@@ -143,6 +143,7 @@ const char* Gatherer::gather(Candidate& c) {
 
 // What it is, and who may step it.
 const char* Gatherer::identify(Candidate& c) {
+  c.now.objects[PARAM] = c.param;
   if (!is_plain(c.param) && !PyObject_TypeCheck(c.param, torch.tensor))
     raise(PyExc_TypeError, c.where() + "not a tensor");
   Ref& part = c.held.parts[PARAM] = part_of(c.param, c.param);

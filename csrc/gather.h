@@ -38,9 +38,10 @@ struct Request {
   PyObject* launcher;     // launches devices' kernels (triton_kernels/launch.py); or None
   unsigned device_types;  // DLPack device types that it serves, as bits
   unsigned bits;
-  // (grads, states, scalars) for a call with lists instead of an optimizer's dicts: a list of the
-  // params' grads, a tuple with such a list for each state of the rule, empty if it is not used,
-  // and one with a list, or None, for each of its scalars. Null: there is none.
+  // (grads, states, scalars, lists) for a call with lists instead of an optimizer's dicts: a tuple
+  // of the params' grads; one with such a tuple for each state of the rule, empty if it is not
+  // used; one with a tuple, or None, for each of its scalars; and the states' lists, which new ones
+  // enter. Null: there is none.
   PyObject* lists = nullptr;
 
   bool asks(Bits bit) const { return bits & bit; }
@@ -133,7 +134,7 @@ class Gatherer {
   Work& work_;
   const Request& request_;
   double lowest_lr_ = 0;  // among the groups, if negative
-  Ref outputs_;           // the optimizer's: None, a dict of the params', or a list of all
+  Ref outputs_;           // the optimizer's: None, a dict of the params', or a tuple of all
   // The optimizer's (unsure.py), once asked, and whether it has some number.
   Ref unsure_;
   bool is_unsure_ = false;

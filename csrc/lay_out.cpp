@@ -6,7 +6,10 @@ namespace fused_optim {
 namespace {
 
 const char* noun_of(int stream) {
-  return stream == PARAM ? "the param" : stream == GRAD ? "the grad" : "a state";
+  return stream == PARAM  ? "the param"
+         : stream == GRAD ? "the grad"
+         : stream == EMA  ? "the average, or output,"
+                          : "a state";
 }
 
 }  // namespace
@@ -52,7 +55,9 @@ const char* Gatherer::check_memory(Candidate& c, int s) {
     raise(PyExc_RuntimeError, c.where() + noun_of(s) + " has no memory: its storage was freed");
   }
   c.now.data[s] = view.data;
-  if (s == GRAD || (view.data == c.hint.data[s] && numel == c.hint.numel)) return nullptr;
+  if (s == GRAD || (view.data == c.hint.data[s] && numel == c.hint.numel &&
+                    c.now.objects[s] == c.hint.objects[s]))
+    return nullptr;
   memory_.hold = false;
   if (numel > 0 && !storage_holds(part, view))
     raise(PyExc_RuntimeError,

@@ -90,6 +90,9 @@ Ref sum_of_squares(PyObject* grads, int num_threads) {
     View view;
     if (is_plain(grad) && view.read(grad) && view.device.type == dlpack::CPU &&
         view.dtype != N_DTYPES && (view.data != nullptr || view.numel() == 0)) {
+      if (view.numel() > 0 && !storage_holds(grad, view))
+        raise(PyExc_RuntimeError,
+              "grads[" + std::to_string(i) + "] is larger than its storage, which was resized");
       held.push_back(Ref::share(grad));
       tasks.push_back(norm_task(view, layouts));
     } else {
@@ -163,7 +166,7 @@ void Plan::begin_commit() {
 }
 
 void Plan::enter_created(const Held& held) const {
-  PyObject* const lists = PyTuple_GET_ITEM(static_cast<PyObject*>(lists_), 1);
+  PyObject* const lists = PyTuple_GET_ITEM(static_cast<PyObject*>(lists_), 3);
   for (size_t s = 0; s < schema_.state_keys.size(); s++) {
     PyObject* const state = item(held.created, schema_.state_keys[s]);
     PyObject* const list = PyTuple_GET_ITEM(lists, static_cast<Py_ssize_t>(s));

@@ -51,7 +51,6 @@ __all__ = [
 
 # Beside torch's arguments, keyword arguments of every function.
 _MORE = {"grad_scale": None, "found_inf": None, "clip": 1.0, "outputs": None, "num_threads": None}
-_SHARED = "memory shared with another tensor"
 # Plans that are kept, one for each list of params: engines call once per tensor, bucket or model.
 _MAX_PLANS = 1024
 
@@ -123,9 +122,9 @@ class _Caller:
 
     state: dict[Tensor, Any] = {}  # noqa: RUF012
     _averages: averages.Averages = {}  # noqa: RUF012
-    _outputs: list[Tensor | None] | None
+    _outputs: tuple[Tensor | None, ...] | None
 
-    def __init__(self, outputs: list[Tensor | None] | None) -> None:
+    def __init__(self, outputs: tuple[Tensor | None, ...] | None) -> None:
         self._outputs = outputs
 
     def _create_states(
@@ -147,32 +146,36 @@ def _step(function: _Function, given: dict[str, Any]) -> None:
     params, written = given["params"], given["outputs"]
     kernels = backends.cpu_kernels()
     if kernels is None or n_dispatch_modes():
+        left = [] if written is None else list(zip(params, written, [None] * n))
+        left = [found for found in left if found[1] is not None]
+        _check_left(function, given, left)
         _step_by_torch(function, given, range(n), scale, clip)
-        if written is not None:
-            averages.move([(p, out, None) for p, out in zip(params, written) if out is not None])
+        averages.move(left)
         return
     key = function.rule, n, id(params[0])
     with _lock:
         plan = _plans.pop(key, None)
     plan = plan or kernels.Plan(function.rule)
+    states = [given[name] for name in function.states.values()]
+    # Tuples: another thread may shorten a list meanwhile.
     lists = (
-        given[function.grads],
-        tuple([given[name] for name in function.states.values()]),
-        tuple([name and given[name] for name in function.scalars.values()]),
+        tuple(given[function.grads]),
+        tuple(map(tuple, states)),
+        tuple([name and tuple(given[name]) for name in function.scalars.values()]),
+        tuple(states),
     )
-    plan.gather(_Caller(written), [function.group(given)], None, 0, 0, lists)
+    given["params"] = tuple(params)
+    caller = _Caller(None if written is None else tuple(written))
+    plan.gather(caller, [function.group(given)], None, 0, 0, lists)
     left = []
     try:
         fallbacks = plan.fallbacks()
         if written is not None:
-            for _, i, reason in fallbacks or ():
-                if reason == _SHARED and written[i] is not None:
-                    raise ValueError(
-                        f"outputs[{i}] shares memory with another tensor, or params[{i}]"
-                    )
             left = plan.averages_left()
+            if left or fallbacks is not None:
+                _check_left(function, given, left)
         if fallbacks is not None:
-            _step_by_torch(function, given, [i for _, i, _ in fallbacks], scale, clip)
+            _step_by_torch(function, given, [i for _, i, _ in fallbacks], scale, clip, fallbacks)
         plan.commit(clip, scale, num_threads)
     finally:
         plan.release()
@@ -182,6 +185,25 @@ def _step(function: _Function, given: dict[str, Any]) -> None:
         _plans[key] = plan
         if len(_plans) > _MAX_PLANS:
             del _plans[next(iter(_plans))]
+
+
+def _check_left(
+    function: _Function, given: dict[str, Any], left: list[tuple[Tensor, Any, None]]
+) -> None:
+    """Raise the error for outputs that torch is to write, and for those that share memory."""
+    names = {id(out): f"outputs[{i}]" for i, out in enumerate(given["outputs"] or ())}
+    for param, output, _ in left:
+        outputs.check_copied(names[id(output)], output, param)
+    written = {
+        f"outputs[{i}]": output
+        for i, output in enumerate(given["outputs"] or ())
+        if output is not None
+    }
+    others = [*given["params"]]
+    for name in function.states.values():
+        others += [state for state in given[name] if isinstance(state, Tensor)]
+    if written:
+        outputs.refuse_shared(written, others)
 
 
 def _check_lists(function: _Function, given: dict[str, Any]) -> int:
@@ -212,7 +234,9 @@ def _check_lists(function: _Function, given: dict[str, Any]) -> int:
 def _as_list(name: str, given: Any) -> list[Any]:
     if isinstance(given, list):
         return given
-    if not isinstance(given, tuple):
+    if not isinstance(given, tuple) or (
+        name == "momentum_buffer_list" and type(None) in map(type, given)
+    ):
         raise TypeError(f"{name} must be a list of tensors, not {type(given).__name__}")
     return list(given)
 
@@ -221,11 +245,46 @@ def _threads(given: int | None) -> int:
     return backends.num_threads() if given is None else backends.check_num_threads(given)
 
 
-@torch.no_grad()
 def _step_by_torch(
+    function: _Function,
+    given: dict[str, Any],
+    which: Sequence[int],
+    scale: float,
+    clip: float,
+    fallbacks: Sequence[tuple[int, int, str]] = (),
+) -> None:
+    """Step these params by torch's own code.
+
+    Args:
+        fallbacks: (0, index, reason) of each, if kernels could have been used.
+    """
+    if fallbacks and backends.forced() == "cpu":
+        _, i, reason = fallbacks[0]
+        raise RuntimeError(f"FUSED_OPTIM_BACKEND=cpu, but params[{i}] needs stock: {reason}")
+    _check_states(function, given, which)
+    with torch.set_grad_enabled(bool(given.get("differentiable")) and torch.is_grad_enabled()):
+        _call_torch(function, given, which, scale, clip)
+
+
+def _check_states(function: _Function, given: dict[str, Any], which: Sequence[int]) -> None:
+    """Raise the error for states that torch's code would find to be wrong when it has written others."""
+    for name in (*function.states.values(), *filter(None, function.scalars.values())):
+        of_param = name in function.states.values()
+        for i in which if given[name] else ():
+            state, param = given[name][i], given["params"][i]
+            if state is None and name == "momentum_buffer_list":
+                continue
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name}[{i}] is not a tensor")
+            if state.shape != param.shape if of_param else state.numel() != 1:
+                raise RuntimeError(f"{name}[{i}] has shape {tuple(state.shape)}")
+            if of_param and state.device != param.device:
+                raise RuntimeError(f"{name}[{i}] is on another device than its param")
+
+
+def _call_torch(
     function: _Function, given: dict[str, Any], which: Sequence[int], scale: float, clip: float
 ) -> None:
-    """Step these params by torch's own code."""
     params = [given["params"][i] for i in which]
     some = {name: value for name, value in given.items() if name in function.of_torch}
     some["params"] = params
@@ -259,18 +318,25 @@ def grad_norm(grads: Sequence[Tensor | None], *, num_threads: int | None = None)
     The squares are added in float64, in an order that does not depend on threads or instruction set.
 
     Args:
-        grads: tensors of any shapes and dtypes, on any devices; the host waits for those that are not on the
-            CPU. None stands for no grad.
+        grads: tensors of any shapes, of floating-point or complex dtypes, on any devices; the host waits for
+            those that are not on the CPU. None stands for no grad.
         num_threads: default: :func:`fused_optim.set_num_threads`'s.
 
     Returns:
         A float64 tensor without dimensions, on the CPU.
 
     Raises:
-        TypeError: `grads` is no list or tuple.
+        TypeError: `grads` is no list or tuple, or has something that is no grad.
+        RuntimeError: a grad is larger than its storage.
         ValueError: num_threads is less than 1.
     """
-    given = [grad for grad in _as_list("grads", grads) if grad is not None]
+    given = []
+    for i, grad in enumerate(_as_list("grads", grads)):
+        if grad is None:
+            continue
+        if not isinstance(grad, Tensor) or not (grad.is_floating_point() or grad.is_complex()):
+            raise TypeError(f"grads[{i}] is no tensor of a floating-point or complex dtype")
+        given.append(grad)
     threads = _threads(num_threads)
     squares, others, kernels = 0.0, given, backends.cpu_kernels()
     if kernels is not None and not n_dispatch_modes():
@@ -296,12 +362,14 @@ _DOC = """{name}: one step of lists of tensors, in place.
 
     Raises:
         TypeError: an argument that does not fit the signature; something else than a tensor in a list.
-        ValueError: lists of different lengths; an output of another shape or kind of dtype, or in the memory
-            of another tensor; a grad_scale of 0; num_threads less than 1; one step tensor for two params.
+        ValueError: lists of different lengths; an output of another shape or kind of dtype, or with addresses
+            between those of another tensor; a grad_scale of 0; num_threads less than 1; one step tensor for
+            two params.
         RuntimeError: a grad or state of another shape than its param, on another device, or without memory.
 
-    Nothing has been written when one of these is raised. torch's function steps the tensors that no kernel of
-    the CPU serves: those on other devices, sparse, complex, with ``capturable`` or ``differentiable``.
+    Nothing has been written when one of these is raised; with another error of torch's, some tensors may have
+    been stepped. torch's function steps what no kernel of the CPU serves: tensors on other devices, sparse,
+    complex, with ``capturable`` or ``differentiable``.
     """
 
 

@@ -359,9 +359,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 place of what was set before. None, or nothing: no outputs.
 
         Raises:
-            TypeError: an output is no tensor.
-            ValueError: a key is no param of this optimizer; an output has another shape or kind of dtype, or
-                shares memory with a param or another output. Nothing was set.
+            TypeError: this is no dict, or an output no tensor.
+            ValueError: a key is no param of this optimizer; an output has another shape, kind of dtype or
+                sharding, or addresses between those of a param or another output. Nothing was set.
         """
         outputs_of.register(unwrapped(self), outputs)
 

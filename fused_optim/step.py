@@ -115,10 +115,11 @@ def _step_without_kernels(
     if clip is None:
         clipping.skip(optimizer)
         return 0, 0, None
+    copied = outputs.of_stepped(optimizer) if optimizer._outputs else ()
     if fallbacks:
         fallback.write(fallback.step(optimizer, fallbacks, clip))
     averages.move_params(optimizer, groups, set())
-    outputs.copy_all(optimizer)
+    outputs.copy(copied)
     return 0, 0, fallbacks
 
 
@@ -141,6 +142,8 @@ def _decide_and_commit(
         clipping.skip(optimizer)
         return 0, 0, None
     not_averaged = plan.averages_left() if todo & kernels.AVERAGES else []
+    if optimizer._outputs:
+        outputs.check_left(not_averaged)
     # A clip that the device alone knows leaves no tensor to the CPU's kernels.
     clip_on_cpu = 1.0 if isinstance(clip, Tensor) else clip
     grad_scale, n_threads = scaling.number() if on_cpu else 0.0, backends.num_threads()

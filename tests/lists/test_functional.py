@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_optim
 from fused_optim import _C, functional
 from support.cases import CASE_IDS, CASES, OF_TORCH, Case, stock_class
+from support.processes import python
 from support.program import assert_same_bits, wild
 from support.twins import Run, assert_close
 
@@ -257,6 +259,11 @@ def _outputs(i: int, value: Callable[[dict[str, Any]], object]) -> Callable[[dic
     return change
 
 
+def _freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def _set(**values: object) -> Callable[[dict[str, Any]], None]:
     return lambda given: given.update(values)
 
@@ -324,6 +331,31 @@ BAD = {
         ValueError,
         r"outputs\[0\] shares memory with another tensor",
     ),
+    "output of float64 in a param": (
+        _outputs(4, lambda g: g["params"][4].data.view(torch.float64).expand(2, 3, 4, 2)),
+        ValueError,
+        r"outputs\[4\] has shape",
+    ),
+    "output of float64 in a state": (
+        _outputs(2, lambda g: g["exp_avgs"][4].view(-1).view(torch.float64)[3]),
+        ValueError,
+        r"outputs\[2\] shares memory with another tensor",
+    ),
+    "expanded output": (
+        _outputs(1, lambda g: torch.zeros(1).expand(33, 5)),
+        ValueError,
+        r"elements of outputs\[1\] share memory",
+    ),
+    "sparse output": (
+        _outputs(1, lambda g: torch.zeros(33, 5).to_sparse()),
+        ValueError,
+        r"outputs\[1\] is no strided tensor",
+    ),
+    "freed output": (
+        _outputs(1, lambda g: _freed(torch.zeros(33, 5, dtype=torch.float64))),
+        ValueError,
+        r"outputs\[1\] is larger than its storage",
+    ),
     "threads": (_set(num_threads=0), ValueError, "Invalid num_threads: 0"),
     "scale": (_set(grad_scale=0.0), ValueError, "grad_scale is 0"),
     "unknown argument": (_set(momentum=0.9), TypeError, "unexpected keyword argument 'momentum'"),
@@ -342,6 +374,102 @@ def test_bad_input_is_named_and_writes_nothing(bad: str) -> None:
     with pytest.raises(error, match=words):
         functional.adamw(**given)
     assert_same_bits(before, run.harvest())
+
+
+@pytest.mark.parametrize(
+    ("name", "i", "value", "error"),
+    [
+        ("exp_avgs", 1, lambda t: t[0], RuntimeError),
+        ("exp_avg_sqs", 1, lambda t: None, TypeError),
+        ("state_steps", 1, lambda t: torch.zeros(2), RuntimeError),
+    ],
+)
+def test_states_that_torch_is_to_step_are_looked_at_before(
+    name: str, i: int, value: Callable[[Tensor], object], error: type[Exception]
+) -> None:
+    run = begun(ADAMW, torch.complex64)
+    before, given = run.harvest(), arguments(run.opt, run.params)
+    given[name][i] = value(given[name][i])
+    with pytest.raises(error, match=rf"{name}\[{i}\]"):
+        functional.adamw(**given)
+    assert_same_bits(before, run.harvest())
+
+
+def test_a_list_that_gets_shorter_meanwhile() -> None:
+    """A tensor lr is asked for its number, which lets other code run."""
+    params, grads = [torch.ones(3) for _ in range(20)], [torch.ones(3) for _ in range(20)]
+    lists = [params, grads, [torch.zeros(3) for _ in range(20)]]
+
+    class Clearing(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            for found in lists:
+                found.clear()
+            return func(*args, **(kwargs or {}))
+
+    options = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "maximize": False}
+    kept, lr = list(params), torch.tensor(0.5)
+    with Clearing():
+        functional.lion(*lists, lr=lr, **options)
+    assert not params and all(torch.equal(param, torch.full((3,), 0.5)) for param in kept)
+
+
+def test_differentiable_carries_gradients() -> None:
+    weight, grad = (torch.ones(4, requires_grad=True) for _ in range(2))
+    param, states = weight * 1, [torch.zeros(4) for _ in range(2)]
+    functional.adamw(
+        [param], [grad], [states[0]], [states[1]], [], [torch.tensor(0.0)], differentiable=True,
+        beta1=0.9, beta2=0.99, lr=0.1, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    slopes = torch.autograd.grad(param.sum(), [weight, grad])
+    assert all(slope.isfinite().all() and slope.any() for slope in slopes[:1])
+
+
+def test_outputs_under_a_dispatch_mode() -> None:
+    run = begun(ADAMW)
+    outputs = [torch.zeros_like(param, dtype=torch.bfloat16) for param in run.params]
+    with _Watching():
+        call(run, outputs=outputs)
+        assert_same_bits(outputs, [param.bfloat16() for param in run.params])
+        outputs[1] = run.params[1].data
+        with pytest.raises(ValueError, match=r"outputs\[1\] shares memory"):
+            call(run, outputs=outputs)
+
+
+def test_params_that_are_columns_of_one_tensor() -> None:
+    both = torch.ones(4, 6)
+    params, outputs = [both[:, :3], both[:, 3:]], [torch.zeros(4, 3) for _ in range(2)]
+    grads, states = ([torch.ones(4, 3) for _ in range(2)] for _ in range(2))
+    options = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "maximize": False}
+    functional.lion(params, grads, states, lr=0.5, outputs=outputs, **options)
+    assert_same_bits(outputs, params)
+    assert torch.equal(both, torch.full((4, 6), 0.5))
+
+
+def test_a_tuple_cannot_take_the_first_momentum() -> None:
+    options = {"weight_decay": 0.0, "momentum": 0.9, "lr": 0.1, "dampening": 0.0}
+    with pytest.raises(TypeError, match="momentum_buffer_list must be a list"):
+        functional.sgd(
+            (torch.ones(3),), (torch.ones(3),), (None,), nesterov=False, maximize=False, **options
+        )
+
+
+def test_a_backend_that_is_asked_for_is_no_other() -> None:
+    done = python(
+        """
+import torch
+from fused_optim.functional import lion
+options = {"beta1": 0.9, "beta2": 0.99, "lr": 0.1, "weight_decay": 0.0, "maximize": False}
+lion(*([torch.ones(3)] for _ in range(3)), **options)
+try:
+    lion(*([torch.ones(3, dtype=torch.complex64)] for _ in range(3)), **options)
+except RuntimeError as error:
+    print(error)
+""",
+        FUSED_OPTIM_BACKEND="cpu",
+    )
+    assert done.stdout.startswith("FUSED_OPTIM_BACKEND=cpu, but params[0] needs stock"), done.stderr
 
 
 def test_an_argument_twice_or_too_many() -> None:
@@ -430,6 +558,13 @@ def test_grad_norm_is_the_optimizers() -> None:
         functional.grad_norm(grads[0])
     with pytest.raises(ValueError, match="num_threads"):
         functional.grad_norm(grads, num_threads=1.5)
+    for bad in (torch.ones(3, dtype=torch.int64), 3.0):
+        with pytest.raises(TypeError, match=r"grads\[1\] is no tensor"):
+            functional.grad_norm([grads[0], bad])
+    shorter = torch.ones(64)
+    shorter.untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match=r"grads\[0\] is larger than its storage"):
+        functional.grad_norm([shorter])
 
 
 def test_each_optimizer_has_its_function() -> None:

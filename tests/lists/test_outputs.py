@@ -210,6 +210,17 @@ BAD: dict[str, tuple[Callable[[Run], dict[Any, Any]], type[Exception], str]] = {
         ValueError,
         "the output of param 0 has shape",
     ),
+    "no dict": (lambda run: [run.params[0]], TypeError, "outputs must be a dict of tensors"),
+    "expanded": (
+        lambda run: {run.params[1]: torch.zeros(1).expand(33, 5)},
+        ValueError,
+        "elements of the output of param 1 share memory",
+    ),
+    "sparse": (
+        lambda run: {run.params[1]: torch.zeros(33, 5).to_sparse()},
+        ValueError,
+        "the output of param 1 is no strided tensor",
+    ),
     "one memory for two": (
         lambda run: (lambda t: {run.params[0]: t[:7], run.params[2]: t[6]})(torch.zeros(8)),
         ValueError,
@@ -229,13 +240,26 @@ def test_bad_input_sets_nothing(bad: str) -> None:
     assert_refreshed(run, before)
 
 
-def test_an_output_that_no_longer_fits_is_an_error() -> None:
-    run = Run(ADAMW, ADAMW.fused)
+def test_with_an_average_params_without_grads_leave_theirs_alone() -> None:
+    run = Run(ADAMW, ADAMW.fused, extra={"ema_decay": 0.5})
+    outputs = with_outputs(run)
+    run.set_grads()
+    run.params[1].grad = None
+    before = outputs[1].clone()
+    run.params[1].data.fill_(7.0)
+    run.opt.step()
+    assert_same_bits([before], [outputs[1]])
+    assert_refreshed(run, [*outputs[:1], run.params[1].detach(), *outputs[2:]])
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}], ids=str)
+def test_an_output_that_no_longer_fits_is_an_error(options: dict[str, Any]) -> None:
+    run = Run(ADAMW, ADAMW.fused, extra=options)
     with_outputs(run)
     run.params[1].data = run.params[1].data[:3].clone()
     run.opt.state.clear()
     run.set_grads()
     before = [param.detach().clone() for param in run.params]
-    with pytest.raises(ValueError, match="param 1 of group 0: its output has shape"):
+    with pytest.raises(ValueError, match=r"(its output|the output of a param) has shape"):
         run.opt.step()
     assert_same_bits(before, run.params)
