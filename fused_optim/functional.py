@@ -146,8 +146,8 @@ def _step(function: _Function, given: dict[str, Any]) -> None:
     params, written = given["params"], given["outputs"]
     kernels = backends.cpu_kernels()
     if kernels is None or n_dispatch_modes():
-        left = [] if written is None else list(zip(params, written, [None] * n))
-        left = [found for found in left if found[1] is not None]
+        pairs = zip(params, written or ())
+        left = [(param, output, None) for param, output in pairs if output is not None]
         _check_left(function, given, left)
         _step_by_torch(function, given, range(n), scale, clip)
         averages.move(left)
@@ -191,19 +191,17 @@ def _check_left(
     function: _Function, given: dict[str, Any], left: list[tuple[Tensor, Any, None]]
 ) -> None:
     """Raise the error for outputs that torch is to write, and for those that share memory."""
-    names = {id(out): f"outputs[{i}]" for i, out in enumerate(given["outputs"] or ())}
+    if given["outputs"] is None:
+        return
+    numbered = enumerate(given["outputs"])
+    written = {f"outputs[{i}]": output for i, output in numbered if output is not None}
+    names = {id(output): name for name, output in written.items()}
     for param, output, _ in left:
         outputs.check_copied(names[id(output)], output, param)
-    written = {
-        f"outputs[{i}]": output
-        for i, output in enumerate(given["outputs"] or ())
-        if output is not None
-    }
     others = [*given["params"]]
     for name in function.states.values():
         others += [state for state in given[name] if isinstance(state, Tensor)]
-    if written:
-        outputs.refuse_shared(written, others)
+    outputs.refuse_shared(written, others)
 
 
 def _check_lists(function: _Function, given: dict[str, Any]) -> int:
