@@ -13,10 +13,11 @@ INTERPRETED := FUSED_OPTIM_BACKEND=triton TRITON_INTERPRET=1
 # GradScaler asks nothing of a rule.
 INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py prepare.py momentum.py formats.py \
   packed.py) tests/one_pass/test_amp.py tests/step/test_default_device.py \
+  tests/lists/test_outputs.py::test_each_step_refreshes_them_and_changes_nothing_else \
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -93,6 +94,14 @@ triton-oldest: $(VENV)/installed
 	  -k "not codegen or kernel_is and sm_90 and (float32 or prepare) and not bfloat16"
 	PYTHONPATH=$(OLDEST_TRITON) $(INTERPRETED) $(BIN)/pytest -n auto -q -W ignore::RuntimeWarning:triton \
 	  tests/gpu/test_triton_bits.py -k layout
+
+# DeepSpeed's ZeRO-Offload with our optimizer, two processes on gloo: not in CI, as its install and the kernel that it
+# compiles take minutes.
+DEEPSPEED := build/deepspeed
+deepspeed: $(VENV)/installed
+	test -d $(DEEPSPEED) || $(BIN)/pip install -q --no-deps --target $(DEEPSPEED) deepspeed==0.19.8 hjson ninja einops \
+	  msgpack py-cpuinfo pydantic pydantic-core annotated-types typing-inspection
+	DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore PYTHONPATH=$(DEEPSPEED) $(BIN)/torchrun --nproc-per-node 2 tests/support/deepspeed_worker.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
