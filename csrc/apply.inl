@@ -118,7 +118,6 @@ template <class Rule, unsigned THERE, class Form>
   const T grad_scale = to_compute<T>(slice.grad_scale);
   const T ema_weight = to_compute<T>(slice.ema_weight);
   void* const* streams = slice.streams;
-  const Dtype* dtypes = slice.dtypes;
   const Form form(slice);
   // If one state like a second moment is stored as a root, all are.
   bool takes_roots = false;
