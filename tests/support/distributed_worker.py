@@ -169,7 +169,7 @@ def _fsdp2_offload(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    for name in NAMES:
+    for name in ("AdamW", "SGD"):  # it asks nothing of a rule
         models = []
         for policy in ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}):
             model = make_model()
