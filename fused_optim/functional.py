@@ -28,7 +28,7 @@ from torch.optim.rmsprop import rmsprop as _rmsprop
 from torch.optim.rprop import rprop as _rprop
 from torch.optim.sgd import sgd as _sgd
 
-from fused_optim import averages, backends, clipping, outputs, plain
+from fused_optim import averages, backends, clipping, outputs, plain_lists
 from fused_optim.tracing import left_to_the_interpreter, n_dispatch_modes
 
 __all__ = [
@@ -451,12 +451,14 @@ adadelta = _of(
         _STEP,
     ),
 )
-lion = _of("lion", _Function("lion", plain.lion, {"exp_avg": "exp_avgs"}, {"step": None}, _BETAS))
+lion = _of(
+    "lion", _Function("lion", plain_lists.lion, {"exp_avg": "exp_avgs"}, {"step": None}, _BETAS)
+)
 ademamix = _of(
     "ademamix",
     _Function(
         "ademamix",
-        plain.ademamix,
+        plain_lists.ademamix,
         {
             "exp_avg_fast": "exp_avg_fasts",
             "exp_avg_slow": "exp_avg_slows",
@@ -470,7 +472,7 @@ adamw_schedule_free = _of(
     "adamw_schedule_free",
     _Function(
         "adamw_schedule_free",
-        plain.adamw_schedule_free,
+        plain_lists.adamw_schedule_free,
         {"z": "zs", "exp_avg_sq": "exp_avg_sqs"},
         {**_STEP, "lr_max": "lr_maxs", "weight_sum": "weight_sums"},
         _BETAS,

@@ -1,4 +1,4 @@
-"""The optimizers that torch.optim lacks, and their functions, in its style, for what no kernel serves."""
+"""The optimizers that torch.optim lacks, in its style: what a tensor that no kernel serves is stepped by."""
 
 from __future__ import annotations
 
@@ -382,83 +382,6 @@ class AdamWScheduleFree(_Plain):
     def _lerp(self, param: Tensor, group: dict[str, Any], number: int, weight: float) -> None:
         """Move the param, the `number`-th of all, towards z."""
         param.lerp_(self.state[param]["z"].to(param.dtype), weight)
-
-
-def lion(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    differentiable: bool = False,
-    *,
-    beta1: float,
-    beta2: float,
-    lr: float | Tensor,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    group = {"betas": (beta1, beta2), "lr": lr, "weight_decay": weight_decay}
-    for param, grad, exp_avg in zip(params, grads, exp_avgs):
-        Lion._update(param, -grad if maximize else grad, {"exp_avg": exp_avg}, group)
-
-
-def ademamix(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_fasts: list[Tensor],
-    exp_avg_slows: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    capturable: bool = False,
-    differentiable: bool = False,
-    *,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    alpha_warmup: float,
-    beta3_warmup: float,
-    lr: float | Tensor,
-    weight_decay: float,
-    eps: float,
-    maximize: bool,
-) -> None:
-    group = locals()
-    group["betas"] = beta1, beta2, beta3
-    keys = "exp_avg_fast", "exp_avg_slow", "exp_avg_sq", "step"
-    lists = exp_avg_fasts, exp_avg_slows, exp_avg_sqs, state_steps
-    for param, grad, *states in zip(params, grads, *lists):
-        state: dict[str, Tensor] = dict(zip(keys, states))
-        AdEMAMix._update(param, -grad if maximize else grad, state, group)
-
-
-def adamw_schedule_free(
-    params: list[Tensor],
-    grads: list[Tensor],
-    zs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    lr_maxs: list[Tensor],
-    weight_sums: list[Tensor],
-    state_steps: list[Tensor],
-    capturable: bool = False,
-    differentiable: bool = False,
-    *,
-    beta1: float,
-    beta2: float,
-    lr: float | Tensor,
-    weight_decay: float,
-    eps: float,
-    warmup_steps: int,
-    r: float,
-    weight_lr_power: float,
-    maximize: bool,
-) -> None:
-    group = locals()
-    group["betas"] = beta1, beta2
-    keys = "z", "exp_avg_sq", "lr_max", "weight_sum", "step"
-    lists = zs, exp_avg_sqs, lr_maxs, weight_sums, state_steps
-    for param, grad, *states in zip(params, grads, *lists):
-        state: dict[str, Tensor] = dict(zip(keys, states))
-        AdamWScheduleFree._update(param, -grad if maximize else grad, state, group)
 
 
 IN_EVAL_MODE = "in eval mode: call the optimizer's train() first"

@@ -437,6 +437,18 @@ def test_outputs_under_a_dispatch_mode() -> None:
             call(run, outputs=outputs)
 
 
+@pytest.mark.parametrize("optimizer", ["Lion", "AdEMAMix", "AdamWScheduleFree"])
+def test_what_torch_lacks_without_kernels(optimizer: str) -> None:
+    for case in (case for case in CASES if case.optimizer == optimizer):
+        run, other = begun(case), begun(case)
+        call(run)
+        with torch.no_grad(), _Watching():
+            call(other)
+        for ours, expected in zip(run.harvest().items(), other.harvest().items(), strict=True):
+            assert ours[0] == expected[0]
+            assert_close(expected[1], ours[1], 2, ours[0])
+
+
 def test_params_that_are_columns_of_one_tensor() -> None:
     both = torch.ones(4, 6)
     params, outputs = [both[:, :3], both[:, 3:]], [torch.zeros(4, 3) for _ in range(2)]
