@@ -103,6 +103,8 @@ inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
   }
 }
 
+#include "eights.h"
+
 template <class Rule, unsigned THERE, class Form>
 void apply_rest(const Slice& slice, int64_t full);
 
@@ -117,6 +119,16 @@ template <class Rule, unsigned THERE, class Form>
   const T factor = static_cast<T>(slice.grad_sign) * clip;
   const T grad_scale = to_compute<T>(slice.grad_scale);
   const T ema_weight = to_compute<T>(slice.ema_weight);
+  if constexpr (Form::roots && Rule::HAS_EIGHTS && LANES > 4) {
+    const auto run = [&](auto eights) {
+      if (!eights.serves(slice)) return false;
+      const int64_t full = slice.numel / SCALE_BLOCK * SCALE_BLOCK;
+      eights.run(slice, full, factor, h);
+      if (full < slice.numel) apply_rest<Rule, THERE, Form>(slice, full);
+      return true;
+    };
+    if (run(Eights<Rule, THERE, Float32Param>()) || run(Eights<Rule, THERE, Split8Param>())) return;
+  }
   void* const* streams = slice.streams;
   const Form form(slice);
   // If one state like a second moment is stored as a root, all are.

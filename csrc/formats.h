@@ -117,6 +117,18 @@ inline void finite_of(const float* values, float* finite) {
 
 // Signed and linear, for what is like a momentum. Codes: -128 NaN, -127 and 127 the infinities.
 struct Signed8 {
+  using Code = int8_t;
+  static constexpr Storage storage = SIGNED8;
+  static constexpr float share = 1.0f / 126, smallest = 7.52316384526264e-37f;  // 2^-120
+  static inline Floats value(Ints code, float size) {
+    return __builtin_convertvector(code, Floats) * size;
+  }
+  // Of a product just above 126 that is 126.
+  template <class Draw>
+  static inline Ints code(Floats value, float inverse, const Draw&) {
+    return nearest(value * inverse);
+  }
+  static inline void pack(const Ints (&parts)[4], int8_t* to) { pack8(parts, to); }
   static inline void decode(const int8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
 #pragma GCC unroll 1
@@ -137,20 +149,15 @@ struct Signed8 {
 
  private:
   static inline float encode_finite(const float* from, float largest, int8_t* codes) {
-    const float scale = scale_of(largest, 1.0f / 126, 7.52316384526264e-37f);  // 2^-120
+    const float scale = scale_of(largest, share, smallest);
     const float inverse = scale == 0 ? 0 : 1 / scale;
 #pragma GCC unroll 4
     for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Bits parts[4];
+      Ints parts[4];
 #pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) {
-        // The sum's last bits are the nearest integer, to even; of a product just above 126 that is
-        // 126.
-        const Floats sum =
-            load_floats(from + i + part * LANES) * inverse + 12582912.0f;  // 1.5 * 2^23
-        parts[part] = Bits(sum) & 0xffu;
-      }
-      pack8(parts, reinterpret_cast<uint8_t*>(codes) + i);
+      for (int part = 0; part < 4; part++)
+        parts[part] = code(load_floats(from + i + part * LANES), inverse, nullptr);
+      pack(parts, codes + i);
     }
     return scale;
   }
@@ -170,6 +177,21 @@ struct Signed8 {
 // NaN (of a negative number too: so is its root), 255 infinity; what is not 0 has a code that is
 // not 0. `encode` takes roots: in a step, the rule has computed them.
 struct Root8 {
+  using Code = uint8_t;
+  static constexpr Storage storage = ROOT8;
+  static constexpr float share = 1.0f / 253, smallest = 5.293955920339377e-23f;  // 2^-74
+  static inline Floats value(Ints code, float size) {
+    const Floats root = __builtin_convertvector(code, Floats) * size;
+    return root * root;
+  }
+  // Up to 254, where 253 is meant.
+  template <class Draw>
+  static inline Ints code(Floats root, float inverse, const Draw& draw) {
+    const Floats up = __builtin_convertvector(Ints(draw()), Floats) * 1.52587890625e-5f;  // 2^-16
+    const Ints code = __builtin_convertvector(root * inverse + up, Ints);
+    return larger(code, smaller(Ints(root), Ints{} + 1));  // of what is not 0, at least 1
+  }
+  static inline void pack(const Ints (&parts)[4], uint8_t* to) { pack8<253>(parts, to); }
   static inline void decode(const uint8_t* __restrict codes, float scale, float* __restrict to) {
     const float size = std::fabs(scale);
 #pragma GCC unroll 1
@@ -194,23 +216,17 @@ struct Root8 {
   template <class Draw>
   static inline float encode_finite(const float* roots, float largest, const Draw& random,
                                     uint8_t* codes) {
-    const float scale = scale_of(largest, 1.0f / 253, 5.293955920339377e-23f);  // 2^-74
+    const float scale = scale_of(largest, share, smallest);
     const float inverse = scale == 0 ? 0 : 1 / scale;
 #pragma GCC unroll 4
     for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Bits parts[4];
+      Ints parts[4];
 #pragma GCC unroll 4
       for (int part = 0; part < 4; part++) {
         const int k = i + part * LANES;
-        const Floats root = load_floats(roots + k);
-        const Floats up =
-            __builtin_convertvector(Ints(random(k)), Floats) * 1.52587890625e-5f;  // 2^-16
-        Ints code = __builtin_convertvector(root * inverse + up, Ints);
-        code = code > 253 ? 253 : code;
-        const Ints smallest = (root != 0.0f) & 1;
-        parts[part] = Bits(code > smallest ? code : smallest);
+        parts[part] = code(load_floats(roots + k), inverse, [&] { return random(k); });
       }
-      pack8(parts, codes + i);
+      pack(parts, codes + i);
     }
     return scale;
   }
@@ -299,28 +315,33 @@ struct SplitBF16 {
     for (int k = 0; k < SCALE_BLOCK; k++)
       to[k] = from_bits((uint32_t(upper[k]) << 16) + uint32_t(int32_t(rest[k]) * (1 << cut)));
   }
+  static inline void split(Floats value, Bits random, Bits& high, Ints& rest) {
+    const Bits exact = Bits(value);
+    const Bits kept = cut == 0 ? exact : exact + (random >> 8);
+    high = (value != value ? exact | 0x400000u : kept + 0x8000u) >> 16;
+    // Below the nearest upper part it counts down from it: two's complement.
+    const Bits below = cut == 0 ? kept & 0xffffu : kept >> 8 & 0xffu;
+    rest = Ints(Ints(high & 0x7fffu) >= 0x7f80 ? 0u : below);
+  }
   template <class Draw>
-  static inline void encode(const float* from, const Draw& random, uint16_t* upper,
+  static inline void encode(const float* from, const Draw& draw, uint16_t* upper,
                             Remainder* remainder) {
 #pragma GCC unroll 4
     for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Bits highs[4], rests[4];
+      Bits highs[4];
+      Ints rests[4];
 #pragma GCC unroll 4
       for (int part = 0; part < 4; part++) {
         const int k = i + part * LANES;
-        const Floats value = load_floats(from + k);
-        const Bits exact = Bits(value);
-        const Bits kept = cut == 0 ? exact : exact + (random(k) >> 8);
-        highs[part] = (value != value ? exact | 0x400000u : kept + 0x8000u) >> 16;
-        // Below the nearest upper part it counts down from it: two's complement.
-        const Bits rest = cut == 0 ? kept & 0xffffu : kept >> 8 & 0xffu;
-        rests[part] = Ints(highs[part] & 0x7fffu) >= 0x7f80 ? 0u : rest;
+        const Bits random = cut == 0 ? Bits{} : draw(k);
+        split(load_floats(from + k), random, highs[part], rests[part]);
       }
       pack16(highs[0], highs[1], upper + i);
       pack16(highs[2], highs[3], upper + i + 2 * LANES);
       if constexpr (cut == 0) {
-        pack16(rests[0], rests[1], reinterpret_cast<uint16_t*>(remainder) + i);
-        pack16(rests[2], rests[3], reinterpret_cast<uint16_t*>(remainder) + i + 2 * LANES);
+        pack16(Bits(rests[0]), Bits(rests[1]), reinterpret_cast<uint16_t*>(remainder) + i);
+        pack16(Bits(rests[2]), Bits(rests[3]),
+               reinterpret_cast<uint16_t*>(remainder) + i + 2 * LANES);
       } else {
         pack8(rests, reinterpret_cast<uint8_t*>(remainder) + i);
       }

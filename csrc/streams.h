@@ -113,7 +113,6 @@ struct Packed {
     load_of(PLAIN, slice.dtypes[s])(slice, s, i, to);
   }
 
- private:
   static LoadTile load_of(Storage storage, Dtype dtype) {
     const bool bf16 = dtype == BF16;
     switch (storage) {

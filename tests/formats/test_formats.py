@@ -85,21 +85,27 @@ def test_a_step_is_decode_float32_step_encode(name, dtype, state_dtype, master):
 
 
 @each_name
-@pytest.mark.parametrize("master", MASTERS)
+@pytest.mark.parametrize(
+    ("dtype", "master"), [*((torch.bfloat16, m) for m in MASTERS), (torch.float32, None)], ids=str
+)
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
-def test_special_values_of_bfloat16_in_a_step(name, state_dtype, master, isas):
-    """Beside one another, in every combination; what has a master has bits of another value there."""
+def test_special_values_of_bfloat16_in_a_step(name, state_dtype, dtype, master, isas):
+    """Beside one another, in every combination; what has a master has bits of another value there.
+
+    In some blocks of codes, and read again by the step after it.
+    """
     inf, nan, largest, smallest = torch.inf, torch.nan, torch.finfo(torch.bfloat16).max, 2.0**-133
     values = torch.tensor([0.0, -0.0, inf, -inf, nan, largest, -largest, smallest, -smallest, 1.0])
     for isa in isas:
         fused_optim.backends.codec().set_isa(isa)
-        run = run_of(name, torch.bfloat16, [(8200,)], **options_of(state_dtype, master))
+        run = run_of(name, dtype, [(8200,)], **options_of(state_dtype, master))
         run.step(2)
         with torch.no_grad():
             run.params[0].view(-1, 10).copy_(values)
         assert_next_step_is_decode_float32_step_encode(
-            run, name, lambda grad: grad[:8000].view(-1, 10, 10).copy_(values[:, None])
+            run, name, lambda grad: grad[:8000].view(-1, 10, 10)[::3].copy_(values[:, None])
         )
+        assert_next_step_is_decode_float32_step_encode(run, name)
 
 
 @each_name
