@@ -109,6 +109,37 @@ def test_an_optimizer_for_each_tensor() -> None:
     assert_same_bits(list(model.parameters()), list(twin.parameters()))
 
 
+def test_params_and_states_swapped_in_for_a_step() -> None:
+    swap = getattr(torch.optim, "swap_in_optimizer_params_and_state", None)
+    if swap is None:
+        pytest.skip("torch is older than that")
+    runs = []
+    for cls, extra in ((fused_optim.AdamW, {}), (torch.optim.AdamW, {"foreach": False})):
+        model, other = make_model().float(), make_model().float()
+        opt = cls(model.parameters(), **OPTIONS, **extra)
+        torch.manual_seed(1)
+
+        def set_grads(of: nn.Module) -> None:
+            for param in of.parameters():
+                param.grad = torch.randn_like(param)
+
+        set_grads(model)
+        opt.step()
+        state = copy.deepcopy(opt.state_dict())
+        for _ in range(N_STEPS):
+            set_grads(other)
+            with swap(opt, dict(other.named_parameters()), state):
+                opt.step()
+            set_grads(model)
+            opt.step()
+        states = [value for of_param in state["state"].values() for value in of_param.values()]
+        runs.append([*model.parameters(), *other.parameters(), *states])
+        if cls is fused_optim.AdamW:
+            assert opt.last_step.tensors == {"cpu": 4}
+    for ours, stock in zip(*runs):
+        assert_close(ours, stock, 1 + N_STEPS)
+
+
 @pytest.mark.parametrize(
     ("dtype", "options", "has_output", "held", "moved"),
     [

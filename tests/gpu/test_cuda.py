@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import backends, cli
@@ -390,6 +390,29 @@ def test_a_launch_costs_little_on_the_host(case: Case) -> None:
     step = run.opt.state[run.params[0]].get("step")
     prepares = step is not None and step.device.type != "cpu"
     assert kernels == ["prepare"] * prepares + ["multi_tensor"]
+
+
+@pytest.mark.parametrize("offload_gradients", [False, True])
+def test_torchao_offloads_to_it(offload_gradients: bool) -> None:
+    """A host optimizer for each large tensor, one on the device for the small ones."""
+    offload = pytest.importorskip("torchao.optim").CPUOffloadOptimizer
+    runs = []
+    for cls, extra in ((fused_optim.AdamW, {}), (torch.optim.AdamW, {"foreach": False})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 128)).to(DEVICE)
+        opt = offload(
+            model.parameters(), cls, offload_gradients=offload_gradients,
+            lr=0.01, weight_decay=0.1, **extra,
+        )  # fmt: skip
+        for _ in range(3):
+            model(torch.randn(16, 128, device=DEVICE)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append((model, opt))
+    (model, opt), (twin, _) = runs
+    assert [each.last_step.tensors for each in opt.optim_dict.values()] == [{"cpu": 1}] * 2
+    for param, expected in zip(model.parameters(), twin.parameters()):
+        assert_close(param, expected, 3)
 
 
 def test_config_names_the_backend() -> None:
