@@ -51,25 +51,12 @@ struct Eights {
     return all;
   }
 
-  // Steps full blocks, `full` elements. A block's scales are made one block later, its codes two:
-  // what they need has long been computed.
+  // Steps full blocks, `full` elements.
   static void run(const Slice& slice, int64_t full, float factor, const Hypers& h) {
-    Block blocks[3];
-    Block *block = blocks, *middle = blocks + 1, *last = blocks + 2;
-    for (int64_t i = 0; i < full; i += N) {
-      if (i < 2 * N || has_special(slice, i)) {
-        make(slice, i, factor, h, *block);
-        if (i >= N) scale(slice, i - N, *middle);
-        if (i >= 2 * N) write(slice, i - 2 * N, *last);
-      } else {
-        step(slice, i, factor, h, *block, *middle, *last);
-      }
-      Block* const free = last;
-      last = middle, middle = block, block = free;
-    }
-    if (full >= 2 * N) write(slice, full - 2 * N, *last);
-    scale(slice, full - N, *middle);
-    write(slice, full - N, *middle);
+    if (factor == 1 && h.weight_decay == 0)
+      run<true>(slice, full, factor, h);
+    else
+      run<false>(slice, full, factor, h);
   }
 
  private:
@@ -176,9 +163,10 @@ struct Eights {
       group.codes[s][part] = codec<s>::code(load_floats(block.states[s] + k), rounding.inverses[s],
                                             [&] { return rounding.states[s](k); });
     });
+    // Every NaN comes from a bfloat16 or is the default one.
     if constexpr (splits)
-      SplitBF16<int8_t>::split(load_floats(block.param + k), rounding.param(k), group.highs[part],
-                               group.rests[part]);
+      SplitBF16<int8_t>::split<false>(load_floats(block.param + k), rounding.param(k),
+                                      group.highs[part], group.rests[part]);
   }
   [[gnu::always_inline]] static inline void pack(const Slice& slice, int64_t i,
                                                  const Group& group) {
@@ -197,6 +185,29 @@ struct Eights {
         Packed::store_of<Random>(storage, F32)(slice, STATES + s, i, block.states[s]);
       }
     });
+  }
+
+  // A block's scales are made one block later, its codes two: what they need has long been
+  // computed. AS_IS: the rule takes the grad as it is, which saves 5%.
+  template <bool AS_IS>
+  [[gnu::noinline]] static void run(const Slice& slice, int64_t full, float factor, Hypers h) {
+    if (AS_IS) factor = 1, h.weight_decay = 0;  // the compiler sees it
+    Block blocks[3];
+    Block *block = blocks, *middle = blocks + 1, *last = blocks + 2;
+    for (int64_t i = 0; i < full; i += N) {
+      if (i < 2 * N || has_special(slice, i)) {
+        make(slice, i, factor, h, *block);
+        if (i >= N) scale(slice, i - N, *middle);
+        if (i >= 2 * N) write(slice, i - 2 * N, *last);
+      } else {
+        step(slice, i, factor, h, *block, *middle, *last);
+      }
+      Block* const free = last;
+      last = middle, middle = block, block = free;
+    }
+    if (full >= 2 * N) write(slice, full - 2 * N, *last);
+    scale(slice, full - N, *middle);
+    write(slice, full - N, *middle);
   }
 
   // `make` block i, `scale` the one before and `write` the one before that, interleaved.

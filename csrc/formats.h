@@ -315,10 +315,13 @@ struct SplitBF16 {
     for (int k = 0; k < SCALE_BLOCK; k++)
       to[k] = from_bits((uint32_t(upper[k]) << 16) + uint32_t(int32_t(rest[k]) * (1 << cut)));
   }
+  // PAYLOADS: a NaN may have lower bits that are not 0.
+  template <bool PAYLOADS>
   static inline void split(Floats value, Bits random, Bits& high, Ints& rest) {
     const Bits exact = Bits(value);
     const Bits kept = cut == 0 ? exact : exact + (random >> 8);
-    high = (value != value ? exact | 0x400000u : kept + 0x8000u) >> 16;
+    const Bits rounded = kept + 0x8000u;
+    high = (PAYLOADS ? value != value ? exact | 0x400000u : rounded : rounded) >> 16;
     // Below the nearest upper part it counts down from it: two's complement.
     const Bits below = cut == 0 ? kept & 0xffffu : kept >> 8 & 0xffu;
     rest = Ints(Ints(high & 0x7fffu) >= 0x7f80 ? 0u : below);
@@ -334,7 +337,7 @@ struct SplitBF16 {
       for (int part = 0; part < 4; part++) {
         const int k = i + part * LANES;
         const Bits random = cut == 0 ? Bits{} : draw(k);
-        split(load_floats(from + k), random, highs[part], rests[part]);
+        split<true>(load_floats(from + k), random, highs[part], rests[part]);
       }
       pack16(highs[0], highs[1], upper + i);
       pack16(highs[2], highs[3], upper + i + 2 * LANES);
