@@ -103,7 +103,7 @@ inline void update_tile(T* __restrict param, const T* __restrict grad, T factor,
   }
 }
 
-#include "eights.h"
+#include "interleaved.h"
 
 template <class Rule, unsigned THERE, class Form>
 void apply_rest(const Slice& slice, int64_t full);
@@ -119,15 +119,18 @@ template <class Rule, unsigned THERE, class Form>
   const T factor = static_cast<T>(slice.grad_sign) * clip;
   const T grad_scale = to_compute<T>(slice.grad_scale);
   const T ema_weight = to_compute<T>(slice.ema_weight);
-  if constexpr (Form::roots && Rule::HAS_EIGHTS && LANES > 4) {
-    const auto run = [&](auto eights) {
-      if (!eights.serves(slice)) return false;
+  if constexpr (Form::roots && Rule::INTERLEAVES && LANES > 4) {
+    const auto run = [&](auto interleaved) {
+      if (!interleaved.serves(slice)) return false;
       const int64_t full = slice.numel / SCALE_BLOCK * SCALE_BLOCK;
-      eights.run(slice, full, factor, h);
+      interleaved.run(slice, full, factor, h);
       if (full < slice.numel) apply_rest<Rule, THERE, Form>(slice, full);
       return true;
     };
-    if (run(Eights<Rule, THERE, Float32Param>()) || run(Eights<Rule, THERE, Split8Param>())) return;
+    if (run(Interleaved<Rule, THERE, Float32Param, EightBits>()) ||
+        run(Interleaved<Rule, THERE, Split8Param, EightBits>()) ||
+        run(Interleaved<Rule, THERE, Float32Param, RandomBF16s>()))
+      return;
   }
   void* const* streams = slice.streams;
   const Form form(slice);

@@ -119,6 +119,7 @@ inline void finite_of(const float* values, float* finite) {
 struct Signed8 {
   using Code = int8_t;
   static constexpr Storage storage = SIGNED8;
+  static constexpr Dtype dtype = I8;
   static constexpr float share = 1.0f / 126, smallest = 7.52316384526264e-37f;  // 2^-120
   static inline Floats value(Ints code, float size) {
     return __builtin_convertvector(code, Floats) * size;
@@ -179,6 +180,7 @@ struct Signed8 {
 struct Root8 {
   using Code = uint8_t;
   static constexpr Storage storage = ROOT8;
+  static constexpr Dtype dtype = U8;
   static constexpr float share = 1.0f / 253, smallest = 5.293955920339377e-23f;  // 2^-74
   static inline Floats value(Ints code, float size) {
     const Floats root = __builtin_convertvector(code, Floats) * size;
@@ -245,16 +247,34 @@ struct Root8 {
 };
 
 // Rounded up with the probability of the part that is cut off.
-template <class Draw>
-inline void encode_stochastic_bf16(const float* from, const Draw& random, uint16_t* to) {
-  const auto rounded = [&](int k) {
-    const Floats value = load_floats(from + k);
+struct RandomBF16 {
+  using Code = uint16_t;
+  static constexpr Storage storage = STOCHASTIC;
+  static constexpr Dtype dtype = BF16;
+  static inline Floats value(Ints code, float) { return Floats(code << 16); }
+  template <class Draw>
+  static inline Ints code(Floats value, float, const Draw& draw) {
     const Bits exact = Bits(value);
-    return (value != value ? exact | 0x400000u : exact + random(k)) >> 16;
-  };
-#pragma GCC unroll 8
-  for (int k = 0; k < SCALE_BLOCK; k += 2 * LANES) pack16(rounded(k), rounded(k + LANES), to + k);
-}
+    return Ints((value != value ? exact | 0x400000u : exact + draw()) >> 16);
+  }
+  static inline void pack(const Ints (&parts)[4], uint16_t* to) {
+    pack16(Bits(parts[0]), Bits(parts[1]), to);
+    pack16(Bits(parts[2]), Bits(parts[3]), to + 2 * LANES);
+  }
+  template <class Draw>
+  static inline void encode(const float* from, const Draw& random, uint16_t* to) {
+#pragma GCC unroll 4
+    for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
+      Ints parts[4];
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        const int k = i + part * LANES;
+        parts[part] = code(load_floats(from + k), 1, [&] { return random(k); });
+      }
+      pack(parts, to + i);
+    }
+  }
+};
 
 // A multiple of float16's smallest subnormal, 2^-24, below 2^-14; `steps` of it in units of 1 /
 // unit.

@@ -111,13 +111,13 @@ inline Ints load_wide(const uint8_t* from) {
   return values;
 #endif
 }
-inline Bits load_wide(const uint16_t* from) {
+inline Ints load_wide(const uint16_t* from) {
 #if defined(FUSED_OPTIM_AVX512)
-  return Bits(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)));
+  return Ints(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)));
 #elif defined(FUSED_OPTIM_F16C)
-  return Bits(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)));
+  return Ints(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)));
 #else
-  Bits values;
+  Ints values;
   for (int k = 0; k < LANES; k++) values[k] = from[k];
   return values;
 #endif

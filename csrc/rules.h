@@ -66,8 +66,8 @@ struct Rule {
   static unsigned optional_states(const Options&) {
     return 0;
   }
-  static constexpr unsigned LERPED = 0;      // bit i: torch.lerp_ writes state i
-  static constexpr bool HAS_EIGHTS = false;  // kernels of its own for states of 8 bits: eights.h
+  static constexpr unsigned LERPED = 0;       // bit i: torch.lerp_ writes state i
+  static constexpr bool INTERLEAVES = false;  // kernels of its own: interleaved.h
   template <class Options>
   static bool decays_grad(const Options&) {  // adds weight_decay * param
     return false;
@@ -331,7 +331,7 @@ struct Adam : Rule {
   static constexpr unsigned FLAGS = 0b1100000;
   static constexpr unsigned OPTIONAL = 0b100;
   static constexpr unsigned LERPED = 0b1;
-  static constexpr bool HAS_EIGHTS = true;
+  static constexpr bool INTERLEAVES = true;
 
   static unsigned optional_states(const Options& o) { return o.amsgrad != 0 ? 0b100 : 0; }
   static bool decays_grad(const Options& o) { return WeightDecays(o).grad != 0; }

@@ -44,7 +44,7 @@ inline void store_f16(const Slice& slice, int s, int64_t i, const float* from) {
 }
 template <class Draw>
 void store_random_bf16(const Slice& slice, int s, int64_t i, const float* from) {
-  encode_stochastic_bf16(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
+  RandomBF16::encode(from, random_at<Draw>(slice, s, i), at<uint16_t>(slice, s, i));
 }
 template <class Draw>
 void store_random_f16(const Slice& slice, int s, int64_t i, const float* from) {

@@ -1,8 +1,19 @@
-// Kernels for states that all have 8 bits, beside params and grads of float32, or of bfloat16 with
-// split8: one loop with nothing to choose in it. While the rule divides in one block of elements,
-// the codes of an earlier one are rounded and packed, register by register: a CPU does both at
-// once. Same bits as Packed, 15 to 20% faster (AVX-512, 2 threads of an Intel Xeon). Included
-// inside a namespace, by apply.inl.
+// Kernels for states that all have 8 bits, or all are stochastic bfloat16, beside params and grads
+// of float32, or of bfloat16 with split8: loops with nothing to choose in them. While the rule
+// divides in one block of elements, an earlier one is rounded and packed, register by register: a
+// CPU does both at once. Same bits as Packed, 20% faster (AVX-512 and AVX2, an Intel Xeon).
+// Included inside a namespace, by apply.inl.
+
+struct EightBits {
+  static constexpr bool have_scales = true;
+  template <StateKind KIND>
+  using codec = std::conditional_t<KIND == SQUARE, Root8, Signed8>;
+};
+struct RandomBF16s {
+  static constexpr bool have_scales = false;
+  template <StateKind KIND>
+  using codec = RandomBF16;
+};
 
 struct Float32Param {
   static constexpr Dtype dtype = F32;
@@ -21,8 +32,8 @@ struct Split8Param {
   static constexpr Storage storage = SPLIT8;
   static inline float* place(const Slice& slice, int64_t i, float* buffer) {
     for (int k = 0; k < TILE; k += LANES) {
-      const Bits upper = load_wide(at<uint16_t>(slice, PARAM, i + k)) << 16;
-      const Bits rest = Bits(load_wide(static_cast<const int8_t*>(slice.remainder) + i + k)) << 8;
+      const Bits upper = Bits(load_wide(at<uint16_t>(slice, PARAM, i + k)) << 16);
+      const Bits rest = Bits(load_wide(static_cast<const int8_t*>(slice.remainder) + i + k) << 8);
       // What valid_rest leaves out makes the sum negative, or not finite.
       const Bits sum = (upper & MAGNITUDE) + rest;
       const Bits whole = sum >= 0x7f7f8000u ? upper : upper + rest;
@@ -35,8 +46,8 @@ struct Split8Param {
   }
 };
 
-template <class Rule, unsigned THERE, class Param>
-struct Eights {
+template <class Rule, unsigned THERE, class Param, class States>
+struct Interleaved {
   using Hypers = typename Rule::template Hypers<float>;
   static constexpr int N = SCALE_BLOCK, GROUP = 4 * LANES;
   static constexpr bool splits = Param::storage == SPLIT8;
@@ -47,7 +58,10 @@ struct Eights {
                packing.offset % N == 0 && packing.storage[GRAD] == PLAIN &&
                packing.storage[PARAM] == Param::storage && slice.dtypes[PARAM] == Param::dtype &&
                slice.dtypes[GRAD] == Param::dtype;
-    each_state([&](auto s) { all = all && packing.storage[STATES + s] == codec<s>::storage; });
+    each_state([&](auto s) {
+      all = all && packing.storage[STATES + s] == codec<s>::storage &&
+            slice.dtypes[STATES + s] == codec<s>::dtype;
+    });
     return all;
   }
 
@@ -61,7 +75,7 @@ struct Eights {
 
  private:
   template <int S>
-  using codec = std::conditional_t<Rule::state_kinds[S] == SQUARE, Root8, Signed8>;
+  using codec = typename States::template codec<Rule::state_kinds[S]>;
 
   // A block that is not in memory yet.
   struct Block {
@@ -83,7 +97,7 @@ struct Eights {
         : param(random_at<Random>(slice, PARAM, i)),
           states{random_at<Random>(slice, STATES, i), random_at<Random>(slice, STATES + 1, i),
                  random_at<Random>(slice, STATES + 2, i)} {
-      each_state([&](auto s) { inverses[s] = block.inverse(s); });
+      each_scaled([&](auto s) { inverses[s] = block.inverse(s); });
     }
   };
   struct Group {
@@ -91,6 +105,10 @@ struct Eights {
     Bits highs[4];
   };
 
+  template <class F>
+  [[gnu::always_inline]] static inline void each_scaled(const F& f) {
+    if constexpr (States::have_scales) each_state(f);
+  }
   template <class F>
   [[gnu::always_inline]] static inline void each_state(const F& f) {
     if constexpr (THERE & 0b001) f(std::integral_constant<int, 0>());
@@ -105,7 +123,7 @@ struct Eights {
   // A sign of a scale: some codes of the block stand for NaN or an infinity.
   static inline bool has_special(const Slice& slice, int64_t i) {
     uint16_t signs = 0;
-    each_state([&](auto s) { signs |= scale_at(slice, STATES + s, i); });
+    each_scaled([&](auto s) { signs |= scale_at(slice, STATES + s, i); });
     return signs >> 15;
   }
 
@@ -117,11 +135,11 @@ struct Eights {
       const Floats some = Param::load_grad(slice, i + k + j);
       std::memcpy(grad + j, &some, sizeof(some));
     }
-    update_tile<Rule, THERE, true, TILE>(Param::place(slice, i + k, block.param + k), grad, factor,
-                                         block.states[0] + k, block.states[1] + k,
-                                         block.states[2] + k, h);
+    update_tile<Rule, THERE, States::have_scales, TILE>(
+        Param::place(slice, i + k, block.param + k), grad, factor, block.states[0] + k,
+        block.states[1] + k, block.states[2] + k, h);
     for (int j = k; j < k + TILE; j += LANES)
-      each_state([&](auto s) {
+      each_scaled([&](auto s) {
         const Ints magnitude = Ints(load_floats(block.states[s] + j)) & int32_t(MAGNITUDE);
         block.largest[s] = larger(block.largest[s], magnitude);
       });
@@ -153,8 +171,8 @@ struct Eights {
     }
   };
   [[gnu::always_inline]] static inline void scale(const Slice& slice, int64_t i, Block& block) {
-    if constexpr (THERE & 0b011) scale_two<0>(slice, i, block);
-    if constexpr (THERE & 0b100) scale_two<2>(slice, i, block);
+    if constexpr (States::have_scales && (THERE & 0b011) != 0) scale_two<0>(slice, i, block);
+    if constexpr (States::have_scales && (THERE & 0b100) != 0) scale_two<2>(slice, i, block);
   }
 
   [[gnu::always_inline]] static inline void round(const Rounding& rounding, int k,
@@ -179,7 +197,7 @@ struct Eights {
     }
   }
   static inline void write_special(const Slice& slice, int64_t i, const Block& block) {
-    each_state([&](auto s) {
+    each_scaled([&](auto s) {
       if (block.is_special(s)) {
         constexpr Storage storage = codec<s>::storage;
         Packed::store_of<Random>(storage, F32)(slice, STATES + s, i, block.states[s]);
@@ -216,7 +234,7 @@ struct Eights {
                                                  const Block& last) {
     const Rounding rounding(slice, i - 2 * N, last);
     float sizes[MAX_STATES] = {};
-    each_state([&](auto s) {
+    each_scaled([&](auto s) {
       sizes[s] = decode_bf16(scale_at(slice, STATES + s, i));
       block.largest[s] = Ints{};
     });
@@ -244,8 +262,7 @@ struct Eights {
   [[gnu::noinline]] static void make(const Slice& slice, int64_t i, float factor, const Hypers& h,
                                      Block& block) {
     each_state([&](auto s) {
-      const float scale = decode_bf16(scale_at(slice, STATES + s, i));
-      codec<s>::decode(codes_at<s>(slice, i), scale, block.states[s]);
+      Packed::load_of(codec<s>::storage, codec<s>::dtype)(slice, STATES + s, i, block.states[s]);
       block.largest[s] = Ints{};
     });
     for (int k = 0; k < N; k += TILE) make_tile(slice, i, k, factor, h, block);
