@@ -129,7 +129,7 @@ template <class Rule, unsigned THERE, class Form>
     };
     if (run(Interleaved<Rule, THERE, Float32Param, EightBits>()) ||
         run(Interleaved<Rule, THERE, Split8Param, EightBits>()) ||
-        run(Interleaved<Rule, THERE, Float32Param, RandomBF16s>()))
+        run(Interleaved<Rule, THERE, Float32Param, SixteenBits>()))
       return;
   }
   void* const* streams = slice.streams;

@@ -29,16 +29,18 @@ inline uint32_t round_bits_to_bf16(uint32_t bits) {  // the result in the upper 
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
 }
 
+inline Bits round_to_bf16(Floats value) {  // the result in the lower half
+  const Bits exact = Bits(value);
+  return (value != value ? exact | 0x400000u : exact + 0x7fffu + (exact >> 16 & 1u)) >> 16;
+}
+
 // N values, a multiple of 2 * LANES, in registers.
 template <int N>
 inline void encode_nearest_bf16(const float* from, uint16_t* to) {
-  const auto nearest = [from](int k) {
-    const Floats value = load_floats(from + k);
-    const Bits exact = Bits(value);
-    return (value != value ? exact | 0x400000u : exact + 0x7fffu + (exact >> 16 & 1u)) >> 16;
-  };
 #pragma GCC unroll 4
-  for (int k = 0; k < N; k += 2 * LANES) pack16(nearest(k), nearest(k + LANES), to + k);
+  for (int k = 0; k < N; k += 2 * LANES)
+    pack16(round_to_bf16(load_floats(from + k)), round_to_bf16(load_floats(from + k + LANES)),
+           to + k);
 }
 
 // The plain twins of F16C. Subnormal halves go through float arithmetic that is exact: a multiple

@@ -246,20 +246,28 @@ struct Root8 {
   }
 };
 
-// Rounded up with the probability of the part that is cut off.
-struct RandomBF16 {
+struct NearestBF16 {
   using Code = uint16_t;
-  static constexpr Storage storage = STOCHASTIC;
+  static constexpr Storage storage = PLAIN;
   static constexpr Dtype dtype = BF16;
   static inline Floats value(Ints code, float) { return Floats(code << 16); }
   template <class Draw>
-  static inline Ints code(Floats value, float, const Draw& draw) {
-    const Bits exact = Bits(value);
-    return Ints((value != value ? exact | 0x400000u : exact + draw()) >> 16);
+  static inline Ints code(Floats value, float, const Draw&) {
+    return Ints(round_to_bf16(value));
   }
   static inline void pack(const Ints (&parts)[4], uint16_t* to) {
     pack16(Bits(parts[0]), Bits(parts[1]), to);
     pack16(Bits(parts[2]), Bits(parts[3]), to + 2 * LANES);
+  }
+};
+
+// Rounded up with the probability of the part that is cut off.
+struct RandomBF16 : NearestBF16 {
+  static constexpr Storage storage = STOCHASTIC;
+  template <class Draw>
+  static inline Ints code(Floats value, float, const Draw& draw) {
+    const Bits exact = Bits(value);
+    return Ints((value != value ? exact | 0x400000u : exact + draw()) >> 16);
   }
   template <class Draw>
   static inline void encode(const float* from, const Draw& random, uint16_t* to) {

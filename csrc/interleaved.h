@@ -1,7 +1,7 @@
-// Kernels for states that all have 8 bits, or all are stochastic bfloat16, beside params and grads
+// Kernels for states that all have 8 bits, or all are bfloat16, beside params and grads
 // of float32, or of bfloat16 with split8: loops with nothing to choose in them. While the rule
 // divides in one block of elements, an earlier one is rounded and packed, register by register: a
-// CPU does both at once. Same bits as Packed, 20% faster (AVX-512 and AVX2, an Intel Xeon).
+// CPU does both at once. Same bits as Packed, 20 to 30% faster (2 threads of an Intel Xeon).
 // Included inside a namespace, by apply.inl.
 
 struct EightBits {
@@ -9,10 +9,10 @@ struct EightBits {
   template <StateKind KIND>
   using codec = std::conditional_t<KIND == SQUARE, Root8, Signed8>;
 };
-struct RandomBF16s {
+struct SixteenBits {
   static constexpr bool have_scales = false;
   template <StateKind KIND>
-  using codec = RandomBF16;
+  using codec = std::conditional_t<KIND == SQUARE, RandomBF16, NearestBF16>;
 };
 
 struct Float32Param {
@@ -49,7 +49,7 @@ struct Split8Param {
 template <class Rule, unsigned THERE, class Param, class States>
 struct Interleaved {
   using Hypers = typename Rule::template Hypers<float>;
-  static constexpr int N = SCALE_BLOCK, GROUP = 4 * LANES;
+  static constexpr int N = SCALE_BLOCK, GROUP = 4 * LANES, AHEAD = 512;
   static constexpr bool splits = Param::storage == SPLIT8;
 
   static bool serves(const Slice& slice) {
@@ -125,6 +125,11 @@ struct Interleaved {
     uint16_t signs = 0;
     each_scaled([&](auto s) { signs |= scale_at(slice, STATES + s, i); });
     return signs >> 15;
+  }
+
+  template <Dtype DTYPE>
+  [[gnu::always_inline]] static inline void fetch(const void* stream, int64_t i) {
+    for (int k = 0; k < N * ITEMSIZE[DTYPE]; k += 64) prefetch(stream, i * ITEMSIZE[DTYPE] + k);
   }
 
   // The rule, on the tile from the block's k-th element on, with its states in the block.
@@ -233,6 +238,13 @@ struct Interleaved {
                                                  const Hypers& h, Block& block, Block& middle,
                                                  const Block& last) {
     const Rounding rounding(slice, i - 2 * N, last);
+    // 10 to 16% faster on 2 threads of an Intel Xeon. Always inline, see prefetch.
+    fetch<Param::dtype>(slice.streams[PARAM], i + AHEAD);
+    fetch<Param::dtype>(slice.streams[GRAD], i + AHEAD);
+    each_state([&](auto s) __attribute__((always_inline)) {
+      fetch<codec<s>::dtype>(slice.streams[STATES + s], i + AHEAD);
+    });
+    if (splits) fetch<I8>(slice.remainder, i + AHEAD);
     float sizes[MAX_STATES] = {};
     each_scaled([&](auto s) {
       sizes[s] = decode_bf16(scale_at(slice, STATES + s, i));
