@@ -256,11 +256,11 @@ def _import(peer: Peer) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are installed, beside torch."""
-    found = {}
-    for peer in PEERS:
-        try:
-            found[peer.name] = importlib.metadata.version(peer.package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {name: version for name, version in found.items() if name != "torch.compile"}
+    """Of the peers that are installed, beside torch; a fork has its own name."""
+    installed = importlib.metadata.packages_distributions()
+    roots = {p.name: p.module.partition(".")[0] for p in PEERS if p.name != "torch.compile"}
+    return {
+        name: importlib.metadata.version(installed[root][0])
+        for name, root in roots.items()
+        if root in installed
+    }

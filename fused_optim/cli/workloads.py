@@ -289,10 +289,10 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
         ),
     ]  # fmt: skip
     targets = {
-        "int8": Target(1.0),
-        "bf16-states": Target(1.1),
-        "split16": Target(1.2),
-        "split8": Target(),
+        "int8": Target(1.3),
+        "bf16-states": Target(1.3),
+        "split16": Target(1.5),
+        "split8": Target(1.0),
     }
     for name in without_fused():
         row = name.lower()
