@@ -54,7 +54,9 @@ struct Interleaved {
 
   static bool serves(const Slice& slice) {
     const Packing& packing = *slice.packing;
-    bool all = slice.numel >= N && slice.grad_write == KEPT && slice.streams[EMA] == nullptr &&
+    const bool no_average = slice.streams[EMA] == nullptr;
+    const bool output = !splits && slice.ema_weight == 1 && slice.dtypes[EMA] == BF16;
+    bool all = slice.numel >= N && slice.grad_write == KEPT && (no_average || output) &&
                packing.offset % N == 0 && packing.storage[GRAD] == PLAIN &&
                packing.storage[PARAM] == Param::storage && slice.dtypes[PARAM] == Param::dtype &&
                slice.dtypes[GRAD] == Param::dtype;
@@ -199,6 +201,8 @@ struct Interleaved {
       pack16(group.highs[0], group.highs[1], upper);
       pack16(group.highs[2], group.highs[3], upper + 2 * LANES);
       pack8(group.rests, static_cast<uint8_t*>(slice.remainder) + i);
+    } else if (slice.streams[EMA] != nullptr) {
+      encode_nearest_bf16<GROUP>(at<float>(slice, PARAM, i), at<uint16_t>(slice, EMA, i));
     }
   }
   static inline void write_special(const Slice& slice, int64_t i, const Block& block) {

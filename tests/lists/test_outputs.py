@@ -58,11 +58,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @few_cases
 @pytest.mark.parametrize("options", OPTIONS)
 def test_with_other_options(case: Case, options: str) -> None:
-    run = Run(case, case.fused, shapes=(*SHAPES, (5000,)), extra=OPTIONS[options])
+    run, other = (
+        Run(case, case.fused, shapes=(*SHAPES, (5000,)), extra=OPTIONS[options]) for _ in range(2)
+    )
     outputs = with_outputs(run, torch.bfloat16)
     for _ in range(3):
         run.step()
         assert_refreshed(run, outputs)
+    other.step(3)
+    assert_same_bits(run.harvest(), other.harvest())
 
 
 @pytest.mark.parametrize("master", ["stochastic", "split8", "split16"])
