@@ -112,6 +112,22 @@ inline void finite_of(const float* values, float* finite) {
     finite[k] = (bits_of(values[k]) & MAGNITUDE) < INF ? values[k] : 0.0f;
 }
 
+// A block by a codec below.
+template <class Codec, class Draw>
+inline void encode_block(const float* from, float inverse, const Draw& random,
+                         typename Codec::Code* to) {
+#pragma GCC unroll 4
+  for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
+    Ints parts[4];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+      const int k = i + part * LANES;
+      parts[part] = Codec::code(load_floats(from + k), inverse, [&] { return random(k); });
+    }
+    Codec::pack(parts, to + i);
+  }
+}
+
 // A scale's sign says that some codes of its block stand for NaN or an infinity. Almost no block
 // has them, and the others need no search.
 
@@ -152,14 +168,7 @@ struct Signed8 {
   static inline float encode_finite(const float* from, float largest, int8_t* codes) {
     const float scale = scale_of(largest, share, smallest);
     const float inverse = scale == 0 ? 0 : 1 / scale;
-#pragma GCC unroll 4
-    for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Ints parts[4];
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; part++)
-        parts[part] = code(load_floats(from + i + part * LANES), inverse, nullptr);
-      pack(parts, codes + i);
-    }
+    encode_block<Signed8>(from, inverse, [](int) { return 0; }, codes);  // draws nothing
     return scale;
   }
   __attribute__((noinline)) static float encode_special(const float* from, int8_t* codes) {
@@ -220,16 +229,7 @@ struct Root8 {
                                     uint8_t* codes) {
     const float scale = scale_of(largest, share, smallest);
     const float inverse = scale == 0 ? 0 : 1 / scale;
-#pragma GCC unroll 4
-    for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Ints parts[4];
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) {
-        const int k = i + part * LANES;
-        parts[part] = code(load_floats(roots + k), inverse, [&] { return random(k); });
-      }
-      pack(parts, codes + i);
-    }
+    encode_block<Root8>(roots, inverse, random, codes);
     return scale;
   }
   template <class Draw>
@@ -271,16 +271,7 @@ struct RandomBF16 : NearestBF16 {
   }
   template <class Draw>
   static inline void encode(const float* from, const Draw& random, uint16_t* to) {
-#pragma GCC unroll 4
-    for (int i = 0; i < SCALE_BLOCK; i += 4 * LANES) {
-      Ints parts[4];
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) {
-        const int k = i + part * LANES;
-        parts[part] = code(load_floats(from + k), 1, [&] { return random(k); });
-      }
-      pack(parts, to + i);
-    }
+    encode_block<RandomBF16>(from, 1, random, to);
   }
 };
 

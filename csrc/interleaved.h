@@ -1,8 +1,8 @@
-// Kernels for states that all have 8 bits, or all are bfloat16, beside params and grads
-// of float32, or of bfloat16 with split8: loops with nothing to choose in them. While the rule
-// divides in one block of elements, an earlier one is rounded and packed, register by register: a
-// CPU does both at once. Same bits as Packed, 20 to 30% faster (2 threads of an Intel Xeon).
-// Included inside a namespace, by apply.inl.
+// Kernels for states that all have 8 bits, or all are bfloat16, beside params and grads of float32,
+// or of bfloat16 with split8, without averages (bfloat16 outputs of float32 params excepted): loops
+// with nothing to choose in them. While the rule divides in one block of elements, an earlier one
+// is rounded and packed, register by register: a CPU does both at once. Same bits as Packed, 20 to
+// 30% faster (2 threads of an Intel Xeon). Included inside a namespace, by apply.inl.
 
 struct EightBits {
   static constexpr bool have_scales = true;
