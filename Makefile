@@ -117,7 +117,7 @@ sanitize: $(VENV)/installed
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O0 \
 	  FUSED_OPTIM_BUILD_BASELINE_ONLY=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
-	cp -r fused_optim/*.py fused_optim/cli $(SANITIZED)/fused_optim/
+	cp -r fused_optim/*.py fused_optim/bench fused_optim/cli fused_optim/codegen $(SANITIZED)/fused_optim/
 	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
 	  'import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__'
 	$(SANITIZER_ENV) $(BIN)/pytest -q -n auto \

@@ -93,8 +93,8 @@ fi
 
 # Not by pip, which hides the compiler's errors: the kernels are optional for setup.py. -P: the source tree has no
 # kernels built, and must not hide the package.
-stage build 300 'mkdir -p "$SITE/fused_optim" && rm -rf "$SITE"/fused_optim/{*.py,cli,triton_kernels}
-cp -r fused_optim/*.py fused_optim/cli triton_kernels "$SITE/fused_optim/"
+stage build 300 'mkdir -p "$SITE/fused_optim" && rm -rf "$SITE"/fused_optim/{*.py,bench,cli,codegen,triton_kernels}
+cp -r fused_optim/*.py fused_optim/{bench,cli,codegen} triton_kernels "$SITE/fused_optim/"
 kernels() {
   "$PYTHON" -P -c "
 import os, fused_optim._C as kernels, fused_optim.triton_kernels.launch as launch

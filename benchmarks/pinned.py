@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 import torch
 
 import fused_optim
-from fused_optim.cli import contestants
-from fused_optim.cli.offload import Host
-from fused_optim.cli.workloads import table
+from fused_optim.bench import contestants
+from fused_optim.bench.offload import Host
+from fused_optim.bench.workloads import table
 
 N_ROUNDS = 21
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import backends
-from fused_optim.cli.contestants import device_copy
-from fused_optim.cli.device import EventTimer
-from fused_optim.cli.timing import HostTimer, Step, quartiles
+from fused_optim.bench.contestants import device_copy
+from fused_optim.bench.device import EventTimer
+from fused_optim.bench.timing import HostTimer, Step, quartiles
 from fused_optim.optimizers import OPTIMIZERS
 
 # Each optimizer with all of its states; those that are not here have them by default.

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
 import fused_optim
-from fused_optim.cli.contestants import device_copy
-from fused_optim.cli.device import EventTimer
-from fused_optim.cli.timing import (
+from fused_optim.bench.contestants import device_copy
+from fused_optim.bench.device import EventTimer
+from fused_optim.bench.timing import (
     Schedule,
     Step,
     Timer,

@@ -9,7 +9,7 @@ from torch import Tensor
 from variants import Format, check_served
 
 from fused_optim._C import SMALLEST_INT8
-from fused_optim.cli.choice import OPTIONS, TITLES
+from fused_optim.bench.choice import OPTIONS, TITLES
 
 # Of sizes at which a step count per tensor no longer shows, and the last group of 64 may be short.
 SHAPES = ((500, 500), (64, 64, 3, 3), (SMALLEST_INT8,), (67, 67))

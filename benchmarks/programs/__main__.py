@@ -20,8 +20,8 @@ import alternation
 import table
 from trainings import PROGRAMS
 
-from fused_optim.cli import bench
-from fused_optim.cli.results import BUSY_ELSEWHERE, SCHEMA, about
+from fused_optim.bench import measure
+from fused_optim.bench.results import BUSY_ELSEWHERE, SCHEMA, about
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,7 @@ def main() -> int:
             skipped[name] = f"needs {package}: pip install {package}"
             print(f"{name} is left out, it {skipped[name]}", file=sys.stderr)
     load_averages = [os.getloadavg()]
-    latency = alternation.measure_latency(bench.FULL)
+    latency = alternation.measure_latency(measure.FULL)
     try:
         rows = alternation.measure(chosen, args.threads, args.rounds)
     except alternation.NotMeasured as reason:

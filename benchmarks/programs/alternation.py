@@ -12,8 +12,8 @@ from typing import Any
 
 from trainings import CONTESTANTS, PROGRAMS
 
-from fused_optim.cli import contestants, timing
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench import contestants, timing
+from fused_optim.bench.workloads import Workload
 
 WORKER = Path(__file__).with_name("worker.py")
 LATENCY = Workload("latency", "Adam on 3 tensors of 10", "Adam", [(10,)] * 3)

@@ -6,8 +6,8 @@ from typing import Any
 
 from trainings import DEFAULT, FUSED, OURS
 
-from fused_optim.cli import text
-from fused_optim.cli.timing import paired_ratios, quartiles, round_times
+from fused_optim.bench import text
+from fused_optim.bench.timing import paired_ratios, quartiles, round_times
 
 HEADER = (
     "program",

@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 
 import fused_optim
 from fused_optim import FusedOptimizer, backends
-from fused_optim.cli import choice
+from fused_optim.bench import choice
 from fused_optim.optimizers import OPTIMIZERS
 
 N_STEPS = 3

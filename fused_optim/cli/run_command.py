@@ -22,7 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "ours. When it ends, each of its processes that took steps prints to stderr how many, how long "
         "they took, and which tensors no kernel could serve. The exit status is the program's.",
     )
-    parser.set_defaults(refuse=parser.error)
+    parser.set_defaults(run=run_command, refuse=parser.error)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quiet", action="store_true", help="count and print nothing")
     how.add_argument(

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fused_optim.cli import headline, main
+from fused_optim.bench import headline
+from fused_optim.cli import main
 from support import browser
 from support.marks import needs_browser
 

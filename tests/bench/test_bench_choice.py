@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from fused_optim import cli
-from fused_optim.cli import (
+from fused_optim.bench import (
     agreement,
-    bench,
     choice,
     contestants,
     device,
     factory,
+    measure,
     models,
     peers,
     verdict,
 )
-from fused_optim.cli.contestants import OURS
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench.contestants import OURS
+from fused_optim.bench.workloads import Workload
 from support.marks import needs_cpu_kernels
 from support.processes import HANG_S
 
@@ -279,10 +279,10 @@ def test_variants_that_torch_optim_lacks_are_named():
 def test_an_optimizer_that_torch_optim_lacks_is_timed_beside_a_plain_loop_and_its_package(
     monkeypatch,
 ):
-    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(bench.QUICK, budget_s=0.01))
+    monkeypatch.setattr(measure, "QUICK", dataclasses.replace(measure.QUICK, budget_s=0.01))
     lineup = peers.lineup(["schedulefree"], "cpu")
     work = Workload("s", "s", "AdamWScheduleFree", [(3,)])
-    row = bench.measure(work, quick=True, lineup=lineup)
+    row = measure.measure_row(work, quick=True, lineup=lineup)
     assert set(row.samples_s) == {OURS, contestants.PLAIN, "schedulefree"}
     assert row.baseline == contestants.PLAIN and row.ratio is not None
     assert row.not_measured["fused"] == "torch.optim has no AdamWScheduleFree"
@@ -297,8 +297,8 @@ def test_memory_of_the_cpu_is_checked_before(monkeypatch):
     [row] = choice.product(["resnet50"], None, None, None)
     # Ours, three variants and the probe: five times 16 bytes for each of 25.6 M parameters.
     poor = device.Device(torch.device("cpu"), free_nbytes=lambda: 2**30)
-    with pytest.raises(bench.NotMeasured, match="needs 2 GiB, 1 GiB are free"):
-        bench.measure(row, quick=False, device=poor, lineup=peers.lineup(["none"], "cpu"))
+    with pytest.raises(measure.NotMeasured, match="needs 2 GiB, 1 GiB are free"):
+        measure.measure_row(row, quick=False, device=poor, lineup=peers.lineup(["none"], "cpu"))
 
 
 def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def test_a_variant_that_was_dropped_is_no_baseline():
         OURS: [[1.0], [1.0], [1.0]], "for-loop": [[1.7]],
         "foreach": [[1.1], [4.0], [4.0]], "fused": [[1.0], [3.0], [3.0]],
     }  # fmt: skip
-    made = bench._row(row, samples, entrants)
+    made = measure._row(row, samples, entrants)
     assert (made.baseline, made.ratio_samples) == ("fused", [1.0, 3.0, 3.0])
 
 
@@ -356,11 +356,11 @@ def test_a_peer_that_computes_something_else_is_not_timed(name):
 
 
 def test_such_a_peer_is_named_in_its_row(monkeypatch):
-    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(bench.QUICK, budget_s=0.01))
+    monkeypatch.setattr(measure, "QUICK", dataclasses.replace(measure.QUICK, budget_s=0.01))
     build = {"AdamW": lambda workload, params: torch.optim.AdamW(params, lr=1.0)}
     [row] = choice.product(["tiny"], None, None, None)
     other = peers.Lineup((peers.Peer("other", "torch", "torch", build),))
-    measured = bench.measure(row, quick=True, lineup=other)
+    measured = measure.measure_row(row, quick=True, lineup=other)
     assert measured.not_measured["other"].startswith("computes something else: ")
     assert "other" not in measured.samples_s
 

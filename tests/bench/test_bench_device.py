@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fused_optim import cli
-from fused_optim.cli import (
-    bench,
+from fused_optim.bench import (
     contestants,
     device,
+    measure,
     peers,
     phase,
     report,
@@ -20,9 +20,9 @@ from fused_optim.cli import (
     timing,
     workloads,
 )
-from fused_optim.cli.device import EventTimer
-from fused_optim.cli.timing import HostTimer, Quartiles
-from fused_optim.cli.workloads import Target, Workload
+from fused_optim.bench.device import EventTimer
+from fused_optim.bench.timing import HostTimer, Quartiles
+from fused_optim.bench.workloads import Target, Workload
 from support.marks import needs_cpu_kernels
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
@@ -254,8 +254,8 @@ class HostEvent:
 def played(monkeypatch):
     """A "GPU" that is this CPU."""
     for name in ("FULL", "QUICK", "GPU"):
-        monkeypatch.setattr(bench, name, SCHEDULE)
-    monkeypatch.setattr(bench, "COPY_NBYTES", 4 * MIB)
+        monkeypatch.setattr(measure, name, SCHEDULE)
+    monkeypatch.setattr(measure, "COPY_NBYTES", 4 * MIB)
     about = {
         "type": "cuda", "name": "Fake 1", "memory_nbytes": 2**30, "l2_nbytes": MIB,
         "driver": "1.2", "cuda": "13.0", "hip": None,
@@ -264,7 +264,7 @@ def played(monkeypatch):
 
 
 def test_a_row_by_events_knows_the_copy_and_rotates_inputs(played):
-    row = bench.measure(WORK, quick=True, device=played)
+    row = measure.measure_row(WORK, quick=True, device=played)
     assert (row.clock, row.n_sets) == ("device", 3)
     assert {contestants.OURS, contestants.COPY, "fused", "foreach"} <= set(row.samples_s)
     nbytes = sum(torch.Size(shape).numel() for shape in WORK.shapes) * 4 * 7
@@ -282,7 +282,7 @@ def test_a_row_of_host_time_drains_the_queue_before_every_step(played, monkeypat
     drained = []
     device_ = dataclasses.replace(played, synchronize=lambda: drained.append(1))
     work = dataclasses.replace(WORK, timed="call", target=Target(5.0))
-    row = bench.measure(work, quick=True, device=device_)
+    row = measure.measure_row(work, quick=True, device=device_)
     assert (row.clock, row.n_sets, row.copy_part) == ("host", 1, None)
     assert len(drained) >= len(row.samples_s) * SCHEDULE.min_rounds
     assert contestants.COPY not in row.samples_s
@@ -291,22 +291,22 @@ def test_a_row_of_host_time_drains_the_queue_before_every_step(played, monkeypat
 def test_a_phase_by_events_counts_its_bytes(played, monkeypatch):
     monkeypatch.setattr(phase, "CHOICE", SCHEDULE)
     work = dataclasses.replace(WORK, phase=workloads.WHOLE)
-    row = bench.measure(work, quick=True, device=played)
+    row = measure.measure_row(work, quick=True, device=played)
     assert (row.clock, row.baseline, row.n_sets) == ("device", contestants.STOCK_CALLS, 1)
     assert set(row.samples_s) == {contestants.OURS, contestants.STOCK_CALLS, contestants.COPY}
     assert row.nbytes == work.numel * 44
     assert row.copy_part is not None
     assert row.faster_peers == []
     poor = dataclasses.replace(played, free_nbytes=lambda: work.nbytes)
-    with pytest.raises(bench.NotMeasured, match="GiB"):
-        bench.measure(work, quick=True, device=poor)
+    with pytest.raises(measure.NotMeasured, match="GiB"):
+        measure.measure_row(work, quick=True, device=poor)
 
 
 def test_states_get_the_dtypes_asked_for_and_who_cannot_says_so(played):
     work = dataclasses.replace(
         WORK, dtype=torch.bfloat16, state_dtypes={"exp_avg_sq": torch.float32}
     )
-    row = bench.measure(work, quick=True, device=played)
+    row = measure.measure_row(work, quick=True, device=played)
     # Read and written: param and exp_avg in bfloat16, exp_avg_sq in float32; read: the grad.
     assert row.nbytes == work.numel * (2 * (2 + 2 + 4) + 2)
     assert row.not_measured["fused"].startswith("failed: RuntimeError: expected scalar type")
@@ -319,7 +319,7 @@ def test_a_workload_that_stock_does_not_take_has_the_copy_alone(played, monkeypa
         raise RuntimeError(f"no {variant}")
 
     monkeypatch.setattr(contestants, "stock", refuse)
-    row = bench.measure(
+    row = measure.measure_row(
         dataclasses.replace(WORK, target=Target(copy=1e-9)), quick=True, device=played
     )
     assert (row.baseline, row.ratio, row.met) == (None, None, True)
@@ -332,7 +332,7 @@ def test_a_workload_that_stock_does_not_take_has_the_copy_alone(played, monkeypa
 def test_too_little_memory_skips_the_row_and_names_what_it_needs(played):
     poor = dataclasses.replace(played, free_nbytes=lambda: 3 * 2**30)
     billion = workloads.select(["billion"], quick=True, device_type="cuda")
-    found = bench.run(billion, quick=True, threads=None, device=poor)
+    found = measure.run(billion, quick=True, threads=None, device=poor)
     assert found.rows == []
     assert found.skipped == {"billion": "needs 39 GiB, 3 GiB are free"}
 
@@ -345,7 +345,7 @@ def printed(played, capsys, tmp_path):
         dataclasses.replace(WORK, name="h", title="host time", timed="call", target=Target(5.0)),
     ]
     lineup = peers.lineup(None, "cuda")
-    found = bench.run(works, quick=True, threads=None, device=played, lineup=lineup)
+    found = measure.run(works, quick=True, threads=None, device=played, lineup=lineup)
     found.skipped["other"] = "needs 39 GiB, 3 GiB are free"
     report.print_results(found)
     found.save(tmp_path / "bench.json")

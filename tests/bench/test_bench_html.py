@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from fused_optim.cli import html, results, text, verdict
-from fused_optim.cli.contestants import COPY, MATCHING, OURS, PROBE, Choice
-from fused_optim.cli.markup import Markup, join, tag
-from fused_optim.cli.style import STYLE
-from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import WHOLE, Target, Workload
+from fused_optim.bench import html, results, text, verdict
+from fused_optim.bench.contestants import COPY, MATCHING, OURS, PROBE, Choice
+from fused_optim.bench.markup import Markup, join, tag
+from fused_optim.bench.style import STYLE
+from fused_optim.bench.timing import Quartiles
+from fused_optim.bench.workloads import WHOLE, Target, Workload
 from support import browser
 from support.marks import needs_browser, needs_cpu_kernels
 
@@ -272,7 +272,7 @@ def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from fused_optim.cli import plot
+    from fused_optim.bench import plot
 
     seen, save = [], Figure.savefig
 

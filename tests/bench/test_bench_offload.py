@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fused_optim.cli import bench, contestants, offload, workloads
-from fused_optim.cli.contestants import OURS, STOCK_CALLS
-from fused_optim.cli.peers import Lineup, Peer
-from fused_optim.cli.workloads import Target, Workload
+from fused_optim.bench import contestants, measure, offload, workloads
+from fused_optim.bench.contestants import OURS, STOCK_CALLS
+from fused_optim.bench.peers import Lineup, Peer
+from fused_optim.bench.workloads import Target, Workload
 from support.marks import needs_cpu_kernels
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
@@ -21,11 +21,11 @@ PEER = Peer(
 
 
 def test_a_row_says_who_was_timed_and_what_was_moved() -> None:
-    row = bench.measure(WORK, quick=True, lineup=Lineup((PEER,), by_name=True))
+    row = measure.measure_row(WORK, quick=True, lineup=Lineup((PEER,), by_name=True))
     assert set(row.samples_s) == {OURS, STOCK_CALLS, "peer"} and row.baseline == STOCK_CALLS
     assert row.backends == {"cpu": 3} and row.fallbacks == []
     assert row.nbytes == 28 * (2000 + 3 + 2500)
-    pieces = bench.measure(PIECES, quick=True, lineup=Lineup(()))
+    pieces = measure.measure_row(PIECES, quick=True, lineup=Lineup(()))
     assert set(pieces.samples_s) == {OURS, offload.WHOLE} and pieces.baseline == offload.WHOLE
 
 

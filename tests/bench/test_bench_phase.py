@@ -8,19 +8,10 @@ import pytest
 import torch
 
 import fused_optim
-from fused_optim.cli import (
-    bench,
-    contestants,
-    main,
-    peers,
-    phase,
-    report,
-    results,
-    timing,
-    workloads,
-)
-from fused_optim.cli.contestants import NEVER_ON, OURS, STOCK_CALLS
-from fused_optim.cli.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
+from fused_optim.bench import contestants, measure, peers, phase, report, results, timing, workloads
+from fused_optim.bench.contestants import NEVER_ON, OURS, STOCK_CALLS
+from fused_optim.bench.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
+from fused_optim.cli import main
 from support.marks import needs_cpu_kernels
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
@@ -40,7 +31,7 @@ IDS = ["whole", "clip", "torch.amp", "fused_optim"]
 @pytest.fixture
 def short(monkeypatch):
     for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(bench, name, SCHEDULE)
+        monkeypatch.setattr(measure, name, SCHEDULE)
     monkeypatch.setattr(phase, "CHOICE", SCHEDULE)
 
 
@@ -186,7 +177,7 @@ def test_grads_that_need_no_clipping_are_not_timed(short, monkeypatch):
 def test_a_phase_is_a_row(short, capsys, tmp_path, chosen):
     n_threads = torch.get_num_threads()
     work = dataclasses.replace(WORK, phase=chosen)
-    found = bench.run([work], quick=True, threads=None)
+    found = measure.run([work], quick=True, threads=None)
     assert torch.get_num_threads() == n_threads
     [row] = found.rows
     assert (row.baseline, set(row.samples_s)) == (STOCK_CALLS, {OURS, STOCK_CALLS})
@@ -219,7 +210,7 @@ def test_steps_of_peers_are_timed_among_the_same_calls(short, capsys):
             peers.Peer(name, "torch", "torch", {"AdamW": build}) for name, build in builds.items()
         )
     )
-    found = bench.run([WORK], quick=True, threads=None, lineup=lineup)
+    found = measure.run([WORK], quick=True, threads=None, lineup=lineup)
     [row] = found.rows
     assert (row.baseline, set(row.samples_s)) == (STOCK_CALLS, {OURS, STOCK_CALLS, "like"})
     assert row.not_measured["other"].startswith("computes something else: ")
@@ -251,6 +242,6 @@ def test_options_that_are_off_again_change_nothing(short):
         assert optimizer.last_step.tensors == {"cpu": 3}
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads, strict=True))
 
-    row = bench.measure(work, quick=True)
+    row = measure.measure_row(work, quick=True)
     assert (row.baseline, set(row.samples_s)) == (NEVER_ON, {OURS, NEVER_ON})
     report.print_results(results.Results(results.about(quick=True), [row]))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fused_optim import cli
-from fused_optim.cli import bench, contestants, peers, report, results, text, timing, workloads
-from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import Target
+from fused_optim.bench import contestants, measure, peers, report, results, text, timing, workloads
+from fused_optim.bench.timing import Quartiles
+from fused_optim.bench.workloads import Target
 from support.marks import needs_cpu_kernels
 from support.processes import HANG_S
 
@@ -132,7 +132,7 @@ def test_bench_draws_charts(tiny_run):
 
 
 def test_bench_fails_when_a_tensor_fell_back(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(SCHEDULE, budget_s=0.01))
+    monkeypatch.setattr(measure, "QUICK", dataclasses.replace(SCHEDULE, budget_s=0.01))
     script = tmp_path / "complex.py"
     script.write_text("import torch\ndef f(): return [(torch.ones(3) * 1j).requires_grad_()]\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -318,7 +318,7 @@ def test_no_verdict_from_few_rounds_or_a_busy_machine(n_rounds, cpu_elsewhere, m
 
 def test_what_the_process_takes_is_told_beside_the_times(tmp_path, capsys):
     work = workloads.Workload(workloads.MEMORY, "AdamW, one", "AdamW", [(3,)])
-    found = bench.run([work], quick=True, threads=None)
+    found = measure.run([work], quick=True, threads=None)
     assert found.import_s > 0
     report.print_results(found)
     lines = capsys.readouterr().out.splitlines()
@@ -344,9 +344,9 @@ def test_peers_that_do_not_run_are_named_with_the_reason(monkeypatch):
             peers.Peer("running", "torch", "torch", {"AdamW": adamw}),
         )
     )
-    monkeypatch.setattr(bench, "QUICK", dataclasses.replace(SCHEDULE, budget_s=0.01))
+    monkeypatch.setattr(measure, "QUICK", dataclasses.replace(SCHEDULE, budget_s=0.01))
     [tiny] = workloads.select(["tiny"], quick=True)
-    row = bench.measure(tiny, quick=True, lineup=lineup)
+    row = measure.measure_row(tiny, quick=True, lineup=lineup)
     assert row.not_measured == {
         "absent": "not installed",
         "narrow": "has no AdamW",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_optim.cli.timing import Schedule
+from fused_optim.bench.timing import Schedule
 from support.marks import needs_cpu_kernels
 from support.processes import python
 

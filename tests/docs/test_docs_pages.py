@@ -20,7 +20,7 @@ import torch
 
 import fused_optim
 from fused_optim import cli
-from fused_optim.cli.workloads import select
+from fused_optim.bench.workloads import select
 from fused_optim.optimizers import OPTIMIZERS
 from support.cases import OF_TORCH
 from support.marks import needs_cpu_kernels
@@ -245,6 +245,9 @@ def test_the_reference_has_every_public_name() -> None:
     }
 
 
+PACKAGES = {path.parent.name for path in ROOT.glob("fused_optim/*/__init__.py")}
+
+
 def imports(module: Path) -> set[str]:
     """Modules of fused_optim that it imports, wherever in its code, but not for types alone."""
     tree = ast.parse(module.read_text())
@@ -267,10 +270,14 @@ def test_layers_are_those_of_the_imports() -> None:
     for number, row in enumerate(re.findall(r"^\| (?!layer)[^|]*\|([^|]*)\|", text, re.MULTILINE)):
         for path in re.findall(r"`fused_optim/(\w+)(?:\.py|/)`", row):
             layer[path] = number
-    modules = {path.stem: path for path in ROOT.glob("fused_optim/[!_]*.py")}
+    modules = [*ROOT.glob("fused_optim/[!_]*.py"), *ROOT.glob("fused_optim/*/*.py")]
+    module_of = {
+        path: path.parent.name if path.parent.name in PACKAGES else path.stem for path in modules
+    }
     layer |= {name.lower(): layer["optimizers"] for name in OPTIMIZERS}
-    assert {*modules, "cli"} == {*layer}
-    for name, path in modules.items():
+    assert {*module_of.values()} == {*layer}
+    for path, name in module_of.items():
         upwards = {other for other in imports(path) & {*layer} if layer[other] < layer[name]}
-        assert not upwards, (name, upwards)
-    assert imports(modules["optimizer"]) >= {"backends", "step"}
+        assert not upwards, (path, upwards)
+    assert imports(ROOT / "fused_optim/optimizer.py") >= {"backends", "step"}
+    assert {module_of[path] for path in modules if "triton_kernels" in imports(path)} == {"codegen"}

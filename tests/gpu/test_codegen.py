@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from fused_optim import cli
-from fused_optim.cli import codegen, kernels, machine_code
-from fused_optim.cli.codegen import Finding
-from fused_optim.cli.kernels import Kernel
-from fused_optim.cli.machine_code import Measured, Needs, Round
+from fused_optim.codegen import command, compilation, kernels, machine_code
+from fused_optim.codegen.compilation import Finding
+from fused_optim.codegen.kernels import Kernel
+from fused_optim.codegen.machine_code import Measured, Needs, Round
 from fused_optim.triton_kernels import specialize
 from fused_optim.triton_kernels.rules import RULES
 
@@ -95,7 +95,7 @@ def findings(request):
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     selected = {(p["kernel"], p["target"]) for p in params if "kernel" in p}
     jobs = [job for job in JOBS if job[:2] in selected]
-    return {(found.kernel, found.target): found for found in codegen.examine_all(jobs)}
+    return {(found.kernel, found.target): found for found in compilation.examine_all(jobs)}
 
 
 @pytest.fixture
@@ -410,7 +410,7 @@ def test_wrong_block_is_reported(own_cache, monkeypatch, dtypes, per_thread, wor
     block = per_thread * 128
     monkeypatch.setattr(specialize.Specialization, "block", block)
     monkeypatch.setattr(specialize.Specialization, "chunk", max(2048, block))
-    found = codegen.examine(replace(ADAM, dtypes=dtypes), "sm_90").complaints
+    found = compilation.examine(replace(ADAM, dtypes=dtypes), "sm_90").complaints
     assert any(words in line for line in found), found
 
 
@@ -418,7 +418,7 @@ def test_wrong_block_is_reported(own_cache, monkeypatch, dtypes, per_thread, wor
 @pytest.mark.parametrize("dtypes", ["float32", "float64"])
 def test_fused_arithmetic_is_reported(own_cache, monkeypatch, dtypes, target):
     monkeypatch.setitem(specialize.COMPILE_OPTIONS, "enable_fp_fusion", True)
-    found = codegen.examine(replace(ADAM, dtypes=dtypes), target, disassemble=False).complaints
+    found = compilation.examine(replace(ADAM, dtypes=dtypes), target, disassemble=False).complaints
     assert any("fused" in line for line in found), found
 
 
@@ -431,19 +431,19 @@ def approximate(param, grad, states, hypers, THERE: tl.constexpr):
 def test_approximate_arithmetic_is_reported(own_cache, monkeypatch, target):
     monkeypatch.setitem(RULES, "adam", replace(RULES["adam"], update=approximate))
     kernel = replace(ADAM, scaled=False)
-    found = codegen.examine(kernel, target, disassemble=False).complaints
+    found = compilation.examine(kernel, target, disassemble=False).complaints
     assert any("approximate" in line or "no correctly" in line for line in found), found
 
 
 def test_flushed_subnormals_are_reported(own_cache, monkeypatch):
     monkeypatch.setitem(specialize.COMPILE_OPTIONS, "allow_flush_denorm", True)
-    found = codegen.examine(ADAM, "gfx942").complaints
+    found = compilation.examine(ADAM, "gfx942").complaints
     assert any("flush" in line for line in found), found
 
 
 def test_failed_compilation_is_reported(own_cache, monkeypatch):
     monkeypatch.setattr(specialize.Specialization, "block", 500)
-    found = codegen.examine(ADAM, "sm_90")
+    found = compilation.examine(ADAM, "sm_90")
     assert found.measured is None
     assert len(found.complaints) == 1 and "does not compile" in found.complaints[0]
 
@@ -458,7 +458,7 @@ def test_command_prints_and_saves(monkeypatch, tmp_path, capsys):
         for kernel, target, _ in jobs:
             yield ill.get(kernel) or replace(healthy, kernel=kernel, target=target)
 
-    monkeypatch.setattr(codegen, "examine_all", known)
+    monkeypatch.setattr(compilation, "examine_all", known)
     file = tmp_path / "new" / "codegen.json"
     args = ["codegen", "--rule", "sgd", "--target", "sm_90", "--json", str(file)]
     assert cli.main(args) == 0
@@ -497,6 +497,6 @@ def test_bad_arguments_are_named(args, capsys):
 
 
 def test_command_without_triton_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["codegen"]) == 2
     assert "pip install 'fused-optim[triton]'" in capsys.readouterr().err

@@ -19,7 +19,7 @@ if BACKEND != "cpu":
 pytest.importorskip("triton", reason="needs triton")
 
 import fused_optim
-from fused_optim.cli.timing import HostTimer, Schedule
+from fused_optim.bench.timing import HostTimer, Schedule
 from fused_optim.triton_kernels import streams
 from fused_optim.triton_kernels.multi_tensor import multi_tensor
 from fused_optim.triton_kernels.specialize import COMPILE_OPTIONS

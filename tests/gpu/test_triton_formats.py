@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from fused_optim.cli import codegen, kernels
-from fused_optim.cli.machine_code import Needs, complaints
+from fused_optim.codegen import compilation, kernels
+from fused_optim.codegen.machine_code import Needs, complaints
 from fused_optim.triton_kernels import formats, specialize, streams
 from fused_optim.triton_kernels.streams import RUN
 
@@ -295,7 +295,7 @@ def compiled(format, target):
 @pytest.mark.parametrize("format", STORED)
 def test_machine_code_is_lean(format):
     kernel = compiled(format, "sm_90")
-    measured = codegen._measure(kernel, disassemble=True)
+    measured = compilation._measure(kernel, disassemble=True)
     # Values; of the codes and remainders, those of 16 bits are wide enough to count.
     accesses = {128: PARTS}
     if format not in CODES:

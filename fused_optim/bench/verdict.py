@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from fused_optim.cli import text
-from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, PLAIN
-from fused_optim.cli.results import MIN_ROUNDS_TO_JUDGE, Results, Row
+from fused_optim.bench import text
+from fused_optim.bench.contestants import MATCHING, NEVER_ON, OURS, PLAIN
+from fused_optim.bench.results import MIN_ROUNDS_TO_JUDGE, Results, Row
 
 FASTER, SLOWER = "faster", "slower"
 # What stands beside a verdict, and what it means.

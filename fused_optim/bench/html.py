@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-from fused_optim.cli import charts, method, svg, text
-from fused_optim.cli.contestants import OURS
-from fused_optim.cli.markup import Markup, join, tag
-from fused_optim.cli.results import Results, Row
-from fused_optim.cli.style import STYLE
-from fused_optim.cli.verdict import FASTER, MARKS, SLOWER, facts, headline, judge, marks, notices
+from fused_optim.bench import charts, method, svg, text
+from fused_optim.bench.contestants import OURS
+from fused_optim.bench.markup import Markup, join, tag
+from fused_optim.bench.results import Results, Row
+from fused_optim.bench.style import STYLE
+from fused_optim.bench.verdict import FASTER, MARKS, SLOWER, facts, headline, judge, marks, notices
 
 TITLE = "fused_optim beside torch.optim"
 FOOTER = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_optim.cli.models import Model
+from fused_optim.bench.models import Model
 
 # What the benchmark can fill with random numbers, and an optimizer could step.
 DTYPES = (

@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "when a tensor fell back to torch.optim, or when a phase and stock's calls do not compute the "
         "same.",
     )
-    bench.set_defaults(refuse=bench.error)
+    bench.set_defaults(run=run, refuse=bench.error)
     what = bench.add_argument_group("what is measured")
     what.add_argument(
         "--from",
@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_USAGE
 
     # Imported here so that `info` works without the bench extra.
-    from fused_optim.cli import bench, choice, html, peers, report, workloads
-    from fused_optim.cli.device import find
+    from fused_optim.bench import choice, html, measure, peers, report, workloads
+    from fused_optim.bench.device import find
 
     product = {
         "--from": args.factories,
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         refuse(str(error))
 
-    results = bench.run(
+    results = measure.run(
         rows,
         quick=args.quick,
         threads=args.threads,
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         html.save(results, args.html)
         print(f"wrote {args.html}")
     if args.plot:
-        from fused_optim.cli import plot
+        from fused_optim.bench import plot
 
         for path in plot.draw(results, args.plot):
             print(f"wrote {path}")
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw_chart(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
-    from fused_optim.cli import headline
+    from fused_optim.bench import headline
 
     if len(args.argv) > len(["bench", "--chart", *args.chart]):
         refuse("--chart draws a saved run: it takes no other options")

@@ -4,9 +4,9 @@ import gc
 from pathlib import Path
 
 from fused_optim import FusedOptimizer
-from fused_optim.cli import contestants, results
-from fused_optim.cli.contestants import OURS
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench import contestants, results
+from fused_optim.bench.contestants import OURS
+from fused_optim.bench.workloads import Workload
 
 
 def measure(workload: Workload) -> results.Memory | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_optim.cli import (
+from fused_optim.bench import (
     agreement,
     contestants,
     memory,
@@ -22,11 +22,11 @@ from fused_optim.cli import (
     results,
     timing,
 )
-from fused_optim.cli.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
-from fused_optim.cli.device import CPU, Device, EventTimer, rotate
-from fused_optim.cli.peers import Lineup, Peer
-from fused_optim.cli.progress import Watch
-from fused_optim.cli.workloads import MEMORY, Workload
+from fused_optim.bench.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
+from fused_optim.bench.device import CPU, Device, EventTimer, rotate
+from fused_optim.bench.peers import Lineup, Peer
+from fused_optim.bench.progress import Watch
+from fused_optim.bench.workloads import MEMORY, Workload
 
 # The lower quartile of 13 rounds is the fourth of them: no single bad round decides.
 FULL = timing.Schedule(
@@ -79,7 +79,7 @@ def run(
                 else:
                     try:
                         found.rows.append(
-                            measure(
+                            measure_row(
                                 workload, quick=quick, device=device, lineup=lineup, watch=watch
                             )
                         )
@@ -122,7 +122,7 @@ def measure_roofs() -> dict[str, float]:
     }
 
 
-def measure(
+def measure_row(
     workload: Workload,
     *,
     quick: bool,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fused_optim.cli.models import (
+from fused_optim.bench.models import (
     FORMATS,
     GPT2_BLOCKS,
     GPT2_BLOCKS_QUICK,

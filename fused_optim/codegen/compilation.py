@@ -1,6 +1,6 @@
 """python -m fused_optim codegen: compiles every Triton kernel ahead of time, without a GPU, and checks it.
 
-With fused_optim.cli.kernels, which lists them, and fused_optim.backends the only importer of triton_kernels.
+With codegen.kernels, which lists them, and fused_optim.backends the only importer of triton_kernels.
 """
 
 import json
@@ -18,8 +18,8 @@ import triton
 from triton import knobs
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_optim.cli.kernels import Kernel, gpu_target
-from fused_optim.cli.machine_code import (
+from fused_optim.codegen.kernels import Kernel, gpu_target
+from fused_optim.codegen.machine_code import (
     Measured,
     complaints,
     measure_amd,

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_optim.cli import factory
-from fused_optim.cli.models import FORMATS, MODELS, OWN, Model, model
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench import factory
+from fused_optim.bench.models import FORMATS, MODELS, OWN, Model, model
+from fused_optim.bench.workloads import Workload
 from fused_optim.optimizers import OPTIMIZERS
 
 DEFAULT_MODEL = "gpt2"

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim import StepReport, backends, functional
-from fused_optim.cli import contestants
-from fused_optim.cli.contestants import OURS, STOCK_CALLS, Entrants
-from fused_optim.cli.peers import Peer
-from fused_optim.cli.timing import Step
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench import contestants
+from fused_optim.bench.contestants import OURS, STOCK_CALLS, Entrants
+from fused_optim.bench.peers import Peer
+from fused_optim.bench.timing import Step
+from fused_optim.bench.workloads import Workload
 
 _torch: Any = torch  # whose functions on lists of tensors have no public types
 WHOLE = "one call"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fused_optim
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench.workloads import Workload
 from fused_optim.optimizers import REPLACED
 
 # Of torch.optim's classes: variant -> its arguments.

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fused_optim.cli import text
-from fused_optim.cli.contestants import MATCHING, NEVER_ON, OURS, PLAIN, STOCK_CALLS
-from fused_optim.cli.peers import STOCK_FLAGS
-from fused_optim.cli.results import Results, Row
-from fused_optim.cli.verdict import FASTER, judge
+from fused_optim.bench import text
+from fused_optim.bench.contestants import MATCHING, NEVER_ON, OURS, PLAIN, STOCK_CALLS
+from fused_optim.bench.peers import STOCK_FLAGS
+from fused_optim.bench.results import Results, Row
+from fused_optim.bench.verdict import FASTER, judge
 
 
 @dataclass(frozen=True)

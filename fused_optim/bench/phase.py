@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim import FusedOptimizer
-from fused_optim.cli import agreement, contestants, timing
-from fused_optim.cli.contestants import OURS, STOCK_CALLS, Choice, Entrants
-from fused_optim.cli.peers import Peer
-from fused_optim.cli.timing import Step
-from fused_optim.cli.workloads import Phase, Workload
+from fused_optim.bench import agreement, contestants, timing
+from fused_optim.bench.contestants import OURS, STOCK_CALLS, Choice, Entrants
+from fused_optim.bench.peers import Peer
+from fused_optim.bench.timing import Step
+from fused_optim.bench.workloads import Phase, Workload
 
 _torch: Any = torch  # whose functions on lists of tensors have no public types
 # GradScaler's first one. Grads come multiplied by it where a phase unscales.

@@ -9,10 +9,10 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from fused_optim.cli import charts, text
-from fused_optim.cli.contestants import OURS
-from fused_optim.cli.results import Results, Row
-from fused_optim.cli.workloads import LINEAR_N_TENSORS
+from fused_optim.bench import charts, text
+from fused_optim.bench.contestants import OURS
+from fused_optim.bench.results import Results, Row
+from fused_optim.bench.workloads import LINEAR_N_TENSORS
 
 MET, MISSED, NO_TARGET = "#2a7f62", "#c8553d", "#7a8793"
 LONGEST = 70  # characters of a title, beside which bars still have room

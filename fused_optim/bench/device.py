@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fused_optim.cli.timing import Step
+from fused_optim.bench.timing import Step
 
 # Between two uses of one input set, other sets of this many times the L2 pass through it.
 ROTATION = 4

@@ -12,7 +12,7 @@ from triton import knobs
 from triton.backends import backends as installed
 from triton.backends.compiler import GPUTarget
 
-from fused_optim.cli.machine_code import WIDEST, Needs
+from fused_optim.codegen.machine_code import WIDEST, Needs
 
 # Setuptools maps the folder into the package; pyright cannot know.
 from fused_optim.triton_kernels import specialize  # pyright: ignore[reportMissingImports]

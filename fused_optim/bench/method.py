@@ -1,9 +1,9 @@
 """How the benchmark measures, in sentences for its report. docs/benchmark.md says it at length."""
 
-from fused_optim.cli.contestants import COPY, PROBE
-from fused_optim.cli.results import BUSY_ELSEWHERE, MIN_ROUNDS_TO_JUDGE, Results
-from fused_optim.cli.timing import CLEARLY_SLOWER
-from fused_optim.cli.workloads import PARITY
+from fused_optim.bench.contestants import COPY, PROBE
+from fused_optim.bench.results import BUSY_ELSEWHERE, MIN_ROUNDS_TO_JUDGE, Results
+from fused_optim.bench.timing import CLEARLY_SLOWER
+from fused_optim.bench.workloads import PARITY
 
 ROOFS = {
     PROBE: "a plain pass over as many streams with next to no arithmetic (probe)",

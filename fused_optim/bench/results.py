@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import fused_optim
-from fused_optim.cli import peers
-from fused_optim.cli.contestants import COPY, OURS, PROBE, Choice
-from fused_optim.cli.device import CPU, Device
-from fused_optim.cli.peers import STOCK_FLAGS
-from fused_optim.cli.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
-from fused_optim.cli.workloads import PARITY, Target, Workload
+from fused_optim.bench import peers
+from fused_optim.bench.contestants import COPY, OURS, PROBE, Choice
+from fused_optim.bench.device import CPU, Device
+from fused_optim.bench.peers import STOCK_FLAGS
+from fused_optim.bench.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
+from fused_optim.bench.workloads import PARITY, Target, Workload
 
 SCHEMA = 1
 # Fewer rounds have no quartiles to speak of: no verdict then.

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from fused_optim.cli import contestants
-from fused_optim.cli.peers import Peer
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench import contestants
+from fused_optim.bench.peers import Peer
+from fused_optim.bench.workloads import Workload
 
 N_STEPS = 3
 NUMEL = 4096

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_optim.cli import text
-from fused_optim.cli.contestants import COPY, OURS, PROBE
-from fused_optim.cli.markup import Markup, tag
-from fused_optim.cli.peers import STOCK_FLAGS
-from fused_optim.cli.timing import paired_ratios, quartiles
+from fused_optim.bench import text
+from fused_optim.bench.contestants import COPY, OURS, PROBE
+from fused_optim.bench.markup import Markup, tag
+from fused_optim.bench.peers import STOCK_FLAGS
+from fused_optim.bench.timing import paired_ratios, quartiles
 
 # The rows that are drawn, in this order, if the run has them; a GPU's table has names of its own.
 ROWS = {

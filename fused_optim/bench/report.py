@@ -5,11 +5,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fused_optim.cli import text
-from fused_optim.cli.contestants import COPY, MATCHING, NEVER_ON, OURS, PROBE, STOCK_CALLS
-from fused_optim.cli.results import Results, Row
-from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import LINEAR_N_TENSORS, PARITY
+from fused_optim.bench import text
+from fused_optim.bench.contestants import COPY, MATCHING, NEVER_ON, OURS, PROBE, STOCK_CALLS
+from fused_optim.bench.results import Results, Row
+from fused_optim.bench.timing import Quartiles
+from fused_optim.bench.workloads import LINEAR_N_TENSORS, PARITY
 
 # What a table needs when nobody says how wide the output is (a pipe, a log).
 WIDTH_OF_A_FILE = 150

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 import fused_optim
 from fused_optim import FusedOptimizer, OnePassOptions, backends, plain
-from fused_optim.cli.peers import STOCK_FLAGS
-from fused_optim.cli.timing import Step
-from fused_optim.cli.workloads import Workload
+from fused_optim.bench.peers import STOCK_FLAGS
+from fused_optim.bench.timing import Step
+from fused_optim.bench.workloads import Workload
 
 OURS = "fused_optim"
 MATCHING = "matching layout"

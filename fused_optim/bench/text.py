@@ -1,8 +1,8 @@
 """How numbers and verdicts are written, in the tables and in the report."""
 
-from fused_optim.cli.results import MEMORY_TARGET_NBYTES, Memory, Row
-from fused_optim.cli.timing import Quartiles
-from fused_optim.cli.workloads import Target
+from fused_optim.bench.results import MEMORY_TARGET_NBYTES, Memory, Row
+from fused_optim.bench.timing import Quartiles
+from fused_optim.bench.workloads import Target
 
 
 def number(value: float) -> str:

@@ -8,8 +8,8 @@ sheet's.
 import math
 from collections.abc import Sequence
 
-from fused_optim.cli.charts import Bar, Point, Ratio
-from fused_optim.cli.markup import Markup, tag
+from fused_optim.bench.charts import Bar, Point, Ratio
+from fused_optim.bench.markup import Markup, tag
 
 # Of a bar, in pixels: marks stick out by what the whole is higher.
 HEIGHT, TOP, BAR_HEIGHT = 20, 3, 14

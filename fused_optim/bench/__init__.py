@@ -1,0 +1,1 @@
+"""Times the optimizers beside torch.optim and other libraries."""

@@ -1,0 +1,1 @@
+"""Compiles the GPU kernels, without a GPU, and checks their machine code."""
