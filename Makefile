@@ -34,7 +34,7 @@ $(VENV)/demo: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildc
 	@echo "installing into $(VENV): the kernels compile while torch is downloaded"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call quietly,$(PIP) -v --no-deps -e . & compiler=$$!; $(PIP) $(call pinned,torch) \
-	  && $(PIP) -c constraints.txt $(call pinned,matplotlib|rich|scikit-learn) && wait $$compiler && ls fused_optim/_C.*.so)
+	  && $(PIP) -c constraints.txt $(call pinned,jinja2|matplotlib|psutil|rich|scikit-learn) && wait $$compiler && ls fused_optim/_C.*.so)
 	@touch $@
 
 # What tests, linters and pages need; the package itself is installed already. timm comes alone: of torchvision, which it

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_optim import backends
+from fused_optim import backends, units
 from fused_optim.dry_run import DryRun
 
 if TYPE_CHECKING:
@@ -226,8 +226,8 @@ def _table(rows: list[ExplainedRow]) -> list[str]:
                 (row.backend or "-") + where,
                 f"{len(row.indices):,}",
                 f"{row.numel:,}",
-                _binary(row.state_nbytes),
-                "?" if row.step_nbytes is None else _binary(row.step_nbytes),
+                units.binary(row.state_nbytes),
+                "?" if row.step_nbytes is None else units.binary(row.step_nbytes),
                 "-" if row.seconds is None else _milliseconds(row.seconds),
                 row.format,
             )
@@ -257,8 +257,8 @@ def _listed(row: ExplainedRow) -> str:
 
 def _notes(explanation: Explanation) -> list[str]:
     lines = [
-        f"In all {_binary(explanation.state_nbytes)} of states and "
-        f"{_binary(explanation.step_nbytes)} moved a step"
+        f"In all {units.binary(explanation.state_nbytes)} of states and "
+        f"{units.binary(explanation.step_nbytes)} moved a step"
         + (", torch.optim's code not counted." if "stock" in explanation.tensors else ".")
     ]
     if explanation.n_assumed_grads:
@@ -270,10 +270,10 @@ def _notes(explanation: Explanation) -> list[str]:
         )
     for device, rate in explanation.bandwidths.items():
         how = (
-            f"a pass over 4 float32 streams of {_binary(CPU_PROBE_NBYTES)} on "
+            f"a pass over 4 float32 streams of {units.binary(CPU_PROBE_NBYTES)} on "
             f"{explanation.measured_with} threads"
             if device.type == "cpu"
-            else f"a copy of {_binary(GPU_PROBE_NBYTES)}"
+            else f"a copy of {units.binary(GPU_PROBE_NBYTES)}"
         )
         lines.append(f"Measured on {device}: {rate / 1e9:.1f} GB/s, {how}.")
     if explanation.seconds is not None:
@@ -281,15 +281,6 @@ def _notes(explanation: Explanation) -> list[str]:
             f"Predicted: {_milliseconds(explanation.seconds)} a step, by its memory traffic alone."
         )
     return lines
-
-
-def _binary(nbytes: int) -> str:
-    size, unit = float(nbytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{nbytes} B" if unit == "B" else f"{size:.4g} {unit}"
 
 
 def _milliseconds(seconds: float) -> str:

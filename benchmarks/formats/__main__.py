@@ -24,7 +24,7 @@ import training
 from tasks import replayed_task, trainings
 from variants import ALL
 
-from fused_optim.bench.results import about
+from fused_optim.bench.machine import about
 
 ROOT = Path(__file__).resolve().parents[2]
 

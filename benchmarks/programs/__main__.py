@@ -21,7 +21,8 @@ import table
 from trainings import PROGRAMS
 
 from fused_optim.bench import measure
-from fused_optim.bench.results import BUSY_ELSEWHERE, SCHEMA, about
+from fused_optim.bench.machine import about
+from fused_optim.bench.results import BUSY_ELSEWHERE, SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainings import DEFAULT, FUSED, OURS
 
-from fused_optim.bench import text
+from fused_optim import units
 from fused_optim.bench.timing import paired_ratios, quartiles, round_times
 
 HEADER = (
@@ -51,10 +51,10 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
     def ratio(contestant: str, kind: str) -> str:
         pairs = zip(seconds(contestant, kind), seconds(OURS, kind))
-        return text.ratio(quartiles([theirs / ours for theirs, ours in pairs]))
+        return str(quartiles([theirs / ours for theirs, ours in pairs]))
 
     def median(contestant: str) -> str:
-        return text.number(quartiles(seconds(contestant, "wall_s")).median)
+        return units.number(quartiles(seconds(contestant, "wall_s")).median)
 
     parts = [
         step / whole for step, whole in zip(*(seconds(DEFAULT, k) for k in ("step_s", "wall_s")))
@@ -77,10 +77,10 @@ def _latency(found: dict[str, Any]) -> str:
     samples = found["samples_s"]
 
     def us(contestant: str) -> str:
-        return text.number(1e6 * quartiles(round_times(samples[contestant])).median)
+        return units.number(1e6 * quartiles(round_times(samples[contestant])).median)
 
     def ratio(contestant: str) -> str:
-        return text.ratio(quartiles(paired_ratios(samples[contestant], samples[OURS])))
+        return str(quartiles(paired_ratios(samples[contestant], samples[OURS])))
 
     return (
         f"One step of {found['title']}: {us(OURS)} us; {us(DEFAULT)} us by `torch.optim` "

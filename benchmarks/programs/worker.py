@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from trainings import CONTESTANTS, PROGRAMS
 
 from fused_optim import FusedOptimizer
-from fused_optim.bench.results import CpuElsewhere
+from fused_optim.bench.machine import CpuElsewhere
 
 
 class Steps:

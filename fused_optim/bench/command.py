@@ -107,21 +107,27 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Check all that could fail late, measure, then print, save and draw."""
     refuse: Callable[[str], NoReturn] = args.refuse
-    if args.chart:
-        return _draw_chart(args, refuse)
-    needed = ["rich"] + (["matplotlib"] if args.plot else [])
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"bench needs {' and '.join(missing)}: pip install 'fused-optim[bench]'",
-            file=sys.stderr,
-        )
+    needed = ("jinja2", "matplotlib", "psutil", "rich")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        what = " and ".join(missing)
+        print(f"bench needs {what}: pip install 'fused-optim[bench]'", file=sys.stderr)
         return EXIT_USAGE
 
     # Imported here so that `info` works without the bench extra.
-    from fused_optim.bench import choice, html, measure, peers, report, workloads
+    from fused_optim.bench import charts, choice, html, measure, peers, terminal, workloads
     from fused_optim.bench.device import find
 
+    if args.chart:
+        results, path = args.chart
+        if len(args.argv) > len(["bench", "--chart", *args.chart]):
+            refuse("--chart draws a saved run: it takes no other options")
+        try:
+            picture = charts.svg(charts.draw(charts.saved(results)), **charts.MARGIN)
+            path.write_text(picture, encoding="utf-8")
+        except (ValueError, OSError) as error:
+            refuse(str(error))
+        print(f"wrote {path}")
+        return 0
     product = {
         "--from": args.factories,
         "--model": args.model,
@@ -158,33 +164,17 @@ def run(args: argparse.Namespace) -> int:
         lineup=lineup,
         command=shlex.join(["python", "-m", "fused_optim", *args.argv]),
     )
-    report.print_results(results)
+    terminal.print_results(results)
     if args.json:
         results.save(args.json)
     if args.html:
         html.save(results, args.html)
         print(f"wrote {args.html}")
     if args.plot:
-        from fused_optim.bench import plot
-
-        for path in plot.draw(results, args.plot):
+        for path in charts.save(results, args.plot):
             print(f"wrote {path}")
     if results.disagreements:
         return EXIT_DISAGREES
     if results.fallbacks:
         return EXIT_FELL_BACK
     return EXIT_INTERRUPTED if results.interrupted else 0
-
-
-def _draw_chart(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
-    from fused_optim.bench import headline
-
-    if len(args.argv) > len(["bench", "--chart", *args.chart]):
-        refuse("--chart draws a saved run: it takes no other options")
-    results, path = args.chart
-    try:
-        headline.save(results, path)
-    except (ValueError, OSError) as error:
-        refuse(str(error))
-    print(f"wrote {path}")
-    return 0

@@ -1,7 +1,8 @@
 """Who is timed: our optimizers, torch.optim's variants, and the bandwidth probes."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class Entrants:
     n_sets: sets of inputs, each with an optimizer of its own, that every step takes in turn.
     before: has to run before each step.
     stock_calls: part of a phase -> what does it in STOCK_CALLS; none but for phases.
+    beside_stock: whether torch.optim and peers take part, and not ours alone in two ways.
     """
 
     ours: Any
@@ -65,6 +67,16 @@ class Entrants:
     n_sets: int = 1
     before: Step | None = None
     stock_calls: dict[str, Choice] = field(default_factory=dict)
+    beside_stock: bool = True
+
+
+@contextlib.contextmanager
+def reported(name: str, not_measured: dict[str, str]) -> Iterator[None]:
+    """A contestant may fail in any way, for example while it compiles itself; the row says so."""
+    try:
+        yield
+    except Exception as error:
+        not_measured[name] = f"failed: {type(error).__name__}: {error}"
 
 
 def make_params(workload: Workload, device: torch.device = CPU) -> list[nn.Parameter]:
@@ -162,7 +174,7 @@ def stock_variants(
     return chosen, why_not
 
 
-def stock(workload: Workload, variant: str, params: Sequence[nn.Parameter]) -> Optimizer:
+def stock(workload: Workload, params: Sequence[nn.Parameter], variant: str) -> Optimizer:
     """One variant of torch.optim's optimizer.
 
     Args:

@@ -3,13 +3,13 @@
 import gc
 import itertools
 import math
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 from fused_optim.bench.timing import Step
@@ -30,6 +30,21 @@ class Event(Protocol):
     def elapsed_time(self, end_event: Any) -> float: ...
 
 
+# This process's own control group, as a container sees it.
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _available_nbytes() -> int:
+    """Memory that the CPU's tensors may take: the system's, or what is left of a container's limit."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return available
+    return max(0, min(available, limit - used))
+
+
 @dataclass(frozen=True)
 class Device:
     """A place for tensors, and what the benchmark has to know about it.
@@ -39,7 +54,7 @@ class Device:
     about: for a reader of the numbers.
     new_event: makes an event of the device's queue; None where calls return when the work is done.
     synchronize: waits until the queue is empty.
-    free_nbytes: memory not in use; None where nobody tells.
+    free_nbytes: memory not in use.
     release: gives memory that is not in use back to the system.
     """
 
@@ -48,7 +63,7 @@ class Device:
     about: dict[str, Any] = field(default_factory=dict)
     new_event: Callable[[], Event] | None = None
     synchronize: Step = lambda: None
-    free_nbytes: Callable[[], int | None] = lambda: None
+    free_nbytes: Callable[[], int] = _available_nbytes
     release: Step = gc.collect
 
     @property
@@ -64,29 +79,7 @@ class Device:
         return 1 + math.ceil(max(0, ROTATION * self.l2_nbytes - nbytes) / nbytes)
 
 
-# This process's own control group, as a container sees it.
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def _available_nbytes() -> int | None:
-    """Memory that the CPU's tensors may take: the system's, or what is left of a container's limit."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    line = next((line for line in meminfo if line.startswith("MemAvailable:")), None)
-    if line is None:
-        return None
-    available = int(line.split()[1]) * 1024
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no such group, or no limit: "max"
-        return available
-    return max(0, min(available, limit - used))
-
-
-CPU = Device(torch.device("cpu"), about={"type": "cpu"}, free_nbytes=_available_nbytes)
+CPU = Device(torch.device("cpu"), about={"type": "cpu"})
 
 
 def find(text: str) -> Device:
@@ -145,15 +138,12 @@ def _cuda(index: int) -> Device:
 
 def _driver_version() -> str | None:
     """What nvidia-smi says; None without it. torch itself does not tell."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+    return done.stdout.partition("\n")[0].strip() or None
 
 
 class EventTimer:

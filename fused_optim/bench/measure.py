@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from fused_optim import FusedOptimizer, units
 from fused_optim.bench import (
     agreement,
     contestants,
-    memory,
+    machine,
     offload,
     peers,
     phase,
@@ -22,7 +24,15 @@ from fused_optim.bench import (
     results,
     timing,
 )
-from fused_optim.bench.contestants import COPY, COPY_NBYTES, MATCHING, NEVER_ON, OURS, PROBE
+from fused_optim.bench.contestants import (
+    COPY,
+    COPY_NBYTES,
+    MATCHING,
+    NEVER_ON,
+    OURS,
+    PROBE,
+    Entrants,
+)  # fmt: skip
 from fused_optim.bench.device import CPU, Device, EventTimer, rotate
 from fused_optim.bench.peers import Lineup, Peer
 from fused_optim.bench.progress import Watch
@@ -67,28 +77,25 @@ def run(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    found = results.Results(results.about(quick=quick, device=device, command=command))
+    found = results.Results(machine.about(quick=quick, device=device, command=command))
     with progress.live(len(workloads)) as watch:
         try:
             for done, workload in enumerate(workloads):
                 watch.row(done, workload.title)
-                if workload.name == MEMORY:
-                    found.memory = memory.measure(workload)
-                    watch.stage("import")
-                    found.import_s = measure_import()
-                else:
-                    try:
-                        found.rows.append(
-                            measure_row(
-                                workload, quick=quick, device=device, lineup=lineup, watch=watch
-                            )
-                        )
-                    except NotMeasured as reason:
-                        found.skipped[workload.name] = str(reason)
-                    except (MemoryError, torch.OutOfMemoryError) as error:
-                        found.skipped[workload.name] = f"out of memory: {error}"
-                    except phase.Disagreement as difference:
-                        found.disagreements[workload.name] = str(difference)
+                try:
+                    if workload.name == MEMORY:
+                        found.memory = measure_memory(workload)
+                        watch.stage("import")
+                        found.import_s = measure_import()
+                    else:
+                        asked = {"quick": quick, "device": device, "lineup": lineup}
+                        found.rows.append(measure_row(workload, **asked, watch=watch))
+                except NotMeasured as reason:
+                    found.skipped[workload.name] = str(reason)
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    found.skipped[workload.name] = f"out of memory: {error}"
+                except phase.Disagreement as difference:
+                    found.disagreements[workload.name] = str(difference)
                 # Several GB belong to the last row; free them before the next one allocates.
                 device.release()
             if found.rows and not found.roofs and device.new_event is None:
@@ -107,6 +114,40 @@ def measure_import() -> float:
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     return float(done.stdout)
+
+
+def measure_memory(workload: Workload) -> results.Memory | None:
+    """Peak growth of the process during one step after the first.
+
+    The kernel's high-water mark sees every allocator, where torch's counters would miss ours.
+    Returns None where /proc does not offer it.
+    """
+    growth = {}
+    fallbacks: list[str] = []
+    for name in (OURS, "fused", "foreach"):
+        params = contestants.make_params(workload)
+        is_ours = name == OURS
+        build = contestants.ours if is_ours else functools.partial(contestants.stock, variant=name)
+        optimizer: Optimizer = build(workload, params=params)
+        for _ in range(2):
+            optimizer.step()
+        try:
+            # 5 resets the high-water mark to what is resident now; see proc(5).
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _high_water_nbytes()
+            optimizer.step()
+            growth[name] = _high_water_nbytes() - before
+        except OSError:
+            return None
+        if isinstance(optimizer, FusedOptimizer):
+            fallbacks = contestants.fallbacks(optimizer)
+        del params, optimizer
+        gc.collect()
+    return results.Memory(workload.title, workload.numel, growth, fallbacks)
+
+
+def _high_water_nbytes() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def measure_roofs() -> dict[str, float]:
@@ -159,39 +200,34 @@ def _torch_threads(n_threads: int | None) -> Iterator[None]:
 def _measure(
     workload: Workload, quick: bool, device: Device, lineup: Lineup, watch: Watch
 ) -> results.Row:
-    by_device = device.new_event is not None and workload.timed == "step"
-    copy: timing.Step | None = None
+    admitted, refused = _admit(workload, quick, device, lineup)
     timer: timing.Timer | None = None
+    shown: dict[str, timing.Step] = {}  # what the bandwidth is compared with
+    if device.new_event is not None and workload.timed == "step" and not workload.offload:
+        shown[COPY] = contestants.device_copy(device.torch_device, COPY_NBYTES)
+        timer = EventTimer(device.new_event, hold=shown[COPY])
     if workload.offload:
-        admitted, not_measured = _admit(workload, quick, device, lineup)
         _check_memory(workload, 2 + len(admitted), device)
         watch.stage("first steps")
         entrants = offload.enter(workload, contestants.make_params(workload), admitted)
-        entrants.not_measured.update(not_measured)
     elif workload.phase is None:
-        entrants = _enter(workload, quick, device, lineup, watch, rotates=by_device)
-        if by_device:
-            copy, timer = _copy_and_timer(device)
+        entrants = _enter(workload, quick, device, admitted, lineup.variants, watch)
     else:
-        admitted, not_measured = _admit(workload, quick, device, lineup)
         _check_memory(workload, phase.N_SETS_OF_STREAMS + len(admitted), device)
         watch.stage("choosing torch's calls")
-        if by_device:
-            copy, timer = _copy_and_timer(device)
         params = contestants.make_params(workload, device.torch_device)
         entrants = phase.enter(workload, params, admitted, quick=quick, timer=timer)
-        entrants.not_measured.update(not_measured)
-    steps, nbytes, n_streams = entrants.steps, entrants.nbytes, entrants.n_streams
+    if entrants.beside_stock:
+        entrants.not_measured.update(refused)
 
     schedule = QUICK if quick else FULL
     before = entrants.before
     if device.new_event is None:
         if workload.is_large and workload.layout == "matching" and workload.phase is None:
-            steps |= contestants.bandwidth_steps(nbytes, n_streams)
+            shown = contestants.bandwidth_steps(entrants.nbytes, entrants.n_streams)
         if workload.cold:
             before = functools.partial(torch.zeros(FLUSH_NBYTES // 4).add_, 1)
-    elif copy is not None:
-        steps |= {COPY: copy}
+    elif timer is not None:
         schedule = dataclasses.replace(schedule if quick else GPU, burst_s=GPU_BURST_S)
     else:
         before = device.synchronize
@@ -205,104 +241,90 @@ def _measure(
 
     watch.stage("first round")
     # From here on: a peer that compiles itself before is no other process that disturbs.
-    elsewhere = results.CpuElsewhere()
+    elsewhere = machine.CpuElsewhere()
     samples = timing.alternate(
-        steps, schedule, before=before, drop=drop, timer=timer, on_round=watch.round
+        entrants.steps | shown,
+        schedule,
+        before=before,
+        drop=drop,
+        timer=timer,
+        on_round=watch.round,
     )
     row = _row(workload, samples, entrants)
     row.cpu_elsewhere = elsewhere.part()
-    if by_device:
+    if timer is not None:
         row.clock = "device"
         row.n_sets = entrants.n_sets
-        row.copy_part = timing.quartiles(
-            [
-                ratio * nbytes / (2 * COPY_NBYTES)
-                for ratio in timing.paired_ratios(samples[COPY], samples[OURS])
-            ]
-        )
+        to_bandwidths = entrants.nbytes / (2 * COPY_NBYTES)
+        row.copy_part = _quartiles_of(samples, COPY, OURS, to_bandwidths)
     return row
 
 
-def _copy_and_timer(device: Device) -> tuple[timing.Step, timing.Timer]:
-    """A large copy, and the device's own clock, which holds its queue with it."""
-    assert device.new_event is not None
-    copy = contestants.device_copy(device.torch_device, COPY_NBYTES)
-    return copy, EventTimer(device.new_event, hold=copy)
+def _quartiles_of(
+    samples: timing.Samples, above: str, below: str, factor: float = 1
+) -> timing.Quartiles:
+    """Of the paired ratios of two contestants' times."""
+    ratios = timing.paired_ratios(samples[above], samples[below])
+    return timing.quartiles([factor * ratio for ratio in ratios])
 
 
 def _enter(
-    workload: Workload, quick: bool, device: Device, lineup: Lineup, watch: Watch, *, rotates: bool
-) -> contestants.Entrants:
+    workload: Workload, quick: bool, device: Device, admitted: list[Peer],
+    asked: Sequence[str], watch: Watch,
+) -> Entrants:  # fmt: skip
     """Give every contestant tensors of its own, equal to ours.
 
+    On a device's clock everyone has several sets of them, if one alone would stay in the device's cache.
+
     Args:
-        rotates: several sets of them, if one alone would stay in the device's cache.
+        asked: variants of torch.optim.
     """
-    n_sets = device.n_sets(workload.nbytes) if rotates else 1
+    by_device = device.new_event is not None and workload.timed == "step"
+    n_sets = device.n_sets(workload.nbytes) if by_device else 1
     against_stock = workload.layout == "matching" and not workload.switched
-    stock = functools.partial(contestants.stock_variants, workload, asked=lineup.variants)
-    variants, not_measured = stock(quick=quick)
-    admitted: list[Peer] = []
-    if against_stock:
-        admitted, refused = _admit(workload, quick, device, lineup)
-        not_measured |= refused
-    n_others = len(variants) + len(admitted) if against_stock else 1
-    _check_memory(workload, n_sets * (1 + n_others), device)
+    stock = functools.partial(contestants.stock_variants, workload, asked=asked)
+    variants, not_measured = stock(quick=quick) if against_stock else ([], {})
+    others = [*variants, *admitted] if against_stock else [MATCHING]
+    _check_memory(workload, n_sets * (1 + len(others)), device)
     params = contestants.make_params(workload, device.torch_device)
     steps: dict[str, timing.Step] = {}
 
-    def enter(name: str, build: Callable[[list[nn.Parameter]], Optimizer], layout: str) -> None:
+    def enter(
+        name: str, build: Callable[..., Optimizer], layout: str = workload.layout
+    ) -> Optimizer:
+        """The first of its optimizers; of ours, that of the params themselves."""
         watch.stage(f"first step of {name}")
-        optimizers = []
-        # An optimizer may fail in any way, for example while it compiles itself; the row says so.
-        try:
-            for _ in range(n_sets):
-                optimizers.append(build(contestants.copy_params(params, layout)))
-                contestants.start(optimizers[-1], workload)
-            steps[name] = rotate([optimizer.step for optimizer in optimizers])
-            not_measured.pop(name, None)
-        except Exception as error:
-            not_measured[name] = f"failed: {type(error).__name__}: {error}"
+        sets = [contestants.copy_params(params, layout) for _ in range(n_sets - (name == OURS))]
+        optimizers = [build(workload, own) for own in ([params] if name == OURS else []) + sets]
+        for optimizer in optimizers:
+            contestants.start(optimizer, workload)
+        steps[name] = rotate([optimizer.step for optimizer in optimizers])
+        return optimizers[0]
+
+    def attempt(name: str, build: Callable[..., Optimizer], layout: str = workload.layout) -> None:
+        with contestants.reported(name, not_measured):
+            enter(name, build, layout)
 
     if against_stock:
         # Quick runs leave out variants; where none of the others takes the workload, they are back.
         for chosen in (variants, stock(quick=False)[0]):
             for variant in chosen if not steps else ():
-                enter(
-                    variant,
-                    functools.partial(contestants.stock, workload, variant),
-                    workload.layout,
-                )
+                attempt(variant, functools.partial(contestants.stock, variant=variant))
     else:
-        not_measured = {}
-        name = NEVER_ON if workload.switched else MATCHING
-        enter(name, functools.partial(contestants.ours, workload), "matching")
+        attempt(NEVER_ON if workload.switched else MATCHING, contestants.ours, "matching")
     baselines = list(steps)
-    for peer in admitted:
+    for peer in admitted if against_stock else ():
         if difference := agreement.refusal(peer, workload):
             not_measured[peer.name] = difference
-            continue
-        enter(peer.name, functools.partial(peer.build, workload), workload.layout)
-
-    watch.stage(f"first step of {OURS}")
-    ours = []
-    for copy in [
-        params,
-        *(contestants.copy_params(params, workload.layout) for _ in range(n_sets - 1)),
-    ]:
-        build = contestants.switched if workload.switched else contestants.ours
-        ours.append(build(workload, copy))
-        contestants.start(ours[-1], workload)
-    nbytes, n_streams = contestants.bytes_per_step(ours[0])
-    return contestants.Entrants(
-        ours=ours[0],
-        steps={OURS: rotate([optimizer.step for optimizer in ours]), **steps},
-        baselines=baselines,
-        nbytes=nbytes,
-        n_streams=n_streams,
-        not_measured=not_measured,
-        n_sets=n_sets,
-    )
+        else:
+            attempt(peer.name, peer.build)
+    ours = enter(OURS, contestants.switched if workload.switched else contestants.ours)
+    nbytes, n_streams = contestants.bytes_per_step(ours)
+    return Entrants(
+        ours, {OURS: steps.pop(OURS), **steps}, baselines, nbytes, n_streams,
+        {name: why for name, why in not_measured.items() if name not in steps}, n_sets,
+        beside_stock=against_stock,
+    )  # fmt: skip
 
 
 def _admit(
@@ -326,15 +348,12 @@ def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:
         needed_nbytes = workload.needs_nbytes(n_entrants) + 2 * COPY_NBYTES
     else:
         needed_nbytes = workload.needs_nbytes(n_entrants + workload.is_large)
-    if free_nbytes is not None and needed_nbytes > free_nbytes:
-        raise NotMeasured(
-            f"needs {needed_nbytes / 2**30:.0f} GiB, {free_nbytes / 2**30:.0f} GiB are free"
-        )
+    if needed_nbytes > free_nbytes:
+        needed, free = units.binary(needed_nbytes), units.binary(free_nbytes)
+        raise NotMeasured(f"needs {needed}, {free} are free")
 
 
-def _row(
-    workload: Workload, samples: timing.Samples, entrants: contestants.Entrants
-) -> results.Row:
+def _row(workload: Workload, samples: timing.Samples, entrants: Entrants) -> results.Row:
     """Compare the samples and ask our optimizer which backend did the work."""
 
     def median(name: str) -> float:
@@ -346,12 +365,9 @@ def _row(
     baseline = min(measured, key=median, default=None)
     probe_part = probe_over_copy = None
     if PROBE in samples:
-        probe_part = timing.quartiles(timing.paired_ratios(samples[PROBE], samples[OURS]))
-        nbytes = entrants.nbytes
-        to_bandwidths = nbytes / contestants.copied_bytes(nbytes, entrants.n_streams)
-        probe_over_copy = timing.quartiles(
-            [ratio * to_bandwidths for ratio in timing.paired_ratios(samples[COPY], samples[PROBE])]
-        )
+        copied = contestants.copied_bytes(entrants.nbytes, entrants.n_streams)
+        probe_part = _quartiles_of(samples, PROBE, OURS)
+        probe_over_copy = _quartiles_of(samples, COPY, PROBE, entrants.nbytes / copied)
     last_step = entrants.ours.last_step
     assert last_step is not None  # measured: it has stepped
     return results.Row(

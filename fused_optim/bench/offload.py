@@ -96,21 +96,18 @@ def enter(workload: Workload, params: list[nn.Parameter], peers: Sequence[Peer])
         not_measured: dict[str, str] = {}
     else:
         copies = contestants.copy_params(params, workload.layout)
-        ours, stock = Host(params, grads), contestants.stock(workload, "fused", copies)
+        ours, stock = Host(params, grads), contestants.stock(workload, copies, "fused")
         steps = {OURS: ours.step, STOCK_CALLS: _with_casts(copies, grads, stock)}
         for step in steps.values():
             step()
         _compare(ours, copies)
         not_measured = {}
         for peer in peers:
-            copies = contestants.copy_params(params, workload.layout)
-            # A peer may fail in any way, for example while it compiles itself; the row says so.
-            try:
+            with contestants.reported(peer.name, not_measured):
+                copies = contestants.copy_params(params, workload.layout)
                 step = _with_casts(copies, grads, peer.build(workload, copies))
                 step()
                 steps[peer.name] = step
-            except Exception as error:
-                not_measured[peer.name] = f"failed: {type(error).__name__}: {error}"
     return Entrants(
         ours=ours,
         steps=steps,

@@ -160,7 +160,7 @@ def enter(
 
     choices = _choose(workload, _share_grads(params), quick=quick, before=fill, timer=timer)
     copies = _share_grads(params)
-    stock = StockCalls(contestants.stock(workload, choices["step"].variant, copies), copies)
+    stock = StockCalls(contestants.stock(workload, copies, choices["step"].variant), copies)
     stock_step = stock.phase(phase, choices)
     ours = contestants.ours(workload, params, one_pass_options(phase))
     our_step = _our_step(ours, phase, params[0].device)
@@ -179,15 +179,12 @@ def enter(
         if difference := agreement.refusal(peer, workload):
             not_measured[peer.name] = difference
             continue
-        copies = _share_grads(params)
-        # A peer may fail in any way, for example while it compiles itself; the row says so.
-        try:
+        with contestants.reported(peer.name, not_measured):
+            copies = _share_grads(params)
             fill()
             step = StockCalls(peer.build(workload, copies), copies).phase(phase, choices)
             step()
             steps[peer.name] = step
-        except Exception as error:
-            not_measured[peer.name] = f"failed: {type(error).__name__}: {error}"
     nbytes, n_streams = contestants.bytes_per_step(ours)
     return Entrants(
         ours=ours,
@@ -259,7 +256,7 @@ def _choose(
     names, _ = contestants.stock_variants(workload, quick=quick)
     if "fused" in names:
         names = [name for name in names if name != "for-loop"]  # never the fastest then
-    optimizers = {name: contestants.stock(workload, name, params) for name in names}
+    optimizers = {name: contestants.stock(workload, params, name) for name in names}
     choices = {"step": fastest({name: opt.step for name, opt in optimizers.items()})}
     optimizer = optimizers[choices["step"].variant]
     del optimizers  # and the others' states

@@ -1,21 +1,14 @@
 """What the benchmark found out: the schema of `bench --json`."""
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fused_optim
-from fused_optim.bench import peers
 from fused_optim.bench.contestants import COPY, OURS, PROBE, Choice
-from fused_optim.bench.device import CPU, Device
 from fused_optim.bench.peers import STOCK_FLAGS
 from fused_optim.bench.timing import Quartiles, Samples, paired_ratios, quartiles, round_times
 from fused_optim.bench.workloads import PARITY, Target, Workload
@@ -26,6 +19,8 @@ MIN_ROUNDS_TO_JUDGE = 4
 # Of 2 cores, a fifth of one: more than a system idles with, less than any job takes. Beside other
 # jobs threads wait for each other at random (a ratio of 12 where it is 1): no verdict either.
 BUSY_ELSEWHERE = 0.1
+# Part of the bandwidth of torch.Tensor.copy_ that the probe has to reach, to be a roof.
+PROBE_TARGET = 0.95
 # One byte per hundred parameters of the smaller model measured (54 M). The kernel counts resident
 # pages in batches of up to 64 per thread, so that a step that allocates nothing may show 0.5 MiB.
 MEMORY_TARGET_NBYTES = 2**19
@@ -140,49 +135,20 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         work = self.workload
+        names = "name title optimizer options format cold n_tensors numel timed phase state_dtypes formats"
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del found["workload"]
         return {
-            "name": work.name,
-            "title": work.title,
-            "optimizer": work.optimizer,
-            "options": work.options,
+            **{name: getattr(work, name) for name in names.split()},
             "dtype": ", ".join(work.dtype_names),
-            "format": work.format,
             "grad_layout": work.layout,
-            "cold": work.cold,
-            "n_tensors": work.n_tensors,
-            "numel": work.numel,
             "target": work.target.as_dict(),
             "met": self.met,
-            "baseline": self.baseline,
-            "ratio": self.ratio and dataclasses.asdict(self.ratio),
-            "ratio_samples": self.ratio_samples,
-            "seconds": {
-                name: dataclasses.asdict(self.seconds(name)) for name in sorted(self.samples_s)
-            },
-            "samples_s": self.samples_s,
-            "bytes_per_step": self.nbytes,
-            "probe_part": self.probe_part and dataclasses.asdict(self.probe_part),
-            "probe_over_copy": self.probe_over_copy and dataclasses.asdict(self.probe_over_copy),
-            "copy_part": self.copy_part and dataclasses.asdict(self.copy_part),
-            "clock": self.clock,
-            "timed": work.timed,
-            "n_sets": self.n_sets,
-            "threads": self.threads,
-            "phase": work.phase and dataclasses.asdict(work.phase),
-            "stock_calls": {
-                part: dataclasses.asdict(choice) for part, choice in self.stock_calls.items()
-            },
-            "state_dtypes": {
-                name: str(dtype).removeprefix("torch.") for name, dtype in work.state_dtypes.items()
-            },
-            "formats": {
-                name: str(value).removeprefix("torch.") for name, value in work.formats.items()
-            },
+            "ratio": self.ratio,
+            "seconds": {name: self.seconds(name) for name in sorted(self.samples_s)},
+            "bytes_per_step": found.pop("nbytes"),
+            **found,
             "faster_peers": self.faster_peers,
-            "not_measured": self.not_measured,
-            "backends": self.backends,
-            "fallbacks": self.fallbacks,
-            "cpu_elsewhere": self.cpu_elsewhere,
         }
 
 
@@ -218,9 +184,6 @@ class Memory:
     def met(self) -> bool:
         return self.growth_nbytes[OURS] <= MEMORY_TARGET_NBYTES
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"met": self.met}
-
 
 @dataclass
 class Results:
@@ -253,6 +216,14 @@ class Results:
         }
 
     @property
+    def on_gpu(self) -> bool:
+        return self.about["device"]["type"] != "cpu"
+
+    @property
+    def is_quick(self) -> bool:
+        return self.about["settings"]["quick"]
+
+    @property
     def was_busy(self) -> bool:
         """Whether other processes disturbed a row so much that it is no number to quote."""
         return any(row.was_busy for row in self.rows)
@@ -272,76 +243,16 @@ class Results:
             **self.about,
             "interrupted": self.interrupted,
             "rows": [row.as_dict() for row in self.rows],
-            "memory": self.memory and self.memory.as_dict(),
+            "memory": self.memory and {**vars(self.memory), "met": self.memory.met},
             "import_s": self.import_s,
             "skipped": self.skipped,
             "disagreements": self.disagreements,
             "roofs_bytes_per_s": self.roofs,
         }
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        path.write_text(json.dumps(data, indent=1, default=_plain) + "\n")
 
 
-def about(*, quick: bool, device: Device = CPU, command: str = "") -> dict[str, Any]:
-    """Machine, versions and settings, for a reader of the numbers.
-
-    Args:
-        command: that measured, as one would type it.
-    """
-    config = fused_optim.config()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": usable,
-            "threads": torch.get_num_threads(),
-            "os": platform.platform(),
-        },
-        "versions": {
-            "fused_optim": config["version"],
-            "isa": config["isa"],
-            "torch": torch.__version__,
-            "triton": config["triton"],
-            "python": platform.python_version(),
-        },
-        "device": device.about,
-        "peers": peers.versions(),
-        "settings": {"quick": quick},
-        "command": command,
-    }
-
-
-class CpuElsewhere:
-    """The part of the machine's CPU time that other processes take, from its making on."""
-
-    def __init__(self) -> None:
-        self._begin = time.monotonic()
-        self._begin_busy_s = self._busy_s()
-
-    def part(self) -> float | None:
-        """From 0 to 1; None where the system does not tell."""
-        busy_s = self._busy_s()
-        if busy_s is None or self._begin_busy_s is None:
-            return None
-        available_s = (time.monotonic() - self._begin) * (os.cpu_count() or 1)
-        return min(1.0, max(0.0, (busy_s - self._begin_busy_s) / available_s))
-
-    @staticmethod
-    def _busy_s() -> float | None:
-        """CPU seconds of all processes but this one since the system started; see proc(5)."""
-        try:
-            fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
-        except OSError:
-            return None
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-        ticks = user + nice + system + irq + softirq + steal
-        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def _plain(value: Any) -> Any:
+    """For JSON: a dataclass by its fields, a dtype by its name."""
+    is_dtype = isinstance(value, torch.dtype)
+    return str(value).removeprefix("torch.") if is_dtype else dataclasses.asdict(value)

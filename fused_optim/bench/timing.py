@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 Step = Callable[[], object]
 # Per contestant, per round: seconds per step of each pass.
 Samples = dict[str, list[list[float]]]
@@ -78,22 +80,18 @@ class Quartiles:
     median: float
     q3: float
 
+    def __str__(self) -> str:
+        """Of ratios."""
+        return f"{self.median:.2f}x [{self.q1:.2f}, {self.q3:.2f}]"
+
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Quartiles with linear interpolation between neighbours (numpy's default).
+    """With linear interpolation between neighbours.
 
     Args:
         values: at least one number.
     """
-    ordered = sorted(values)
-
-    def at(fraction: float) -> float:
-        position = fraction * (len(ordered) - 1)
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-    return Quartiles(at(0.25), at(0.5), at(0.75))
+    return Quartiles(*np.quantile(values, (0.25, 0.5, 0.75)).tolist())
 
 
 def round_times(passes: Sequence[Sequence[float]]) -> list[float]:

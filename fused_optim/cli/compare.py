@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fused_optim import sharding
-from fused_optim.cli.recorder import SERVED, Recorder, count
+from fused_optim.cli.recorder import SERVED, Recorder
 from fused_optim.cli.run import Program, arm, execute
 from fused_optim.optimizers import REPLACED
 from fused_optim.options import KernelOptions
+from fused_optim.units import count
 
 SIDES = ("torch.optim", "fused_optim")
 EXIT_NOTHING_TO_COMPARE = 1

@@ -20,6 +20,7 @@ from fused_optim.optimizer import FusedOptimizer
 from fused_optim.optimizers import REPLACED
 from fused_optim.step import Outcome
 from fused_optim.tracing import left_to_the_interpreter
+from fused_optim.units import count
 
 *_first, _last = (stock.__name__ for stock in REPLACED)
 SERVED = f"{', '.join(_first)} or {_last}"
@@ -218,7 +219,3 @@ def _describe(name: str, totals: _Totals) -> list[str]:
     for reason, tensors in totals.fallbacks.items():
         lines.append(f"  {count(len(tensors), 'tensor')} by torch.optim's code: {reason}")
     return lines
-
-
-def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

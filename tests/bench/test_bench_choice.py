@@ -20,7 +20,7 @@ from fused_optim.bench import (
     measure,
     models,
     peers,
-    verdict,
+    words,
 )
 from fused_optim.bench.contestants import OURS
 from fused_optim.bench.workloads import Workload
@@ -286,18 +286,18 @@ def test_an_optimizer_that_torch_optim_lacks_is_timed_beside_a_plain_loop_and_it
     assert set(row.samples_s) == {OURS, contestants.PLAIN, "schedulefree"}
     assert row.baseline == contestants.PLAIN and row.ratio is not None
     assert row.not_measured["fused"] == "torch.optim has no AdamWScheduleFree"
-    assert ", a plain loop " in verdict.headline([row])
-    assert "Steps of 2 works beside a plain loop: " in verdict.headline([row, row])
+    assert ", a plain loop " in words.headline([row])
+    assert "Steps of 2 works beside a plain loop: " in words.headline([row, row])
     stock = dataclasses.replace(row, baseline="fused")
     beside = "beside the fastest of torch.optim, of what it lacks a plain loop: "
-    assert beside in verdict.headline([row, stock])
+    assert beside in words.headline([row, stock])
 
 
 def test_memory_of_the_cpu_is_checked_before(monkeypatch):
     [row] = choice.product(["resnet50"], None, None, None)
     # Ours, three variants and the probe: five times 16 bytes for each of 25.6 M parameters.
     poor = device.Device(torch.device("cpu"), free_nbytes=lambda: 2**30)
-    with pytest.raises(measure.NotMeasured, match="needs 2 GiB, 1 GiB are free"):
+    with pytest.raises(measure.NotMeasured, match=r"needs 2\.095 GiB, 1 GiB are free"):
         measure.measure_row(row, quick=False, device=poor, lineup=peers.lineup(["none"], "cpu"))
 
 

@@ -12,11 +12,12 @@ from fused_optim import cli
 from fused_optim.bench import (
     contestants,
     device,
+    machine,
     measure,
     peers,
     phase,
-    report,
     results,
+    terminal,
     timing,
     workloads,
 )
@@ -298,7 +299,7 @@ def test_a_phase_by_events_counts_its_bytes(played, monkeypatch):
     assert row.copy_part is not None
     assert row.faster_peers == []
     poor = dataclasses.replace(played, free_nbytes=lambda: work.nbytes)
-    with pytest.raises(measure.NotMeasured, match="GiB"):
+    with pytest.raises(measure.NotMeasured, match="are free"):
         measure.measure_row(work, quick=True, device=poor)
 
 
@@ -311,11 +312,11 @@ def test_states_get_the_dtypes_asked_for_and_who_cannot_says_so(played):
     assert row.nbytes == work.numel * (2 * (2 + 2 + 4) + 2)
     assert row.not_measured["fused"].startswith("failed: RuntimeError: expected scalar type")
     assert row.baseline in ("for-loop", "foreach")
-    assert row.as_dict()["state_dtypes"] == {"exp_avg_sq": "float32"}
+    assert row.as_dict()["state_dtypes"] == {"exp_avg_sq": torch.float32}
 
 
 def test_a_workload_that_stock_does_not_take_has_the_copy_alone(played, monkeypatch):
-    def refuse(workload, variant, params):
+    def refuse(workload, params, variant):
         raise RuntimeError(f"no {variant}")
 
     monkeypatch.setattr(contestants, "stock", refuse)
@@ -325,8 +326,8 @@ def test_a_workload_that_stock_does_not_take_has_the_copy_alone(played, monkeypa
     assert (row.baseline, row.ratio, row.met) == (None, None, True)
     assert row.not_measured["fused"] == "failed: RuntimeError: no fused"
     assert row.as_dict()["ratio"] is None
-    found = results.Results(results.about(quick=True, device=played), [row])
-    report.print_results(found)
+    found = results.Results(machine.about(quick=True, device=played), [row])
+    terminal.print_results(found)
 
 
 def test_too_little_memory_skips_the_row_and_names_what_it_needs(played):
@@ -334,7 +335,7 @@ def test_too_little_memory_skips_the_row_and_names_what_it_needs(played):
     billion = workloads.select(["billion"], quick=True, device_type="cuda")
     found = measure.run(billion, quick=True, threads=None, device=poor)
     assert found.rows == []
-    assert found.skipped == {"billion": "needs 39 GiB, 3 GiB are free"}
+    assert found.skipped == {"billion": "needs 38.53 GiB, 3 GiB are free"}
 
 
 @pytest.fixture
@@ -347,7 +348,7 @@ def printed(played, capsys, tmp_path):
     lineup = peers.lineup(None, "cuda")
     found = measure.run(works, quick=True, threads=None, device=played, lineup=lineup)
     found.skipped["other"] = "needs 39 GiB, 3 GiB are free"
-    report.print_results(found)
+    terminal.print_results(found)
     found.save(tmp_path / "bench.json")
     return capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
 
@@ -356,7 +357,7 @@ def test_the_table_of_a_gpu(printed):
     out, _ = printed
     for text in (
         "Fake 1, 1 GiB, L2 1 MiB, driver 1.2, CUDA 13.0",
-        "of the copy",
+        "The roof is a large torch.Tensor.copy_",
         "1.1x or 92%",
         "torch.compile",
         "peers faster than ours (target: none)",

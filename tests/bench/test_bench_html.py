@@ -1,17 +1,19 @@
 """`bench --html`: what the page says, that it holds everything, and how a real browser shows it."""
 
+import base64
 import dataclasses
 import itertools
 import re
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
-from fused_optim.bench import html, results, text, verdict
+from fused_optim import units
+from fused_optim.bench import charts, html, machine, results, words
 from fused_optim.bench.contestants import COPY, MATCHING, OURS, PROBE, Choice
-from fused_optim.bench.markup import Markup, join, tag
-from fused_optim.bench.style import STYLE
 from fused_optim.bench.timing import Quartiles
 from fused_optim.bench.workloads import WHOLE, Target, Workload
 from support import browser
@@ -19,10 +21,12 @@ from support.marks import needs_browser, needs_cpu_kernels
 
 pytestmark = needs_cpu_kernels
 
+ROOT = Path(__file__).parents[2]
 # Markup to HTML, and to matplotlib.
 EVIL = r"""<script>alert("1")</script> & '$\frac{x'"""
 WORK = Workload("work", "AdamW, work", "AdamW", [(1000, 1000)], Target(1.1))
-VOID = {"meta", "link"}
+STYLE = (ROOT / "fused_optim/bench/report.css").read_text()
+VOID = {"meta", "link", "source", "img"}
 
 
 def pixels_of(path):
@@ -87,7 +91,7 @@ def make_results():
         "clip_grad_norm_(foreach=True)": 0.002, "clip_grad_norm_(foreach=False)": 0.004})}  # fmt: skip
     formats = make_row(dataclasses.replace(WORK, title="int8 states", format="int8", cold=True))
     found = results.Results(
-        results.about(quick=True, command=f"python -m fused_optim bench --from '{EVIL}'"),
+        machine.about(quick=True, command=f"python -m fused_optim bench --from '{EVIL}'"),
         [make_row(), slower, peer, busy, alone, phase, formats],
     )
     found.skipped["large"] = "needs 39 GiB, 3 GiB are free"
@@ -140,28 +144,35 @@ def parsed(page):
     return Parsed(page)
 
 
-def test_elements_escape_what_is_not_an_element():
-    made = tag("p", "a < b & c", tag("b", "<i>"), class_="x", aria_label='say "<hi>"', title=None)
-    assert made == (
-        '<p class="x" aria-label="say &quot;&lt;hi&gt;&quot;">a &lt; b &amp; c<b>&lt;i&gt;</b></p>'
-    )
-    assert join("<", Markup("<br>")) == "&lt;<br>"
-    assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
-
-
 def test_names_are_text(page, parsed):
     assert parsed.attributes("script") == []
     assert "alert" in page and EVIL not in page
     assert EVIL in " ".join(parsed.text)
 
 
+def pictures(parsed):
+    """Of each picture its address for phones, and that for screens with what it tells."""
+    narrow = [source["srcset"] for source in parsed.attributes("source")]
+    return list(zip(narrow, parsed.attributes("img"), strict=True))
+
+
+def svg_of(address):
+    kind, _, data = address.partition(";base64,")
+    assert kind == "data:image/svg+xml"
+    return base64.b64decode(data).decode()
+
+
 def test_everything_is_in_the_file(page, parsed):
-    for _, attributes in parsed.elements:
-        assert not {"src", "srcset", "data", "action", "background", "poster"} & set(attributes)
-        assert not any(name.startswith("on") for name in attributes)
-        assert "url(" not in attributes.get("style", "")
+    for name, attributes in parsed.elements:
+        sources = {"src", "srcset", "data", "action", "background", "poster"} & set(attributes)
+        assert not sources or name in ("source", "img")
+        assert not any(name.startswith("on") for name in attributes) and "style" not in attributes
+    for narrow, image in pictures(parsed):
+        for drawn in (svg_of(narrow), svg_of(image["src"])):
+            outside = re.findall(r'(?:href|src)="(?!#)|url\((?!#)|@import|<script', drawn)
+            assert outside == []
     assert [link["href"] for link in parsed.attributes("link")] == ["data:,"]
-    assert parsed.attributes("a") == parsed.attributes("img") == parsed.attributes("iframe") == []
+    assert parsed.attributes("a") == parsed.attributes("iframe") == []
     assert "url(" not in STYLE and "@import" not in STYLE
     [policy] = [m for m in parsed.attributes("meta") if "http-equiv" in m]
     assert policy["content"].startswith("default-src 'none';")
@@ -174,9 +185,12 @@ def test_it_can_be_read_by_a_machine_for_people(parsed):
     assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
     assert all(th.get("scope") in ("col", "row") for th in parsed.attributes("th"))
     assert len(parsed.attributes("caption")) == len(parsed.attributes("table")) == 1 + 7 + 1
-    images = [image for _, image in parsed.elements if image.get("role") == "img"]
-    assert len(images) == 1 + 1 + 7  # ratios, bandwidths, and each row's bars
-    assert all(len(image["aria-label"]) > 40 for image in images)
+    assert len(pictures(parsed)) == 1 + 1 + 7  # ratios, bandwidths, and each row's bars
+    assert all(len(image["alt"]) > 35 for _, image in pictures(parsed))
+    ratios = pictures(parsed)[0][1]["alt"]
+    assert ratios.startswith("The baseline's time divided by ours. 1. AdamW, work: 1.96x; ")
+    for said in ("3. AdamW, beside a peer: fused_optim: 2.7 GB/s", "baseline: 1.4 GB/s"):
+        assert said in pictures(parsed)[1][1]["alt"]
 
 
 def test_every_contestant_has_its_time_or_the_reason(found, parsed):
@@ -184,59 +198,60 @@ def test_every_contestant_has_its_time_or_the_reason(found, parsed):
     for row in found.rows:
         for name in row.contestants:
             if name in row.samples_s:
-                assert text.seconds(row.seconds(name).median) in said
+                assert units.seconds(row.seconds(name).median) in said
             else:
                 assert f"not measured: {row.not_measured[name]}" in said
-    for words in (
+    for part in (
         "needs 39 GiB", "param 0 differs by 1", "memory that one step adds", "already: 12.3 ms",
         "clip_grad_norm_(foreach=True)", "caches flushed", "state_dtype=int8", torch.__version__,
         "target 1.1x: met", "target 1.1x, 95%: missed", "fell back to torch.optim: a complex tensor",
-        "2.7 GB/s (baseline 1.4)", "fell back to torch.optim: a sparse grad",
+        "memory: a sparse grad",
         found.about["date"],
         found.about["machine"]["cpu"], found.about["versions"]["isa"], "new order each time",
     ):  # fmt: skip
-        assert words in said, words
+        assert part in said, part
 
 
 def test_one_round_has_no_quartiles():
     row = make_row()
     row.samples_s["foreach"] = rounds(0.05)
-    page = html.page(results.Results(results.about(quick=False), [row]))
+    page = html.page(results.Results(machine.about(quick=False), [row]))
     cells = {"median [quartiles]": "50.0 ms", "its time / ours": "5.00x", "rounds": "1"}
-    row_of_cells = "".join(
-        f'<td data-label="{name}"><span>{cell}</span></td>' for name, cell in cells.items()
-    )
-    assert row_of_cells in page
-    assert ">50.0 ms</span>" in page
-    assert ">20.5 ms [20.0 ms, 21.5 ms]</span>" in page
+    for name, cell in cells.items():
+        assert f'<td data-label="{name}"><span>{cell}</span> </td>' in page
+    assert "foreach: 50.0 ms; fused: 20.5 ms [20.0 ms, 21.5 ms]" in page
 
 
 def test_marks_of_a_row_stand_beside_its_verdict(found, page):
-    assert [verdict.marks(row) for row in found.rows] == [
+    assert [words.marks(row) for row in found.rows] == [
         [], ["missed"], ["peer faster"], ["busy", "fell back"], [], [], [],
     ]  # fmt: skip
-    busy = '<td data-label="verdict"><span>not judged</span> <span class="mark">busy</span> '
-    assert page.count(busy) == page.count('<span class="mark">missed 1.1x, 95%</span>') == 1
+    busy = (
+        'not judged</span> <span class="mark">busy</span> <span class="mark">fell back</span></td>'
+    )
+    missed = '<span class="bad">slower</span> <span class="mark">missed</span></td>'
+    assert page.count(busy) == page.count(missed) == 1
     # Explained once, beneath the table, if they occur.
-    for mark, meaning in verdict.MARKS.items():
-        assert page.count(meaning) == 1 and page.index(meaning) > page.index(busy), mark
-    unmarked = html.page(results.Results(results.about(quick=False), [make_row()]))
-    assert not any(meaning in unmarked for meaning in verdict.MARKS.values())
+    said = unescape(page)
+    for mark, meaning in words.MARKS.items():
+        assert said.count(meaning) == 1 and said.index(meaning) > said.index(busy), mark
+    unmarked = html.page(results.Results(machine.about(quick=False), [make_row()]))
+    assert not any(meaning in unescape(unmarked) for meaning in words.MARKS.values())
     # The chart is what one sees first.
-    assert page.index('aria-label="The baseline') < page.index("<table>")
+    assert page.index('alt="The baseline') < page.index("<table>")
 
 
 def test_what_concerns_the_whole_run_is_said_first(found, page):
-    told = verdict.notices(found)
+    told = words.notices(found)
     assert told == [
         "A quick run: few rounds. For numbers to quote, omit --quick.",
         "Some rows were not timed: ours and the baseline computed something else.",
     ]
     assert page.index(told[1]) < page.index("<h2>Results</h2>")
-    quiet = results.Results(results.about(quick=False), [make_row()])
-    assert verdict.notices(quiet) == []
+    quiet = results.Results(machine.about(quick=False), [make_row()])
+    assert words.notices(quiet) == []
     quiet.interrupted = True
-    assert verdict.notices(quiet) == ["Interrupted: only the rows finished by then are here."]
+    assert words.notices(quiet) == ["Interrupted: only the rows finished by then are here."]
 
 
 @pytest.mark.parametrize(
@@ -251,28 +266,26 @@ def test_what_concerns_the_whole_run_is_said_first(found, page):
     ],
 )
 def test_a_verdict_needs_quartiles_on_one_side(change, word):
-    assert verdict.judge(make_row(**change)) == word
+    assert words.judge(make_row(**change)) == word
 
 
 def test_the_headline_of_one_row_is_its_answer():
-    assert verdict.headline([make_row()]) == (
+    assert words.headline([make_row()]) == (
         "AdamW, work: a step of fused_optim takes 10.5 ms, the fastest that torch.optim offers (fused) "
         "20.5 ms. Ratio 1.96x [1.91, 2.00]: faster."
     )
-    assert verdict.headline([]) == "Nothing was measured."
-    assert verdict.headline([make_row(), make_row(cpu_elsewhere=0.5)]) == (
+    assert words.headline([]) == "Nothing was measured."
+    assert words.headline([make_row(), make_row(cpu_elsewhere=0.5)]) == (
         "Steps of 2 works beside the fastest of torch.optim: faster in 1, not judged (busy) in 1."
     )
     own = make_row(baseline=MATCHING)
     own.samples_s[MATCHING] = own.samples_s.pop("fused")
-    assert "torch.optim, in some rows our own other step: " in verdict.headline([own, make_row()])
+    assert "torch.optim, in some rows our own other step: " in words.headline([own, make_row()])
 
 
 def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.text import Text
-
-    from fused_optim.bench import plot
 
     seen, save = [], Figure.savefig
 
@@ -284,7 +297,7 @@ def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
     linear = [
         make_row(Workload(f"linear-{n}", "linear", "AdamW", [(256,)] * n)) for n in (10, 100, 1000)
     ]
-    written = plot.draw(dataclasses.replace(found, rows=found.rows + linear), tmp_path)
+    written = charts.save(dataclasses.replace(found, rows=found.rows + linear), tmp_path)
     assert [path.name for path in written] == [
         "ratios.png", "times.png", "roofline.png", "linear.png",
     ]  # fmt: skip
@@ -292,11 +305,11 @@ def test_the_same_is_drawn_as_charts(found, tmp_path, monkeypatch):
     assert [label for label in seen if "$" in label and EVIL[-8:] not in label] == []
     for path in written:
         pixels = pixels_of(path)
-        assert pixels.shape[0] > 300 and pixels.std() > 0.05
+        assert pixels.shape[0] > 200 and pixels.std() > 0.05
 
 
 def test_a_run_without_rows_has_a_report_too():
-    nothing = results.Results(results.about(quick=False), skipped={"a": "needs 9 GiB"})
+    nothing = results.Results(machine.about(quick=False), skipped={"a": "needs 9 GiB"})
     said = " ".join(Parsed(html.page(nothing)).text)
     assert "Nothing was measured." in said
     assert "needs 9 GiB" in said
@@ -319,12 +332,12 @@ def test_colours_can_be_told_apart(scheme):
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
     block = STYLE.split(":root {")[1 + scheme].split("}")[0]
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+    colours |= {name: pair[scheme] for name, pair in charts.COLOURS.items()}
     texts = [("text", "page"), ("text", "card"), ("dim", "page"), ("dim", "card"), ("good", "card"),
-             ("bad", "card"), ("text", "warn-page"), ("text", "code"), ("card", "ours")]  # fmt: skip
+             ("bad", "card"), ("text", "warn-page"), ("text", "code")]  # fmt: skip
     for one, other in texts:
         assert contrast(colours[one], colours[other]) >= 4.5, (one, other)
     for kind in ("ours", "stock", "peer"):
-        assert contrast(colours[kind], colours["track"]) >= 3, kind
         assert contrast(colours[kind], colours["card"]) >= 3, kind
 
 
@@ -340,16 +353,6 @@ STICKS_OUT = """
   return part.scrollWidth > part.clientWidth && part.clientWidth > 0
     || left < place.left + padding - 2 || right > place.right - padding + 2;
 }).map(part => `${part.tagName} ${part.textContent}`)
-"""
-# Labels, bars and numbers of a chart that are written over each other.
-OVERLAPS = """
-[...document.querySelectorAll('.chart')].flatMap(chart => {
-  const parts = [...chart.querySelectorAll('span, svg')];
-  const boxes = parts.map(part => part.getBoundingClientRect());
-  return parts.filter((_, at) => boxes.some((other, index) => index > at
-    && boxes[at].left < other.right - 0.5 && other.left < boxes[at].right - 0.5
-    && boxes[at].top < other.bottom - 0.5 && other.top < boxes[at].bottom - 0.5));
-}).map(part => part.textContent)
 """
 # Where details are closed, as for many rows, what is in them is seen too.
 OPEN = "document.querySelectorAll('details').forEach(one => { one.open = true; })"
@@ -370,9 +373,10 @@ def test_a_browser_shows_it(tab, page, tmp_path, dark):
     file.write_text(page)
     tab.requests.clear()
     tab.show(file, width=1280, dark=dark)
-    assert tab.requests == [file.as_uri()]
+    assert {url.partition(":")[0] for url in tab.requests[1:]} <= {"data"}
+    assert tab.requests[0] == file.as_uri()
     assert tab.complaints == []
-    assert tab.evaluate("document.querySelectorAll('figure > .chart').length") == 9
+    assert tab.evaluate("[...document.images].filter(one => one.naturalWidth > 200).length") == 9
     tab.screenshot(tmp_path / "report.png")
     pixels = pixels_of(tmp_path / "report.png")[..., :3]
     assert pixels.shape[1] == 1280 and pixels.shape[0] > 2000
@@ -390,12 +394,23 @@ def test_nothing_is_wider_than_its_place(tab, page, tmp_path):
         tab.evaluate(OPEN)
         assert tab.evaluate(WIDTH) == width
         assert tab.evaluate(STICKS_OUT) == [], width
-        assert tab.evaluate(OVERLAPS) == [], width
+
+
+@needs_browser
+def test_nothing_in_its_pictures_is_cut_off_or_covered(tab, parsed, tmp_path):
+    file = tmp_path / "pictures.html"
+    for drawn in zip(
+        *((svg_of(narrow), svg_of(image["src"])) for narrow, image in pictures(parsed))
+    ):
+        bodies = ["<svg" + picture.partition("<svg")[2] for picture in drawn]
+        file.write_text("<!doctype html><title>t</title>" + "<br>".join(bodies))
+        tab.show(file, width=1200)
+        assert tab.evaluate("document.querySelectorAll('svg').length") == 9
+        assert tab.evaluate(browser.COVERED) == []
 
 
 BAD = """<!doctype html><title>bad</title><div style="width: 2000px">wide</div>
 <div class="card" style="width: 90px; overflow: auto"><p>cut_off_because_it_is_long</p></div>
-<div class="chart"><span>one</span><span style="margin-left: -1em">above</span></div>
 <script>console.error('wrong'); no_such_function()</script><img src="absent.png" alt="">"""
 
 
@@ -407,7 +422,6 @@ def test_the_browser_would_tell_what_is_wrong(tab, tmp_path):
     assert tab.evaluate(WIDTH) > 390
     told = tab.evaluate(STICKS_OUT)
     assert "DIV wide" in told and "DIV cut_off_because_it_is_long" in told
-    assert tab.evaluate(OVERLAPS) == ["one"]
     assert [url.rpartition("/")[2] for url in tab.requests] == ["bad.html", "absent.png"]
     assert any("wrong" in line for line in tab.complaints)
     assert any("no_such_function" in line for line in tab.complaints)

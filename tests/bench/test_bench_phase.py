@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import fused_optim
-from fused_optim.bench import contestants, measure, peers, phase, report, results, timing, workloads
+from fused_optim.bench import (
+    contestants,
+    machine,
+    measure,
+    peers,
+    phase,
+    results,
+    terminal,
+    timing,
+    workloads,
+)
 from fused_optim.bench.contestants import NEVER_ON, OURS, STOCK_CALLS
 from fused_optim.bench.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
 from fused_optim.cli import main
@@ -184,7 +194,7 @@ def test_a_phase_is_a_row(short, capsys, tmp_path, chosen):
     assert (row.threads, row.n_rounds >= 4, row.fallbacks) == (1, True, [])
     assert not found.disagreements
 
-    report.print_results(found)
+    terminal.print_results(found)
     out = capsys.readouterr().out
     assert "clip: clip_grad_norm_(foreach=" in out
     found.save(tmp_path / "bench.json")
@@ -215,8 +225,8 @@ def test_steps_of_peers_are_timed_among_the_same_calls(short, capsys):
     assert (row.baseline, set(row.samples_s)) == (STOCK_CALLS, {OURS, STOCK_CALLS, "like"})
     assert row.not_measured["other"].startswith("computes something else: ")
     assert row.not_measured["broken"] == "failed: OSError: no compiler"
-    report.print_results(found)
-    assert re.search(r"ms per step .*\| +like \|", capsys.readouterr().out)
+    terminal.print_results(found)
+    assert re.search(r"time of a step .*\| +like \|", capsys.readouterr().out)
 
 
 def test_a_disagreement_takes_the_place_of_the_row_and_is_an_error(short, monkeypatch, capsys):
@@ -225,7 +235,7 @@ def test_a_disagreement_takes_the_place_of_the_row_and_is_an_error(short, monkey
     monkeypatch.setattr(phase, "one_pass_options", lambda phase: {"max_grad_norm": 1.0})
     assert main(["bench", "--quick", "--threads", "1", "--only", "gpt2-phase-1t", "tiny"]) == 1
     out = capsys.readouterr().out
-    assert "gpt2-phase-1t: NOT MEASURED, ours and the baseline disagree" in out
+    assert "gpt2-phase-1t: NOT TIMED, ours and the baseline compute something else" in out
     assert "AdamW, 10 x 10" in out
 
 
@@ -244,4 +254,4 @@ def test_options_that_are_off_again_change_nothing(short):
 
     row = measure.measure_row(work, quick=True)
     assert (row.baseline, set(row.samples_s)) == (NEVER_ON, {OURS, NEVER_ON})
-    report.print_results(results.Results(results.about(quick=True), [row]))
+    terminal.print_results(results.Results(machine.about(quick=True), [row]))

@@ -7,12 +7,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from fused_optim import cli
-from fused_optim.bench import contestants, measure, peers, report, results, text, timing, workloads
+from fused_optim import cli, units
+from fused_optim.bench import contestants, measure, peers, results, terminal, timing, workloads
 from fused_optim.bench.timing import Quartiles
 from fused_optim.bench.workloads import Target
 from support.marks import needs_cpu_kernels
@@ -20,6 +21,8 @@ from support.processes import HANG_S
 
 pytestmark = [needs_cpu_kernels, pytest.mark.usefixtures("frozen_heap")]
 
+# Of the same schema.
+PUBLISHED = Path(__file__).parents[2] / "benchmarks/results/cpu-xeon-2cores.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -58,7 +61,7 @@ def test_info_prints_version_and_instruction_set():
 def test_what_is_optional_is_imported_only_where_it_is_needed():
     code = (
         "import sys, fused_optim; "
-        "bad = {'fused_optim.cli', 'rich', 'matplotlib'} & set(sys.modules); "
+        "bad = {'fused_optim.cli', 'fused_optim.bench', 'rich', 'matplotlib'} & set(sys.modules); "
         "assert not bad, bad; "
         "sys.modules['rich'] = None; "  # as if it were not installed
         "from fused_optim.cli import main; "
@@ -81,7 +84,7 @@ def test_bench_prints_the_table(tiny_run):
         "foreach",
         "DeepSpeedCPUAdam",
         "optimi",
-        "1 threads",
+        "1 thread",
     ):
         assert word in stdout
 
@@ -89,6 +92,9 @@ def test_bench_prints_the_table(tiny_run):
 def test_bench_json_follows_the_schema(tiny_run):
     _, saved, _ = tiny_run
     assert saved["schema"] == results.SCHEMA
+    published = json.loads(PUBLISHED.read_text())
+    assert saved.keys() == published.keys()
+    assert all(row.keys() == published["rows"][0].keys() for row in saved["rows"])
     assert saved["machine"]["threads"] == 1
     assert saved["versions"]["torch"] == torch.__version__
     assert saved["settings"] == {"quick": True}
@@ -320,10 +326,10 @@ def test_what_the_process_takes_is_told_beside_the_times(tmp_path, capsys):
     work = workloads.Workload(workloads.MEMORY, "AdamW, one", "AdamW", [(3,)])
     found = measure.run([work], quick=True, threads=None)
     assert found.import_s > 0
-    report.print_results(found)
+    terminal.print_results(found)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("memory that one step adds at its peak, AdamW, one: fused_optim ")
-    assert f"already: {text.number(found.import_s * 1e3)} ms" in lines[-1]
+    assert f"already: {units.seconds(found.import_s)}" in lines[-1]
     found.save(tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["import_s"] == found.import_s
 

@@ -26,6 +26,20 @@ def find() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+# What is written in the SVGs of a page, and sticks out of its picture or is written over another text.
+COVERED = """
+[...document.querySelectorAll('svg')].flatMap(svg => {
+  const place = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll('text')];
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  return texts.filter((_, at) => boxes[at].left < place.left - 1 || boxes[at].right > place.right + 1
+    || boxes[at].top < place.top - 1 || boxes[at].bottom > place.bottom + 1
+    || boxes.some((other, index) => index > at
+      && boxes[at].left < other.right && other.left < boxes[at].right
+      && boxes[at].top < other.bottom - 3 && other.top < boxes[at].bottom - 3));
+}).map(text => text.textContent)
+"""
+
+
 class Page:
     """One tab.
 
