@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,70 +56,45 @@ class Peer:
         """Why it cannot run this workload; None if it may.
 
         Args:
-            by_name: whether somebody has asked for it.
+            by_name: whether the user has asked for it.
         """
-        if device_type not in self.devices:
-            return f"not for {device_type.upper()} tensors"
-        if workload.is_huge and not by_name:
-            return "workload too large"
-        if workload.format not in self.formats and (workload.formats or self.formats):
-            return "keeps other states"
         plain = workload.timed == "step" and workload.dtype == torch.float32
-        if self.compiles and (
-            workload.n_tensors > MOST_COMPILED_TENSORS or workload.phase or workload.offload
-        ):
-            return "compiles for too long"
-        if self.compiles and not by_name and (quick or not plain):
-            return "compiles for too long"
-        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            return "not installed"
-        if workload.optimizer not in self.factories:
-            return f"has no {workload.optimizer}"
-        return None
+        too_long = workload.n_tensors > MOST_COMPILED_TENSORS or workload.phase or workload.offload
+        others = workload.format not in self.formats and (workload.formats or self.formats)
+        reasons = {
+            f"not for {device_type.upper()} tensors": device_type not in self.devices,
+            "workload too large": workload.is_huge and not by_name,
+            "keeps other states": others,
+            "compiles for too long": self.compiles
+            and (too_long or (not by_name and (quick or not plain))),
+            "not installed": importlib.util.find_spec(self.module.partition(".")[0]) is None,
+            f"has no {workload.optimizer}": workload.optimizer not in self.factories,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def build(self, workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
         return self.factories[workload.optimizer](workload, params)
 
 
-def _hypers(workload: Workload, *names: str) -> dict[str, Any]:
-    """Our own, by the name that torch.optim and most of the others have for them."""
-    ours = getattr(fused_optim, workload.optimizer)([torch.zeros(1)], **workload.options)
-    return {name: ours.defaults[name] for name in names}
+_ADAM = ("lr", "betas", "eps", "weight_decay")
+_LION = ("lr", "betas", "weight_decay")
+_SGD = ("lr", "momentum")
 
 
-def _deepspeed(adamw_mode: bool) -> Factory:
-    def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        peer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-        hypers = _hypers(workload, "lr", "betas", "eps", "weight_decay")
-        # States in the params' dtype, as ours and stock's are; the peer's default is float32.
-        return peer(params, adamw_mode=adamw_mode, fp32_optimizer_states=False, **hypers)
-
-    return build
-
-
-def _optimi(name: str, *hypers: str) -> Factory:
-    def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        peer = getattr(importlib.import_module("optimi"), name)
-        # Kahan summation, its default for 16-bit params, would add a stream that no other one has.
-        return peer(params, kahan_sum=False, **_hypers(workload, *hypers))
-
-    return build
-
-
-def _small_states(module: str, name: str, *hypers: str) -> Factory:
-    """8-bit states; FlashOptim's default has 8 more bits for bfloat16 params, too."""
+def _of(module: str, name: str, hypers: Sequence[str] = _ADAM, **fixed: Any) -> Factory:
+    """A library's class with our hypers, by the names that torch.optim and most others have for them."""
 
     def build(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-        peer = getattr(importlib.import_module(module), name)
-        return peer(params, **_hypers(workload, *hypers))
+        ours = getattr(fused_optim, workload.optimizer)([torch.zeros(1)], **workload.options)
+        given = {name: ours.defaults[name] for name in hypers}
+        return getattr(importlib.import_module(module), name)(params, **given, **fixed)
 
     return build
 
 
 def _schedule_free(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
-    peer = importlib.import_module("schedulefree").AdamWScheduleFree
-    names = (*_ADAM, "warmup_steps", "r", "weight_lr_power")
-    optimizer = peer(params, **_hypers(workload, *names))
+    hypers = (*_ADAM, "warmup_steps", "r", "weight_lr_power")
+    optimizer: Any = _of("schedulefree", "AdamWScheduleFree", hypers)(workload, params)
     optimizer.train()
     return optimizer
 
@@ -133,56 +109,43 @@ def _compiled(workload: Workload, params: Sequence[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
-_ADAM = ("lr", "betas", "eps", "weight_decay")
-_LION = ("lr", "betas", "weight_decay")
-_SGD = ("lr", "momentum")
+# States in the params' dtype, as ours and stock's are; DeepSpeed's default is float32.
+_deepspeed = partial(_of, "deepspeed.ops.adam", "DeepSpeedCPUAdam", fp32_optimizer_states=False)
+# Kahan summation, optimi's default for 16-bit params, would add a stream that no other one has.
+_optimi = partial(_of, "optimi", kahan_sum=False)
+_torchao, _bitsandbytes = partial(_of, "torchao.optim"), partial(_of, "bitsandbytes.optim")
+_flash = partial(_of, "flashoptim")  # 8-bit states, and 8 more bits for bfloat16 params
 PEERS = (
     Peer(
         "DeepSpeedCPUAdam", "deepspeed.ops.adam", "deepspeed",
-        {"Adam": _deepspeed(False), "AdamW": _deepspeed(True)}, devices=("cpu",),
+        {"Adam": _deepspeed(adamw_mode=False), "AdamW": _deepspeed(adamw_mode=True)},
+        devices=("cpu",),
     ),
     Peer(
         "optimi", "optimi", "torch-optimi",
-        {
-            "Adam": _optimi("Adam", *_ADAM),
-            "AdamW": _optimi("AdamW", *_ADAM),
-            "Lion": _optimi("Lion", *_LION),
-            "SGD": _optimi("SGD", *_SGD),
-        },
+        {"Adam": _optimi("Adam"), "AdamW": _optimi("AdamW"), "Lion": _optimi("Lion", _LION),
+         "SGD": _optimi("SGD", _SGD)},
     ),
+    Peer("schedulefree", "schedulefree", "schedulefree", {"AdamWScheduleFree": _schedule_free}),
     Peer(
-        "schedulefree", "schedulefree", "schedulefree", {"AdamWScheduleFree": _schedule_free}
-    ),
-    Peer(
-        "torch.compile", "torch", "torch",
-        {stock.__name__: _compiled for stock in REPLACED}, compiles=True,
+        "torch.compile", "torch", "torch", {stock.__name__: _compiled for stock in REPLACED},
+        compiles=True,
     ),
     Peer(
         "torchao", "torchao.optim", "torchao",
-        {
-            "Adam": _small_states("torchao.optim", "Adam8bit", *_ADAM),
-            "AdamW": _small_states("torchao.optim", "AdamW8bit", *_ADAM),
-        },
-        formats=("int8",),
+        {"Adam": _torchao("Adam8bit"), "AdamW": _torchao("AdamW8bit")}, formats=("int8",),
     ),
     Peer(
         "bitsandbytes", "bitsandbytes.optim", "bitsandbytes",
-        {
-            "Adam": _small_states("bitsandbytes.optim", "Adam8bit", *_ADAM),
-            "AdamW": _small_states("bitsandbytes.optim", "AdamW8bit", *_ADAM),
-            "Lion": _small_states("bitsandbytes.optim", "Lion8bit", *_LION),
-        },
+        {"Adam": _bitsandbytes("Adam8bit"), "AdamW": _bitsandbytes("AdamW8bit"),
+         "Lion": _bitsandbytes("Lion8bit", _LION)},
         formats=("int8",),
     ),
     # Without a GPU it keeps whole states.
     Peer(
         "FlashOptim", "flashoptim", "flashoptim",
-        {
-            "Adam": _small_states("flashoptim", "FlashAdam", *_ADAM),
-            "AdamW": _small_states("flashoptim", "FlashAdamW", *_ADAM),
-            "Lion": _small_states("flashoptim", "FlashLion", *_LION),
-            "SGD": _small_states("flashoptim", "FlashSGD", *_SGD),
-        },
+        {"Adam": _flash("FlashAdam"), "AdamW": _flash("FlashAdamW"),
+         "Lion": _flash("FlashLion", _LION), "SGD": _flash("FlashSGD", _SGD)},
         formats=("split8",), devices=("cuda",),
     ),
 )  # fmt: skip

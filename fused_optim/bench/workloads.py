@@ -1,6 +1,7 @@
 """What the benchmark measures: one row per workload, and each row's target."""
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fused_optim import units
 from fused_optim.bench.models import (
     FORMATS,
     GPT2_BLOCKS,
@@ -161,80 +163,10 @@ class Workload:
 PHASE_THREADS = (1, 2)
 SCALERS = ("torch.amp", "fused_optim")
 WHOLE, CLIP = Phase(PARTS), Phase(("clip", "step"))
-
-
-def _phase_rows(
-    models: dict[str, tuple[str, Shapes]],
-    targets: dict[Phase, float],
-    threads: Sequence[int | None],
-) -> list[Workload]:
-    """AdamW's phases on each model: the whole one, clip and step, and the whole one by GradScaler.
-
-    Args:
-        models: name -> title and shapes; GradScaler's rows are those of the first model alone.
-        threads: a row for each; None: one that does not say how many.
-    """
-    kinds = {WHOLE: ("phase", "whole phase"), CLIP: ("clip", "clip and step")}
-    rows = []
-    for phase, (name, title) in kinds.items():
-        for model, (model_title, shapes) in models.items():
-            for n in threads:
-                rows.append(
-                    Workload(
-                        f"{model}-{name}" + (f"-{n}t" if n else ""),
-                        f"{title}, AdamW, {model_title}"
-                        + (f", {n} thread{'s' * (n > 1)}" if n else ""),
-                        "AdamW", shapes, Target(targets[phase]), phase=phase, threads=n,
-                        quick=phase is WHOLE and not rows,
-                    )
-                )  # fmt: skip
-    model, (model_title, shapes) = next(iter(models.items()))
-    rows += [
-        Workload(
-            f"{model}-{scaler}-scaler",
-            f"whole phase by {scaler}.GradScaler, AdamW, {model_title}",
-            "AdamW", shapes, phase=Phase(PARTS, scaler), quick=False,
-        )
-        for scaler in SCALERS
-    ]  # fmt: skip
-    return rows
-
-
-def _format_rows(quick: bool, targets: dict[str, Target]) -> list[Workload]:
-    """AdamW with smaller states, and bfloat16 params with what they lack beside them.
-
-    Args:
-        targets: format -> what its row has to reach.
-    """
-    shapes: Shapes = [(4096, 4096)] * (1 if quick else 4)
-    size = "16 M" if quick else "64 M"
-    return [
-        Workload(
-            f"formats-{name.removesuffix('-states')}",
-            f"AdamW, {FORMATS[name].title}, {size} params", "AdamW", shapes, target,
-            dtype=FORMATS[name].dtype or torch.float32, format=name, quick=name == "int8",
-        )
-        for name, target in targets.items()
-    ]  # fmt: skip
-
-
-def _offload_rows(gpt2_title: str, gpt2: Shapes) -> list[Workload]:
-    """The host's half of offloaded training."""
-    title, whole = "AdamW, float32 masters, bf16 grads and outputs", Target(ratio=2.0, probe=0.95)
-    large: Shapes = [(4096, 4096)] * 4
-    in_pieces = f"{title}, 8 pieces from a thread, {gpt2_title}"
-    return [
-        Workload("offload-gpt2", f"{title}, {gpt2_title}", "AdamW", gpt2, whole, offload=1),
-        Workload(
-            "offload-64m", f"{title}, 64 M params", "AdamW", large, whole, offload=1, quick=False
-        ),
-        Workload("offload-pieces", in_pieces, "AdamW", gpt2, Target(0.97), offload=8, quick=False),
-    ]
-
-
 LINEAR_N_TENSORS = (10, 100, 1_000, 10_000)
 # The name of the pseudo row that measures memory instead of time.
 MEMORY = "memory"
+MOMENTUM = {"momentum": 0.9}
 
 
 def without_fused() -> list[str]:
@@ -246,6 +178,70 @@ def without_fused() -> list[str]:
     ]
 
 
+class _Rows(list[Workload]):
+    """What the tables of the CPU and of a GPU share.
+
+    Args:
+        quick: take GPT-2 with fewer blocks, and say so in the titles.
+        n_small: elements of each of 2,000 small tensors.
+    """
+
+    def __init__(self, quick: bool, n_small: int) -> None:
+        super().__init__()
+        n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
+        gpt2_title = f"GPT-2 ({n_blocks}/{GPT2_BLOCKS} blocks)" if quick else "GPT-2 small"
+        n_large = 1 if quick else 4
+        self._models: dict[str, tuple[str, Shapes]] = {
+            "gpt2": (f", {gpt2_title}", gpt2_small(n_blocks)),
+            "resnet50": (", ResNet-50", resnet50()),
+            "small": (f", 2,000 x {n_small:,}", [(n_small,)] * 2_000),
+            "tiny": (", 10 x 10", [(10,)] * 10),
+            "formats": (f", {16 * n_large} M params", [(4096, 4096)] * n_large),
+            "64m": (", 64 M params", [(4096, 4096)] * 4),
+        }
+
+    def add(
+        self, name: str, what: str, target: Target = Target(), *, optimizer: str = "AdamW",
+        model: str = "", after: str = "", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """A row.
+
+        Args:
+            what: is done.
+            model: a key of _models; default: what its name begins with.
+            after: stands behind the model in the title.
+        """
+        title, shapes = self._models[model or name.partition("-")[0]]
+        self.append(Workload(name, what + title + after, optimizer, shapes, target, **kwargs))
+
+    def add_phases(self, targets: dict[Phase, float], threads: Sequence[int | None]) -> None:
+        """AdamW's phases on each model: the whole one, clip and step, and the whole one by GradScaler.
+
+        Args:
+            threads: a row for each; None: one that does not say how many.
+        """
+        kinds = {WHOLE: ("phase", "whole phase"), CLIP: ("clip", "clip and step")}
+        for phase, model, n in itertools.product(kinds, ("gpt2", "resnet50"), threads):
+            name, title = kinds[phase]
+            self.add(
+                f"{model}-{name}" + (f"-{n}t" if n else ""), f"{title}, AdamW",
+                Target(targets[phase]), phase=phase, threads=n,
+                after=f", {units.count(n, 'thread')}" if n else "",
+                quick=phase is WHOLE and model == "gpt2" and n == threads[0],
+            )  # fmt: skip
+        for scaler in SCALERS:
+            what = f"whole phase by {scaler}.GradScaler, AdamW"
+            self.add(f"gpt2-{scaler}-scaler", what, phase=Phase(PARTS, scaler), quick=False)
+
+    def add_formats(self, targets: dict[str, Target]) -> None:
+        """AdamW with smaller states, and bfloat16 params with what they lack beside them."""
+        for name, target in targets.items():
+            self.add(
+                f"formats-{name.removesuffix('-states')}", f"AdamW, {FORMATS[name].title}", target,
+                dtype=FORMATS[name].dtype or torch.float32, format=name, quick=name == "int8",
+            )  # fmt: skip
+
+
 def table(quick: bool, threads: int | None = None) -> list[Workload]:
     """All rows in the order in which they are measured and printed.
 
@@ -254,74 +250,45 @@ def table(quick: bool, threads: int | None = None) -> list[Workload]:
         threads: for all rows; None: rows that choose for themselves are there for each of
             PHASE_THREADS that is no more than torch's own choice.
     """
-    n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
-    gpt2 = gpt2_small(n_blocks)
-    gpt2_title = f"GPT-2 ({n_blocks}/{GPT2_BLOCKS} blocks)" if quick else "GPT-2 small"
-    small: Shapes = [(SMALL_NUMEL,)] * 2_000
+    rows = _Rows(quick, SMALL_NUMEL)
+    add = rows.add
     bus_bound = Target(ratio=1.0, probe=0.95)
-    no_fused = Target(ratio=3.0)
-    misfit = Target(ratio=1 / 1.5)
-
-    def gpt2_row(name: str, what: str, optimizer: str, target: Target, **kwargs: Any) -> Workload:
-        return Workload(f"gpt2-{name}", f"{what}, {gpt2_title}", optimizer, gpt2, target, **kwargs)
-
-    momentum = {"momentum": 0.9}
-    rows = [
-        gpt2_row("adamw", "AdamW", "AdamW", bus_bound),
-        Workload("resnet50-adamw", "AdamW, ResNet-50", "AdamW", resnet50(), Target(1.1)),
-        gpt2_row("sgd", "SGD momentum", "SGD", bus_bound, options=momentum),
-        gpt2_row("adagrad", "Adagrad", "Adagrad", bus_bound),
-        gpt2_row("rmsprop-momentum", "RMSprop momentum", "RMSprop", no_fused, options=momentum),
-        gpt2_row(
-            "rmsprop-centered", "RMSprop centered", "RMSprop", no_fused, options={"centered": True}
-        ),
-        Workload(
-            "small-cold", "AdamW, 2,000 x 256, cold", "AdamW", small, Target(8.0), cold=True
-        ),
-        Workload("small-warm", "AdamW, 2,000 x 256, warm", "AdamW", small, Target(5.0)),
-        Workload("tiny", "AdamW, 10 x 10", "AdamW", [(10,)] * 10, Target(4.0)),
-        gpt2_row("bf16", "AdamW bf16", "AdamW", Target(1.0), dtype=torch.bfloat16),
-        gpt2_row("fp16", "AdamW fp16", "AdamW", Target(1.2), dtype=torch.float16),
-        gpt2_row("transposed", "AdamW, transposed grads", "AdamW", misfit, layout="transposed"),
-        Workload(
-            "resnet50-channels-last", "AdamW, channels_last grads, ResNet-50", "AdamW",
-            resnet50(), misfit, layout="channels_last",
-        ),
-    ]  # fmt: skip
-    targets = {
-        "int8": Target(1.3),
-        "bf16-states": Target(1.3),
-        "split16": Target(1.5),
-        "split8": Target(1.0),
-    }
+    no_fused, misfit = Target(ratio=3.0), Target(ratio=1 / 1.5)
+    add("gpt2-adamw", "AdamW", bus_bound)
+    add("resnet50-adamw", "AdamW", Target(1.1))
+    add("gpt2-sgd", "SGD momentum", bus_bound, optimizer="SGD", options=MOMENTUM)
+    add("gpt2-adagrad", "Adagrad", bus_bound, optimizer="Adagrad")
+    for kind, options in {"momentum": MOMENTUM, "centered": {"centered": True}}.items():
+        what = f"RMSprop {kind}"
+        add(f"gpt2-rmsprop-{kind}", what, no_fused, optimizer="RMSprop", options=options)
+    add("small-cold", "AdamW", Target(8.0), after=", cold", cold=True)
+    add("small-warm", "AdamW", Target(5.0), after=", warm")
+    add("tiny", "AdamW", Target(4.0))
+    add("gpt2-bf16", "AdamW bf16", Target(1.0), dtype=torch.bfloat16)
+    add("gpt2-fp16", "AdamW fp16", Target(1.2), dtype=torch.float16)
+    add("gpt2-transposed", "AdamW, transposed grads", misfit, layout="transposed")
+    add("resnet50-channels-last", "AdamW, channels_last grads", misfit, layout="channels_last")
     for name in without_fused():
-        row = name.lower()
-        rows += [
-            gpt2_row(row, name, name, Target(ratio=3.0, probe=0.95)),
-            Workload(f"resnet50-{row}", f"{name}, ResNet-50", name, resnet50(), no_fused, quick=False),
-            Workload(f"small-{row}", f"{name}, 2,000 x 256", name, small, Target(8.0), quick=False),
-            Workload(f"tiny-{row}", f"{name}, 10 x 10", name, [(10,)] * 10, Target(8.0), quick=False),
-        ]  # fmt: skip
-    rows += _format_rows(quick, targets)
-    rows += _phase_rows(
-        {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
-        {WHOLE: 1.8, CLIP: 1.4},
-        [n for n in PHASE_THREADS if n <= torch.get_num_threads()]
-        if threads is None
-        else [threads],
-    )
-    rows += _offload_rows(gpt2_title, gpt2)
-    rows.append(
-        Workload(
-            "small-switched", "AdamW, 2,000 x 256, options on and off again", "AdamW", small,
-            Target(1.0), switched=True,
-        )
-    )  # fmt: skip
-    rows += [
-        Workload(f"linear-{n}", f"AdamW, {n:,} x {SMALL_NUMEL}", "AdamW", [(SMALL_NUMEL,)] * n)
-        for n in LINEAR_N_TENSORS
-    ]
-    rows.append(Workload(MEMORY, f"AdamW, {gpt2_title}, memory", "AdamW", gpt2))
+        for model, target in {
+            "gpt2": Target(3.0, probe=0.95), "resnet50": no_fused, "small": Target(8.0), "tiny": Target(8.0),
+        }.items():  # fmt: skip
+            add(f"{model}-{name.lower()}", name, target, optimizer=name, quick=model == "gpt2")
+    ratios = {"int8": 1.3, "bf16-states": 1.3, "split16": 1.5, "split8": 1.0}
+    rows.add_formats({name: Target(ratio) for name, ratio in ratios.items()})
+    most = torch.get_num_threads()
+    phase_threads = [n for n in PHASE_THREADS if n <= most] if threads is None else [threads]
+    rows.add_phases({WHOLE: 1.8, CLIP: 1.4}, phase_threads)
+    title, whole = "AdamW, float32 masters, bf16 grads and outputs", Target(ratio=2.0, probe=0.95)
+    add("offload-gpt2", title, whole, model="gpt2", offload=1)
+    add("offload-64m", title, whole, model="64m", offload=1, quick=False)
+    in_pieces = f"{title}, 8 pieces from a thread"
+    add("offload-pieces", in_pieces, Target(0.97), model="gpt2", offload=8, quick=False)
+    switched = ", options on and off again"
+    add("small-switched", "AdamW", Target(1.0), after=switched, switched=True)
+    for n in LINEAR_N_TENSORS:
+        title, shapes = f"AdamW, {n:,} x {SMALL_NUMEL}", [(SMALL_NUMEL,)] * n
+        rows.append(Workload(f"linear-{n}", title, "AdamW", shapes))
+    add(MEMORY, "AdamW", model="gpt2", after=", memory")
     return rows
 
 
@@ -331,55 +298,31 @@ def gpu_table(quick: bool) -> list[Workload]:
     Args:
         quick: as for table().
     """
-    n_blocks = GPT2_BLOCKS_QUICK if quick else GPT2_BLOCKS
-    gpt2 = gpt2_small(n_blocks)
-    gpt2_title = f"GPT-2 ({n_blocks}/{GPT2_BLOCKS} blocks)" if quick else "GPT-2 small"
-    small: Shapes = [(4096,)] * 2_000
-    fast = Target(ratio=1.1, copy=0.92, either=True)
-    host = Target(ratio=5.0)
-
-    def gpt2_row(name: str, what: str, optimizer: str, target: Target, **kwargs: Any) -> Workload:
-        return Workload(f"gpt2-{name}", f"{what}, {gpt2_title}", optimizer, gpt2, target, **kwargs)
-
-    bf16 = torch.bfloat16
-    return [
-        Workload(
-            "billion", "AdamW, 1 B in 300 tensors", "AdamW", billion(), Target(1.0, copy=0.92)
-        ),
-        Workload("small", "AdamW, 2,000 x 4,096", "AdamW", small, Target(1.5)),
-        gpt2_row("host", "host time of step(), AdamW", "AdamW", host, timed="call"),
-        Workload(
-            "small-host", "host time of step(), AdamW, 2,000 x 4,096", "AdamW", small, host,
-            timed="call",
-        ),
-        # exp_avg_sq alone is float32: exp_avg is moved towards the grad by lerp, which takes only
-        # tensors of one dtype, in torch.optim as here, so beside bfloat16 grads it has to be bfloat16.
-        gpt2_row(
-            "bf16", "AdamW bf16, exp_avg_sq float32", "AdamW", Target(copy=0.90), dtype=bf16,
-            state_dtypes={"exp_avg_sq": torch.float32},
-        ),
-        gpt2_row("all-bf16", "AdamW bf16", "AdamW", Target(), dtype=bf16),
-        *_phase_rows(
-            {"gpt2": (gpt2_title, gpt2), "resnet50": ("ResNet-50", resnet50())},
-            {WHOLE: 1.5, CLIP: 1.25},
-            [None],
-        ),
-        *_format_rows(
-            quick,
-            {
-                "int8": Target(1.4, copy=0.8),
-                **dict.fromkeys(("bf16-states", "split16", "split8"), Target(copy=0.8)),
-            },
-        ),
-        Workload(
-            "small-switched", "host time of step(), AdamW, 2,000 x 4,096, options on and off again",
-            "AdamW", small, Target(1.0), timed="call", switched=True,
-        ),
-        gpt2_row("adamw", "AdamW", "AdamW", fast),
-        *(gpt2_row(name.lower(), name, name, Target(3.0)) for name in without_fused()),
-        gpt2_row("sgd", "SGD momentum", "SGD", fast, options={"momentum": 0.9}),
-        gpt2_row("adagrad", "Adagrad", "Adagrad", fast),
-    ]  # fmt: skip
+    rows = _Rows(quick, 4096)
+    add = rows.add
+    fast, host = Target(ratio=1.1, copy=0.92, either=True), Target(ratio=5.0)
+    bf16, host_time = torch.bfloat16, "host time of step(), AdamW"
+    title = "AdamW, 1 B in 300 tensors"
+    rows.append(Workload("billion", title, "AdamW", billion(), Target(1.0, copy=0.92)))
+    add("small", "AdamW", Target(1.5))
+    add("gpt2-host", host_time, host, timed="call")
+    add("small-host", host_time, host, timed="call")
+    # exp_avg_sq alone is float32: exp_avg is moved towards the grad by lerp, which takes only
+    # tensors of one dtype, in torch.optim as here, so beside bfloat16 grads it has to be bfloat16.
+    what, wide = "AdamW bf16, exp_avg_sq float32", {"exp_avg_sq": torch.float32}
+    add("gpt2-bf16", what, Target(copy=0.90), dtype=bf16, state_dtypes=wide)
+    add("gpt2-all-bf16", "AdamW bf16", dtype=bf16)
+    rows.add_phases({WHOLE: 1.5, CLIP: 1.25}, [None])
+    others = dict.fromkeys(("bf16-states", "split16", "split8"), Target(copy=0.8))
+    rows.add_formats({"int8": Target(1.4, copy=0.8), **others})
+    switched = ", options on and off again"
+    add("small-switched", host_time, Target(1.0), after=switched, timed="call", switched=True)
+    add("gpt2-adamw", "AdamW", fast)
+    for name in without_fused():
+        add(f"gpt2-{name.lower()}", name, Target(3.0), optimizer=name)
+    add("gpt2-sgd", "SGD momentum", fast, optimizer="SGD", options=MOMENTUM)
+    add("gpt2-adagrad", "Adagrad", fast, optimizer="Adagrad")
+    return rows
 
 
 def select(
