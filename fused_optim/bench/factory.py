@@ -1,4 +1,4 @@
-"""`bench --from script.py:make_model`: the parameters of somebody's own model."""
+"""`bench --from script.py:make_model`: the parameters of the user's own model."""
 
 import importlib
 import importlib.util
@@ -75,7 +75,7 @@ def _module(spec: str, place: str) -> ModuleType:
 
 
 def _guarded(spec: str, what: str, call: Any) -> Any:
-    """Call somebody else's code: what it raises becomes a message that says where.
+    """Call the user's code: what it raises becomes a message that says where.
 
     A script's sys.argv is its own; a parse_args() outside of the factory would read ours.
     """

@@ -202,10 +202,10 @@ def _measure(
 ) -> results.Row:
     admitted, refused = _admit(workload, quick, device, lineup)
     timer: timing.Timer | None = None
-    shown: dict[str, timing.Step] = {}  # what the bandwidth is compared with
+    roofs: dict[str, timing.Step] = {}  # what the bandwidth is compared with
     if device.new_event is not None and workload.timed == "step" and not workload.offload:
-        shown[COPY] = contestants.device_copy(device.torch_device, COPY_NBYTES)
-        timer = EventTimer(device.new_event, hold=shown[COPY])
+        roofs[COPY] = contestants.device_copy(device.torch_device, COPY_NBYTES)
+        timer = EventTimer(device.new_event, hold=roofs[COPY])
     if workload.offload:
         _check_memory(workload, 2 + len(admitted), device)
         watch.stage("first steps")
@@ -224,7 +224,7 @@ def _measure(
     before = entrants.before
     if device.new_event is None:
         if workload.is_large and workload.layout == "matching" and workload.phase is None:
-            shown = contestants.bandwidth_steps(entrants.nbytes, entrants.n_streams)
+            roofs = contestants.bandwidth_steps(entrants.nbytes, entrants.n_streams)
         if workload.cold:
             before = functools.partial(torch.zeros(FLUSH_NBYTES // 4).add_, 1)
     elif timer is not None:
@@ -243,7 +243,7 @@ def _measure(
     # From here on: a peer that compiles itself before is no other process that disturbs.
     elsewhere = machine.CpuElsewhere()
     samples = timing.alternate(
-        entrants.steps | shown,
+        entrants.steps | roofs,
         schedule,
         before=before,
         drop=drop,

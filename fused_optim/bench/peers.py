@@ -158,7 +158,7 @@ class Lineup:
     """Who is timed beside ours.
 
     variants: keys of STOCK_FLAGS; a row that torch.optim has none of them for has all it has.
-    by_name: whether somebody has asked for the peers.
+    by_name: whether the user has asked for the peers.
     """
 
     peers: tuple[Peer, ...]

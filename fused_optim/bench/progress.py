@@ -1,4 +1,4 @@
-"""What somebody sees while the benchmark runs: the row, what happens in it, the round and the time left."""
+"""What the user sees while the benchmark runs: the row, what happens in it, the round and the time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

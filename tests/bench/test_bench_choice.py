@@ -272,7 +272,7 @@ def test_variants_that_torch_optim_lacks_are_named():
     assert (variants, why_not) == (
         ["for-loop", "foreach"], {"fused": "torch.optim has no fused RMSprop"}
     )  # fmt: skip
-    # Somebody who asks for that one alone still needs something to compare with.
+    # Who asks for that one alone still needs something to compare with.
     assert contestants.stock_variants(rmsprop, quick=False, asked=["fused"])[0] == variants
 
 

@@ -342,7 +342,7 @@ def test_colours_can_be_told_apart(scheme):
 
 
 WIDTH = "document.scrollingElement.scrollWidth"
-# What is wider than its own box, or sticks out of its card or of the screen: each makes somebody scroll
+# What is wider than its own box, or sticks out of its card or of the screen: each makes a reader scroll
 # sideways, or is cut off.
 STICKS_OUT = """
 [...document.querySelectorAll('body, body *')].filter(part => part.getClientRects().length).filter(part => {
