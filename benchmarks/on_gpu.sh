@@ -8,7 +8,7 @@
 # OUT (build/on_gpu) gets logs.gz, with all that was printed, sweep.json and bench.json. The package goes to
 # SITE (build/on_gpu_site), and is built unless one for this Python and these sources lies there.
 #
-# Needs python3 (another one: PYTHON=...) with torch, triton, pytest, hypothesis, numpy, rich, pybind11
+# Needs python3 (another one: PYTHON=...) with torch, triton, pytest, hypothesis, the bench extra, pybind11
 # and setuptools, and a C++ compiler. A stage that fails or runs out of time does not stop the others;
 # the exit status is 1 then. No setting of the GPU is touched.
 set -u
