@@ -17,7 +17,7 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -102,6 +102,25 @@ deepspeed: $(VENV)/installed
 	test -d $(DEEPSPEED) || $(BIN)/pip install -q --no-deps --target $(DEEPSPEED) deepspeed==0.19.8 hjson ninja einops \
 	  msgpack py-cpuinfo pydantic pydantic-core annotated-types typing-inspection
 	DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore PYTHONPATH=$(DEEPSPEED) $(BIN)/torchrun --nproc-per-node 2 tests/support/deepspeed_worker.py
+
+# The wheel for PYTHON, .venv's unless another is named, in dist/. It serves every torch, but one Python: pybind11 knows no
+# stable ABI. pyproject.toml says how it is repaired. Compiled kernels are taken as they are while no source is newer,
+# .venv's too; other files of an earlier build are not. libstdc++ is not linked statically: GCC 12's then asks for
+# glibc 2.36, and else the wheel for 2.34.
+TAG = $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+LIB = build/lib.$(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_platform())')-$(TAG)
+WHEELS = dist/*-$(subst cpython-,cp,$(TAG))-*.whl
+REPAIR := $(shell sed -n 's/^repair-wheel-command = "\(.*\)"$$/\1/p' pyproject.toml)
+wheel: private PYTHON = $(BIN)/python
+wheel: $(VENV)/installed
+	rm -rf build/wheel $(WHEELS)
+	mkdir -p $(LIB)/fused_optim
+	find $(LIB) -type f ! -name '_C.*.so' -delete
+	find fused_optim -name '_C.$(TAG)-*.so' -exec cp -pu {} $(LIB)/fused_optim \;
+	test -x build/$(TAG)/bin/python || $(PYTHON) -m venv build/$(TAG)
+	@$(call quietly,build/$(TAG)/bin/pip wheel --no-deps --wheel-dir build/wheel .)
+	PATH=$(abspath $(BIN)):$$PATH && $(subst {dest_dir},dist,$(subst {wheel},build/wheel/*.whl,$(REPAIR)))
+	WHEEL=$$(ls $(WHEELS)) $(BIN)/pytest -q tests/around/test_wheel.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
