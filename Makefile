@@ -17,7 +17,7 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel torch clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -51,7 +51,7 @@ demo: $(VENV)/demo
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test-native test-interpreted triton-oldest sanitize: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize torch: export OMP_NUM_THREADS = 1
 
 # Both halves run, whichever fails.
 test:
@@ -111,16 +111,31 @@ TAG = $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 LIB = build/lib.$(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_platform())')-$(TAG)
 WHEELS = dist/*-$(subst cpython-,cp,$(TAG))-*.whl
 REPAIR := $(shell sed -n 's/^repair-wheel-command = "\(.*\)"$$/\1/p' pyproject.toml)
-wheel: private PYTHON = $(BIN)/python
+wheel torch: private PYTHON = $(BIN)/python
 wheel: $(VENV)/installed
-	rm -rf build/wheel $(WHEELS)
+	rm -rf build/wheel/$(TAG) $(WHEELS)
 	mkdir -p $(LIB)/fused_optim
 	find $(LIB) -type f ! -name '_C.*.so' -delete
 	find fused_optim -name '_C.$(TAG)-*.so' -exec cp -pu {} $(LIB)/fused_optim \;
 	test -x build/$(TAG)/bin/python || $(PYTHON) -m venv build/$(TAG)
-	@$(call quietly,build/$(TAG)/bin/pip wheel --no-deps --wheel-dir build/wheel .)
-	PATH=$(abspath $(BIN)):$$PATH && $(subst {dest_dir},dist,$(subst {wheel},build/wheel/*.whl,$(REPAIR)))
+	@$(call quietly,build/$(TAG)/bin/pip wheel --no-deps --wheel-dir build/wheel/$(TAG) .)
+	PATH=$(abspath $(BIN)):$$PATH && $(subst {dest_dir},dist,$(subst {wheel},build/wheel/$(TAG)/*.whl,$(REPAIR)))
 	WHEEL=$$(ls $(WHEELS)) $(BIN)/pytest -q tests/around/test_wheel.py
+
+# The tests of what depends on torch or on Python, with the wheel, on others of these: make torch VERSION=2.14.1
+# PYTHON=python3.12. Not in CI: on x86-64 the package index has builds for CUDA alone, with gigabytes of libraries.
+# PIP_CONSTRAINT: a configuration of pip may hold torch below VERSION.
+TORCH = build/torch-$(VERSION)-$(TAG)
+TORCH_TESTS := $(addprefix tests/,step $(addprefix rules/test_,numerics.py hypers.py registry.py) lists/test_functional.py \
+  $(addprefix one_pass/test_,one_pass.py amp.py) formats/test_formats.py around/test_wheel.py)
+torch: wheel
+	@test -n "$(VERSION)" || { echo 'Which torch? make torch VERSION=2.14.1, say.' >&2; exit 1; }
+	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/pip uninstall -q -y fused-optim
+	@$(call quietly,PIP_CONSTRAINT=/dev/null $(TORCH)/bin/pip install --no-compile torch==$(VERSION) "$$(ls $(WHEELS))[test]")
+	cd build && $(abspath $(TORCH))/bin/python -c \
+	  'import fused_optim, sys; assert fused_optim.__file__.startswith(sys.prefix); fused_optim.show_config()'
+	WHEEL=$$(ls $(WHEELS)) $(TORCH)/bin/pytest -n auto --dist loadfile -q $(TORCH_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
