@@ -17,7 +17,7 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel torch clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel torch aarch64 clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -136,6 +136,13 @@ torch: wheel
 	cd build && $(abspath $(TORCH))/bin/python -c \
 	  'import fused_optim, sys; assert fused_optim.__file__.startswith(sys.prefix); fused_optim.show_config()'
 	WHEEL=$$(ls $(WHEELS)) $(TORCH)/bin/pytest -n auto --dist loadfile -q $(TORCH_TESTS)
+
+# The kernels for aarch64 in an emulator: their bits are those of this machine's, no operation is fused, and loops are
+# vectorised. Not in CI, as all kernels are compiled once more, without Python.
+aarch64: $(VENV)/installed
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } >/dev/null || { apt-get update -qq \
+	  && apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user-static; }
+	$(BIN)/python tests/aarch64/check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
