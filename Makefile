@@ -17,7 +17,7 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize triton-oldest deepspeed wheel torch aarch64 clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize fuzz triton-oldest deepspeed wheel torch aarch64 clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -51,7 +51,7 @@ demo: $(VENV)/demo
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test-native test-interpreted triton-oldest sanitize torch: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize fuzz: torch: export OMP_NUM_THREADS = 1
 
 # Both halves run, whichever fails.
 test:
@@ -171,3 +171,9 @@ sanitize: $(VENV)/installed
 	  tests/formats/test_formats.py::test_a_format_may_be_changed_between_two_steps \
 	  tests/formats/test_formats.py::test_copies_go_on_alike \
 	  tests/one_pass/test_one_pass.py::test_layouts tests/one_pass/test_one_pass.py::test_norm_is_exact_to_float64
+
+# Random programs: N of them, 500 from each seed, SEED the first. A failing seed alone: `make fuzz SEED=17`.
+N ?= 500
+SEED ?= 0
+fuzz: $(VENV)/installed
+	FUZZ_N=$(N) FUZZ_SEED=$(SEED) $(BIN)/pytest -q -s tests/endurance/test_fuzz.py

@@ -27,9 +27,10 @@ def step_with_some_grads(run: Run, dice: random.Random) -> None:
 def step_with_other_strides(run: Run, dice: random.Random) -> None:
     run.set_grads()
     for param in run.params:
-        if param.grad is not None and param.dim() == 2 and dice.random() < 0.7:
+        roll = dice.random()  # for those without a grad, too: a copy of a param has none
+        if param.grad is not None and param.dim() == 2 and roll < 0.7:
             param.grad = param.grad.t().contiguous().t()
-        elif param.grad is not None and param.dim() and param.numel() and dice.random() < 0.3:
+        elif param.grad is not None and param.dim() and param.numel() and roll < 0.3:
             param.grad = param.grad[:1].expand(param.shape)
     run.step_as_is()
 

@@ -231,7 +231,7 @@ def cleared_state(run: Run) -> None:
 
 @surgery()
 def deleted_group(run: Run) -> None:
-    run.opt.add_param_group({"params": [nn.Parameter(run.randn((4,)))]})
+    run.opt.add_param_group({"params": [nn.Parameter(run.randn((4,), run.params[0].dtype))]})
     run.step()
     del run.opt.param_groups[0]
 
