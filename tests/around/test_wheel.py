@@ -37,8 +37,9 @@ def test_it_holds_the_kernels_the_types_all_modules_and_nothing_else() -> None:
         for package, folder in SOURCES.items()
         for file in folder.rglob("*.py")
     }
+    report = {"fused_optim/bench/report.css", "fused_optim/bench/report.html.j2"}
     data = {"fused_optim/py.typed", "fused_optim/_C.pyi"}
-    assert set(names) == {*modules, *data, *kernels}
+    assert set(names) == {*modules, *report, *data, *kernels}
 
 
 PROGRAM = """
