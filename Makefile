@@ -51,7 +51,7 @@ demo: $(VENV)/demo
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test-native test-interpreted triton-oldest sanitize fuzz: torch: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize fuzz torch: export OMP_NUM_THREADS = 1
 
 # Both halves run, whichever fails.
 test:
