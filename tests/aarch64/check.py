@@ -51,13 +51,13 @@ def run(*command: str | Path) -> str:
 
 
 def build(compiler: str, sources: list[Path], folder: Path, flags: list[str]) -> Path:
-    """Compile what is older than any of csrc, and link the driver."""
+    """Compile what is older than its source, the headers or the flags, and link the driver."""
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = [ROOT / "setup.py", DRIVER, *(ROOT / "csrc").rglob("*.*")]
-    newest = max(path.stat().st_mtime for path in inputs)
+    shared = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h"), ROOT / "csrc/apply.inl"]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
+        newest = max(path.stat().st_mtime for path in (*shared, source))
         if not target.exists() or target.stat().st_mtime < newest:
             run(compiler, *flags, "-c", source, "-o", target)
         return target

@@ -201,7 +201,7 @@ KernelForm form_of(const Slice& slice, unsigned streams, bool packs, const Packi
   return dtype == F32 ? ALL_F32 : dtype == F64 ? ALL_F64 : dtype == BF16 ? ALL_BF16 : ALL_F16;
 }
 
-// The tensor's bits after some steps. Nothing is hashed that no kernel writes.
+// Of all that the steps of one tensor leave, and of the margins.
 uint64_t hash_of(size_t rule_index, const std::vector<double>& options, const Format& format,
                  const Mode& mode, int64_t numel, int n_steps, int num_threads) {
   const RuleInfo& rule = rules()[rule_index];
