@@ -119,6 +119,7 @@ print("equal")
 
 @needs_cpu_kernels
 def test_forced_triton_refuses_cpu_params_without_its_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs triton")
     done = fresh_python(USES["step"], FUSED_OPTIM_BACKEND="triton", TRITON_INTERPRET="")
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr and "TRITON_INTERPRET=1" in done.stderr, done.stderr
@@ -126,6 +127,7 @@ def test_forced_triton_refuses_cpu_params_without_its_interpreter() -> None:
 
 @needs_cpu_kernels
 def test_forced_triton_serves_cpu_params_in_its_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs triton")
     program = (
         PREAMBLE
         + "run = Run(ONE_EACH[0], ONE_EACH[0].fused); run.step(2); print(run.opt.last_step)"
