@@ -103,10 +103,10 @@ deepspeed: $(VENV)/installed
 	  msgpack py-cpuinfo pydantic pydantic-core annotated-types typing-inspection
 	DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore PYTHONPATH=$(DEEPSPEED) $(BIN)/torchrun --nproc-per-node 2 tests/support/deepspeed_worker.py
 
-# The wheel for PYTHON, .venv's unless another is named, in dist/. It serves every torch, but one Python: pybind11 knows no
-# stable ABI. pyproject.toml says how it is repaired. Compiled kernels are taken as they are while no source is newer,
-# .venv's too; other files of an earlier build are not. libstdc++ is not linked statically: GCC 12's then asks for
-# glibc 2.36, and else the wheel for 2.34.
+# The wheel of one Python, in dist/: .venv's, or another's with make wheel PYTHON=python3.12. It serves every torch.
+# Compiled kernels are taken as they are while no source is newer; other files of an earlier build are not. libstdc++ is
+# linked dynamically: GCC 12's static one asks for glibc 2.36, the wheel without it for 2.34. Debian 12 gives a
+# manylinux_2_34 wheel of 1.4 MB, the images of a release manylinux_2_28.
 TAG = $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 LIB = build/lib.$(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_platform())')-$(TAG)
 WHEELS = dist/*-$(subst cpython-,cp,$(TAG))-*.whl
