@@ -17,7 +17,8 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize fuzz triton-oldest deepspeed wheel torch aarch64 clean
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize sanitize-threads fuzz \
+  triton-oldest deepspeed wheel torch aarch64 clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
 LOG := build/install.log
@@ -51,7 +52,7 @@ demo: $(VENV)/demo
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test-native test-interpreted triton-oldest sanitize fuzz torch: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize sanitize-threads fuzz torch: export OMP_NUM_THREADS = 1
 
 # Both halves run, whichever fails.
 test:
@@ -147,22 +148,26 @@ aarch64: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so
 
-# The tests of memory and surgery on kernels built with AddressSanitizer and UBSan. The package is copied
-# beside them and comes first on the path. Leak detection is off: Python itself never frees all.
+# The tests of memory and surgery on kernels built with AddressSanitizer and UBSan: the baseline's, as in CI;
+# ISA="avx2 avx512", say, or ISA=all for all that the machine has. The package is copied beside them and comes first on
+# the path. Leak detection is off: Python itself never frees all.
+ISA ?= baseline
+ISAS = $(if $(filter all,$(ISA)),$$($(BIN)/python -c 'from fused_optim import _C; print(*_C.isas())'),$(ISA))
 SANITIZED := build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 SANITIZER_ENV = ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED)) \
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
+# Takes what sanitizers ask of the compiler, and of the linker.
+build_sanitized = rm -rf $(SANITIZED) && CFLAGS="$(1)" CXXFLAGS="$(1)" LDFLAGS="$(1) $(2)" FUSED_OPTIM_BUILD_OPT=-O0 \
+    FUSED_OPTIM_BUILD_BASELINE_ONLY=$(if $(filter-out baseline,$(ISA)),,1) \
+    $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized \
+  && cp -r fused_optim/*.py fused_optim/bench fused_optim/cli fused_optim/codegen $(SANITIZED)/fused_optim/
+is_sanitized := import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__
+SANITIZED_TESTS := -k "not AdamW and not RAdam and not Adamax and not Adadelta and not Adagrad and not Rprop and not Lion"
 sanitize: $(VENV)/installed
-	rm -rf $(SANITIZED)
-	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD_OPT=-O0 \
-	  FUSED_OPTIM_BUILD_BASELINE_ONLY=1 \
-	  $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/temp.sanitized
-	cp -r fused_optim/*.py fused_optim/bench fused_optim/cli fused_optim/codegen $(SANITIZED)/fused_optim/
-	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c \
-	  'import fused_optim._C as c; assert "sanitized" in c.__file__, c.__file__'
-	$(SANITIZER_ENV) $(BIN)/pytest -q -n auto \
-	  -k "not AdamW and not RAdam and not Adamax and not Adadelta and not Adagrad and not Rprop and not Lion" \
+	$(call build_sanitized,$(SANITIZE))
+	cd build && $(SANITIZER_ENV) $(abspath $(BIN))/python -c '$(is_sanitized)'
+	set -e; for isa in $(ISAS); do FUSED_OPTIM_ISA=$$isa $(SANITIZER_ENV) $(BIN)/pytest -q -n auto $(SANITIZED_TESTS) \
 	  tests/step/test_surgery.py::test_surgery_before_the_first_step \
 	  tests/step/test_surgery.py::test_surgery_twice \
 	  tests/step/test_aliasing.py tests/step/test_grads.py tests/step/test_bad_input.py \
@@ -170,7 +175,26 @@ sanitize: $(VENV)/installed
 	  tests/formats/test_formats.py::test_layouts_go_to_the_kernels_or_around_them \
 	  tests/formats/test_formats.py::test_a_format_may_be_changed_between_two_steps \
 	  tests/formats/test_formats.py::test_copies_go_on_alike \
-	  tests/one_pass/test_one_pass.py::test_layouts tests/one_pass/test_one_pass.py::test_norm_is_exact_to_float64
+	  tests/one_pass/test_one_pass.py::test_layouts tests/one_pass/test_one_pass.py::test_norm_is_exact_to_float64; done
+	$(if $(filter-out baseline,$(ISA)),$(SANITIZER_ENV) $(BIN)/pytest -q -n auto $(SANITIZED_TESTS) \
+	  tests/formats/test_formats.py::test_threads_and_instruction_sets_give_the_same_bits)
+
+# The parallel loop under ThreadSanitizer, in the baseline's kernels: tests in which threads share the work, but none whose
+# own threads race. Python ends with an error if anything was reported.
+THREADS_ENV = PYTHONPATH=$(abspath $(SANITIZED)) LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)"
+sanitize-threads: ISA := baseline
+sanitize-threads: $(VENV)/installed
+	g++ -c -fPIC -fvisibility=hidden -fsanitize=thread tests/support/gomp_parallel.cpp -o build/gomp_parallel.o
+	$(call build_sanitized,-fsanitize=thread -g1,$(abspath build/gomp_parallel.o))
+	cd build && $(THREADS_ENV) $(abspath $(BIN))/python -c '$(is_sanitized)'
+	$(THREADS_ENV) $(BIN)/pytest -q -s $(SANITIZED_TESTS) tests/rules/test_bitwise.py::test_thread_count \
+	  tests/one_pass/test_one_pass.py::test_bits_do_not_depend_on_threads_or_isa \
+	  tests/formats/test_formats_codec.py \
+	  tests/formats/test_formats.py::test_threads_and_instruction_sets_give_the_same_bits \
+	  tests/lists/test_functional.py::test_pieces_from_several_threads_have_the_bits_of_the_whole \
+	  tests/lists/test_functional.py::test_grad_norm_of_any_kinds_with_any_threads \
+	  tests/step/test_threads.py::test_two_optimizers_in_two_threads \
+	  tests/step/test_threads.py::test_many_small_optimizers_in_many_threads
 
 # Random programs: N of them, 500 from each seed, SEED the first. A failing seed alone: `make fuzz SEED=17`.
 N ?= 500
