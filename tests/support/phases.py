@@ -75,9 +75,11 @@ class PhaseRun(Run):
                     params, self.phase.max_grad_norm, foreach=False
                 ).item()
             self.opt.step()
-            if not self.phase.write_clipped_grads:
-                for param, grad in zip(params, whole):
+            for param, grad in zip(params, whole):
+                if not self.phase.write_clipped_grads:
                     param.grad = grad
+                elif param.grad is not grad:
+                    param.grad = param.grad.as_strided(grad.shape, grad.stride())
             self._average()
         if self.phase.zero_grads:
             self.opt.zero_grad(set_to_none=False)
