@@ -79,7 +79,10 @@ class PhaseRun(Run):
                 if not self.phase.write_clipped_grads:
                     param.grad = grad
                 elif param.grad is not grad:
-                    param.grad = param.grad.as_strided(grad.shape, grad.stride())
+                    once = tuple(
+                        slice(1) if stride == 0 else slice(None) for stride in grad.stride()
+                    )
+                    param.grad = param.grad[once].expand(grad.shape)
             self._average()
         if self.phase.zero_grads:
             self.opt.zero_grad(set_to_none=False)
