@@ -17,7 +17,7 @@ INTERPRETED_TESTS := $(addprefix tests/gpu/test_triton_, bits.py one_pass.py pre
   -k "not False and (triton_bits or triton_prepare or not (Adamax or RAdam or Adadelta or AdEMAMix or NAdam)) \
   and (not test_amp or AdamW or SGD)"
 
-.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize sanitize-threads fuzz \
+.PHONY: demo test test-native test-interpreted docs linkcheck formats lint sanitize sanitize-threads soak fuzz \
   triton-oldest deepspeed wheel torch aarch64 clean
 
 # Run quietly: what pip and the compiler say is in the log, which is named when they fail.
@@ -52,7 +52,7 @@ demo: $(VENV)/demo
 
 # Each worker has a core: threads that wait for one another made the tests three times as slow. Those that
 # are about threads start as many as they need.
-test-native test-interpreted triton-oldest sanitize sanitize-threads fuzz torch: export OMP_NUM_THREADS = 1
+test-native test-interpreted triton-oldest sanitize sanitize-threads soak fuzz torch: export OMP_NUM_THREADS = 1
 
 # Both halves run, whichever fails.
 test:
@@ -195,6 +195,11 @@ sanitize-threads: $(VENV)/installed
 	  tests/lists/test_functional.py::test_grad_norm_of_any_kinds_with_any_threads \
 	  tests/step/test_threads.py::test_two_optimizers_in_two_threads \
 	  tests/step/test_threads.py::test_many_small_optimizers_in_many_threads
+
+# A million steps of each optimizer among surgery, or of those in NAMES: twenty minutes to an hour.
+STEPS ?= 1000000
+soak: $(VENV)/installed
+	GLIBC_TUNABLES=glibc.malloc.tcache_count=0 PYTHONPATH=tests $(BIN)/python -m endurance.soak --steps $(STEPS) $(NAMES)
 
 # Random programs: N of them, 500 from each seed, SEED the first. A failing seed alone: `make fuzz SEED=17`.
 N ?= 500
