@@ -166,7 +166,8 @@ def _convert_saved(
     converted = {}
     for index, param in zip(saved_group["params"], group["params"]):
         states = saved.get(index)
-        if not isinstance(states, dict) or not storage.applies(param, wanted):
+        # An empty dict stays one: with a step count alone in it, it would be neither new nor complete.
+        if not isinstance(states, dict) or not states or not storage.applies(param, wanted):
             continue
         check_saved(states, names, index, param)
         copies = {

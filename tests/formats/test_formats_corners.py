@@ -10,7 +10,14 @@ import fused_optim
 from fused_optim import checkpoint
 from fused_optim._C import SMALLEST_INT8
 from support.cases import OF_TORCH, fullest
-from support.formats import MASTERS, each_state_dtype, packed_states, run_of
+from support.formats import (
+    MASTERS,
+    each_format,
+    each_state_dtype,
+    options_of,
+    packed_states,
+    run_of,
+)
 from support.marks import each_name, needs_cpu_kernels
 from support.program import assert_same_bits
 
@@ -266,3 +273,15 @@ def test_none_given_is_none_not_given():
     param = nn.Parameter(torch.ones(5000))
     opt = fused_optim.AdamW([param], state_dtype=None, master=None)
     assert opt.param_groups[0].keys() == torch.optim.AdamW([param]).param_groups[0].keys()
+
+
+@each_format
+def test_an_emptied_inner_dict_is_loaded_as_one(dtype, state_dtype, master):
+    runs = [run_of("Adam", dtype, **options_of(state_dtype, master)) for _ in range(2)]
+    for run in runs:
+        run.step()
+        run.opt.state[run.params[1]].clear()
+    runs[0].opt.load_state_dict(runs[0].opt.state_dict())
+    for run in runs:
+        run.step()
+    assert_same_bits(*(run.harvest() for run in runs))
