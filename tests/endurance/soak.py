@@ -5,11 +5,12 @@
 Two optimizers take half of the steps each. A cycle goes through CHANGES, which are done to both and undone,
 and for each of them does one operation of NEUTRAL, to one of the two alone. Then their bits are compared.
 
-After 16 cycles all of one table have met all of the other, and the program is where it was: as many blocks of
-Python's and bytes of malloc's are in use. Caches that fill up now and then show in a few of such rounds, so
-the median of all counts. A leak in an operation, be it of one object, shows in each cycle, and one in a step
-far more. Allowed is half an object for each cycle. Resident memory, which comes in pages, may grow by a small
-object for each operation. (GLIBC_TUNABLES: what a thread has freed and keeps at hand counts as in use.)
+After a round of 16 cycles all of one table have met all of the other, and the program is where it was: as
+many of Python's blocks and of malloc's bytes are in use. Caches that fill up now and then show in a few
+rounds, so the median of all counts. A round does each operation at least 27 times; a leak in it, be it of one
+object, shows as often, and one in a step far more. Allowed is half of that, and for resident memory, which
+comes in pages, a small object for each operation. (GLIBC_TUNABLES: what a thread has freed and keeps at hand
+counts as in use.)
 """
 
 import argparse
@@ -455,8 +456,8 @@ def soak(name: str, n_steps: int) -> None:
         f"resident {resident / 2**10:+.0f} KiB of {marks.resident[-1] / 2**20:.0f} MiB",
         flush=True,
     )
-    assert blocks < ROUND / 2, "Python objects leak"
-    assert malloc < ROUND * SMALLEST_CHUNK / 2, "memory of malloc leaks"
+    assert blocks < len(CHANGES) / 2, "Python objects leak"
+    assert malloc < len(CHANGES) * SMALLEST_CHUNK / 2, "memory of malloc leaks"
     assert resident < n_rounds * ROUND * len(CHANGES) * SMALL_OBJECT, "resident memory grows"
 
 
