@@ -6,11 +6,10 @@ Two optimizers take half of the steps each. A cycle goes through CHANGES, which 
 and for each of them does one operation of NEUTRAL, to one of the two alone. Then their bits are compared.
 
 After a round of 16 cycles all of one table have met all of the other, and the program is where it was: as
-many of Python's blocks and of malloc's bytes are in use. Caches that fill up now and then show in a few
-rounds, so the median of all counts. A round does each operation at least 27 times; a leak in it, be it of one
-object, shows as often, and one in a step far more. Allowed is half of that, and for resident memory, which
-comes in pages, a small object for each operation. (GLIBC_TUNABLES: what a thread has freed and keeps at hand
-counts as in use.)
+many of Python's blocks and of malloc's bytes are in use, give or take what caches hold. What counts is the
+growth over all rounds. Each does an operation at least 27 times; a leak in it, be it of one object, shows as
+often, and one in a step far more. Allowed is half of that; and for resident memory, which comes in pages, a
+small object for each operation. (GLIBC_TUNABLES: what a thread has freed and keeps at hand counts as in use.)
 """
 
 import argparse
@@ -432,8 +431,10 @@ class Marks:
         self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def median_growth(marks: array) -> float:
-    return statistics.median(after - before for before, after in itertools.pairwise(marks))
+def growth(marks: array) -> float:
+    """From one mark to the next: the median over all pairs of marks, as Theil and Sen have it."""
+    pairs = itertools.combinations(enumerate(marks), 2)
+    return statistics.median((after - before) / (j - i) for (i, before), (j, after) in pairs)
 
 
 def soak(name: str, n_steps: int) -> None:
@@ -447,12 +448,12 @@ def soak(name: str, n_steps: int) -> None:
         if sum(run.n_steps for run in runs) >= WARM_UP * n_steps:
             marks.set()
     n_rounds = len(marks.blocks) - 1
-    blocks, malloc = median_growth(marks.blocks), median_growth(marks.malloc)
+    blocks, malloc = growth(marks.blocks), growth(marks.malloc)
     resident = marks.resident[-1] - marks.resident[0]
     print(
         f"{name}: {sum(run.n_steps for run in runs)} steps, {n_cycles * len(CHANGES)} operations of each "
-        f"kind, {time.monotonic() - began:.0f} s; in a round of {ROUND} cycles, median of {n_rounds}, "
-        f"{blocks:+.0f} blocks and {malloc:+.0f} bytes of malloc; "
+        f"kind, {time.monotonic() - began:.0f} s; in a round of {ROUND} cycles, of {n_rounds}, "
+        f"{blocks:+.1f} blocks and {malloc:+.0f} bytes of malloc; "
         f"resident {resident / 2**10:+.0f} KiB of {marks.resident[-1] / 2**20:.0f} MiB",
         flush=True,
     )

@@ -131,6 +131,7 @@ def changed_format(run: PhaseRun, dice: random.Random) -> None:
     for group in run.opt.param_groups:
         if "state_dtype" in group:
             group["state_dtype"] = dice.choice(list(STATE_DTYPES.values()))
+    run.step()  # a checkpoint before it would convert the states once more
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -178,8 +179,8 @@ RELAID = {
     "state in another layout",
     "state views of a larger tensor",
 }
-# A product of codes is no state in their format.
-WITHOUT_FORMATS = RELAID | {"new state tensors"}
+# A product of codes is no state in their format, nor is one of another shape.
+WITHOUT_FORMATS = RELAID | {"new state tensors", "resized param"}
 SAVES = {"checkpoint", "earlier_checkpoint", "reloaded checkpoint"}
 # Averages belong to the optimizer that made them; stock's would have to be taken along.
 WITHOUT_AVERAGES = {"groups given to another optimizer", "deep copied", "reloaded checkpoint"}
