@@ -71,7 +71,8 @@ def test_constructor_raises_as_stock(case: Case, key: str) -> None:
                 optimizer_class([torch.zeros(2)], **{key: value})
                 results.append(None)
             except (ValueError, TypeError, RuntimeError) as error:
-                results.append((type(error), str(error)))
+                # Python 3.13 adds what is near the name, where it knows all names: not to ours.
+                results.append((type(error), str(error).partition(". Did you mean")[0]))
         assert results[0] == results[1], value
 
 
@@ -465,6 +466,7 @@ from support.cases import BACKEND, DEVICE, VARIANTS, stock_class
 from torch._dynamo.utils import counters
 warnings.simplefilter("error")
 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on newer Pythons
+warnings.filterwarnings("ignore", "Guards may run slower")  # torch's own, on Python 3.13.0
 
 def trained(optimizer_class, compiled):
     torch.manual_seed(0)
