@@ -81,7 +81,7 @@ formats: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	sh -c '$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/isa/*.*'
+	sh -c '$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/isa/*.* tests/*/*.cpp'
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pre-commit validate-config
 

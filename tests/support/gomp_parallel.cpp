@@ -1,5 +1,5 @@
-// The one function of libgomp that csrc/parallel.cpp needs, on std::thread: ThreadSanitizer does not see how
-// libgomp's own threads wait for one another. For `make sanitize-threads`.
+// The one function of libgomp that csrc/parallel.cpp needs, on std::thread: ThreadSanitizer does
+// not see how libgomp's own threads wait for one another. For `make sanitize-threads`.
 #include <atomic>
 #include <thread>
 #include <vector>
