@@ -61,7 +61,7 @@ def test_each_test_of_gpu_tensors_is_in_one_stage(tmp_path: Path) -> None:
         if word.startswith("tests/")
     ]
     assert len(set(chosen)) == len(chosen)
-    some = {"cuda", "triton_bits", "triton_packed", "amp", "fuzz_one_pass", "numerics", "state"}
+    some = {"cuda", "triton_bits", "triton_packed", "amp", "fuzz", "numerics", "state"}
     assert some <= set(chosen)
     # These compile, or write pages, or measure, on the CPU alone: minutes in each worker.
     assert not {"codegen", "triton_launch", "threads", "contributing", "bench_device"} & set(chosen)
