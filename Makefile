@@ -114,6 +114,7 @@ WHEELS = dist/*-$(subst cpython-,cp,$(TAG))-*.whl
 REPAIR := $(shell sed -n 's/^repair-wheel-command = "\(.*\)"$$/\1/p' pyproject.toml)
 wheel torch: private PYTHON = $(BIN)/python
 wheel: $(VENV)/installed
+	@test -n "$(TAG)" || { echo 'PYTHON=$(PYTHON) does not start.' >&2; exit 1; }
 	rm -rf build/wheel/$(TAG) $(WHEELS)
 	mkdir -p $(LIB)/fused_optim
 	find $(LIB) -type f ! -name '_C.*.so' -delete

@@ -94,7 +94,8 @@ def checkpoint(run: PhaseRun, dice: random.Random) -> None:
     file = io.BytesIO()
     torch.save(run.saved(), file)
     file.seek(0)
-    run.load(torch.load(file, weights_only=True))
+    # Copied, as what torch.load has read cannot be resized.
+    run.load(copy.deepcopy(torch.load(file, weights_only=True)))
 
 
 def earlier_checkpoint(run: PhaseRun, dice: random.Random) -> None:
