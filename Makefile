@@ -104,35 +104,35 @@ deepspeed: $(VENV)/installed
 	  msgpack py-cpuinfo pydantic pydantic-core annotated-types typing-inspection
 	DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore PYTHONPATH=$(DEEPSPEED) $(BIN)/torchrun --nproc-per-node 2 tests/support/deepspeed_worker.py
 
-# The wheel of one Python, in dist/: .venv's, or another's with make wheel PYTHON=python3.12. It serves every torch.
+# The wheel of one Python, in dist/: .venv's, or another's with make wheel FOR=python3.12. It serves every torch.
 # Compiled kernels are taken as they are while no source is newer; other files of an earlier build are not. libstdc++ is
 # linked dynamically: GCC 12's static one asks for glibc 2.36, the wheel without it for 2.34. Debian 12 gives a
 # manylinux_2_34 wheel of 1.4 MB, the images of a release manylinux_2_28.
-TAG = $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
-LIB = build/lib.$(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_platform())')-$(TAG)
+FOR ?= $(BIN)/python
+TAG = $(shell $(FOR) -c 'import sys; print(sys.implementation.cache_tag)')
+LIB = build/lib.$(shell $(FOR) -c 'import sysconfig; print(sysconfig.get_platform())')-$(TAG)
 WHEELS = dist/*-$(subst cpython-,cp,$(TAG))-*.whl
 REPAIR := $(shell sed -n 's/^repair-wheel-command = "\(.*\)"$$/\1/p' pyproject.toml)
-wheel torch: private PYTHON = $(BIN)/python
 wheel: $(VENV)/installed
-	@test -n "$(TAG)" || { echo 'PYTHON=$(PYTHON) does not start.' >&2; exit 1; }
+	@test -n "$(TAG)" || { echo 'FOR=$(FOR) does not start.' >&2; exit 1; }
 	rm -rf build/wheel/$(TAG) $(WHEELS)
 	mkdir -p $(LIB)/fused_optim
 	find $(LIB) -type f ! -name '_C.*.so' -delete
 	find fused_optim -name '_C.$(TAG)-*.so' -exec cp -pu {} $(LIB)/fused_optim \;
-	test -x build/$(TAG)/bin/python || $(PYTHON) -m venv build/$(TAG)
+	test -x build/$(TAG)/bin/python || $(FOR) -m venv build/$(TAG)
 	@$(call quietly,build/$(TAG)/bin/pip wheel --no-deps --wheel-dir build/wheel/$(TAG) .)
 	PATH=$(abspath $(BIN)):$$PATH && $(subst {dest_dir},dist,$(subst {wheel},build/wheel/$(TAG)/*.whl,$(REPAIR)))
 	WHEEL=$$(ls $(WHEELS)) $(BIN)/pytest -q tests/around/test_wheel.py
 
 # The tests of what depends on torch or on Python, with the wheel, on others of these: make torch VERSION=2.14.1
-# PYTHON=python3.12. Not in CI: on x86-64 the package index has builds for CUDA alone, with gigabytes of libraries.
+# FOR=python3.12. Not in CI: on x86-64 the package index has builds for CUDA alone, with gigabytes of libraries.
 # PIP_CONSTRAINT: a configuration of pip may hold torch below VERSION.
 TORCH = build/torch-$(VERSION)-$(TAG)
 TORCH_TESTS := $(addprefix tests/,step $(addprefix rules/test_,numerics.py hypers.py registry.py) lists/test_functional.py \
   $(addprefix one_pass/test_,one_pass.py amp.py) formats/test_formats.py around/test_wheel.py)
 torch: wheel
 	@test -n "$(VERSION)" || { echo 'Which torch? make torch VERSION=2.14.1, say.' >&2; exit 1; }
-	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	test -x $(TORCH)/bin/python || $(FOR) -m venv $(TORCH)
 	$(TORCH)/bin/pip uninstall -q -y fused-optim
 	@$(call quietly,PIP_CONSTRAINT=/dev/null $(TORCH)/bin/pip install --no-compile torch==$(VERSION) "$$(ls $(WHEELS))[test]")
 	cd build && $(abspath $(TORCH))/bin/python -c \
