@@ -16,24 +16,19 @@ from rich.progress import (
 
 
 class Watch:
-    """Is told what happens while a row is measured. This one does not care."""
+    """Shows in two lines what it is told: the rows with the time left, and what happens in the current one.
 
-    def stage(self, text: str) -> None:
-        """Something else begins."""
+    Args:
+        progress: where; None: nowhere.
+    """
 
-    def round(self, part: float, n_rounds: int) -> None:
-        """So many rounds are done, which is so much of the row, from 0 to 1."""
-
-
-class _Live(Watch):
-    """Shows all of it in two lines: the rows with the time left, and what happens in the current one."""
-
-    def __init__(self, progress: Progress, n_rows: int) -> None:
-        self._progress = progress
-        self._rows = progress.add_task("", total=n_rows, stage="")
+    def __init__(self, progress: Progress | None = None, n_rows: int = 1) -> None:
+        self._progress = progress or Progress(disable=True)
+        self._rows = self._progress.add_task("", total=n_rows, stage="")
         self._done = 0
 
     def row(self, done: int, title: str) -> None:
+        """A row begins, after so many."""
         self._done = done
         self._progress.update(self._rows, completed=done, description=escape(title), stage="")
         if not self._progress.console.is_terminal:
@@ -41,18 +36,17 @@ class _Live(Watch):
             print_line(f"row {done + 1}: {title}", markup=False, highlight=False)
 
     def stage(self, text: str) -> None:
+        """Something else begins."""
         self._progress.update(self._rows, stage=escape(text), refresh=True)
 
     def round(self, part: float, n_rounds: int) -> None:
-        self._progress.update(
-            self._rows,
-            completed=self._done + part,
-            stage=f"{n_rounds} round{'s' * (n_rounds > 1)} measured",
-        )
+        """So many rounds are done, which is so much of the row, from 0 to 1."""
+        stage = f"{n_rounds} round{'s' * (n_rounds > 1)} measured"
+        self._progress.update(self._rows, completed=self._done + part, stage=stage)
 
 
 @contextmanager
-def live(n_rows: int) -> Iterator[_Live]:
+def live(n_rows: int) -> Iterator[Watch]:
     """Progress on stderr: a display on a terminal, elsewhere a line for each row."""
     console = Console(stderr=True)
     columns = (
@@ -67,4 +61,4 @@ def live(n_rows: int) -> Iterator[_Live]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        yield _Live(progress, n_rows)
+        yield Watch(progress, n_rows)

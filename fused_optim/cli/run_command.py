@@ -3,12 +3,14 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import fused_optim
 from fused_optim.cli.recorder import SERVED
 from fused_optim.cli.run import Program, run
-from fused_optim.options import KernelOptions
+
+# Of patch(), by the names that they have here.
+OPTIONS = ("state_dtype", "max_grad_norm", "ema_decay", "skip_nonfinite")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,6 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--skip-nonfinite",
         action="store_true",
+        default=None,
         help="all optimizers skip a step in which a grad has a NaN or an Inf",
     )
     kind = parser.add_mutually_exclusive_group()
@@ -81,7 +84,8 @@ def run_command(args: argparse.Namespace) -> int:
             Path(args.program).open("rb").close()
         except OSError as error:
             refuse(str(error))
-    options = _options(args)
+    given = {name: getattr(args, name) for name in OPTIONS}
+    options: Any = {name: value for name, value in given.items() if value is not None}
     try:
         with fused_optim.patched(**options):
             pass
@@ -94,17 +98,3 @@ def run_command(args: argparse.Namespace) -> int:
 
         return compare(program, options)
     return run(program, quiet=args.quiet, options=options)
-
-
-def _options(args: argparse.Namespace) -> KernelOptions:
-    """Those of patch() that were given."""
-    options: KernelOptions = {}
-    if args.state_dtype is not None:
-        options["state_dtype"] = args.state_dtype
-    if args.max_grad_norm is not None:
-        options["max_grad_norm"] = args.max_grad_norm
-    if args.ema_decay is not None:
-        options["ema_decay"] = args.ema_decay
-    if args.skip_nonfinite:
-        options["skip_nonfinite"] = True
-    return options
