@@ -1,7 +1,7 @@
-"""Whether a peer computes what we compute: else its time would be that of something else."""
+"""Whether two contestants compute the same: else their times would be those of different things."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_optim.bench import contestants
 from fused_optim.bench.peers import Peer
@@ -14,15 +14,28 @@ NUMEL = 4096
 ROUNDING = 2 * torch.finfo(torch.float32).eps
 
 
-def difference(peer: Peer, workload: Workload) -> str | None:
-    """How it differs from ours after a few steps on small float32 tensors; None if by rounding alone.
+class Disagreement(Exception):
+    """Two contestants do not compute the same."""
+
+
+def expect_near(what: str, theirs: Tensor, own: Tensor, bound: float) -> None:
+    """Raise Disagreement if some elements are further apart."""
+    if own.numel() == 0:
+        return
+    difference = (theirs.detach() - own.detach()).abs().max().item()
+    if not difference <= bound:  # a NaN is outside
+        raise Disagreement(f"{what} differs by {difference:.2g}, roundings explain {bound:.2g}")
+
+
+def compare(peer: Peer, workload: Workload) -> None:
+    """Raise Disagreement if a peer and ours are apart after a few steps on small float32 tensors.
 
     Args:
         workload: whose optimizer and options are taken.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def uniform() -> torch.Tensor:
+    def uniform() -> Tensor:
         return torch.empty(NUMEL).uniform_(-1, 1, generator=generator)
 
     small = Workload("", "", workload.optimizer, [(NUMEL,)], options=workload.options)
@@ -35,13 +48,7 @@ def difference(peer: Peer, workload: Workload) -> str | None:
         for some, optimizer in ((params, ours), (copies, theirs)):
             _with_grad(some, grad)
             optimizer.step()
-    bound = N_STEPS * ROUNDING
-    found = (params[0].detach() - copies[0].detach()).abs().max().item()
-    if found <= bound:  # a NaN is not
-        return None
-    return (
-        f"computes something else: {found:.1e} apart after {N_STEPS} steps, rounding is {bound:.1e}"
-    )
+    expect_near("the param", copies[0], params[0], N_STEPS * ROUNDING)
 
 
 def refusal(peer: Peer, workload: Workload) -> str | None:
@@ -52,7 +59,9 @@ def refusal(peer: Peer, workload: Workload) -> str | None:
     if peer.formats or peer.compiles:
         return None
     try:
-        return difference(peer, workload)
+        return compare(peer, workload)
+    except Disagreement as difference:
+        return f"computes something else: {difference}"
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
 

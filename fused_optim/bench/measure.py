@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -94,7 +95,7 @@ def run(
                     found.skipped[workload.name] = str(reason)
                 except (MemoryError, torch.OutOfMemoryError) as error:
                     found.skipped[workload.name] = f"out of memory: {error}"
-                except phase.Disagreement as difference:
+                except agreement.Disagreement as difference:
                     found.disagreements[workload.name] = str(difference)
                 # Several GB belong to the last row; free them before the next one allocates.
                 device.release()
@@ -314,10 +315,7 @@ def _enter(
         attempt(NEVER_ON if workload.switched else MATCHING, contestants.ours, "matching")
     baselines = list(steps)
     for peer in admitted if against_stock else ():
-        if difference := agreement.refusal(peer, workload):
-            not_measured[peer.name] = difference
-        else:
-            attempt(peer.name, peer.build)
+        attempt(peer.name, peer.build)
     ours = enter(OURS, contestants.switched if workload.switched else contestants.ours)
     nbytes, n_streams = contestants.bytes_per_step(ours)
     return Entrants(
@@ -331,12 +329,10 @@ def _admit(
     workload: Workload, quick: bool, device: Device, lineup: Lineup
 ) -> tuple[list[Peer], dict[str, str]]:
     """The peers that may run the workload, and why the others may not."""
+    asked: Any = {"quick": quick, "device_type": device.type, "by_name": lineup.by_name}
     refused = {}
     for peer in lineup.peers:
-        reason = peer.why_not(
-            workload, quick=quick, device_type=device.type, by_name=lineup.by_name
-        )
-        if reason is not None:
+        if reason := peer.why_not(workload, **asked) or agreement.refusal(peer, workload):
             refused[peer.name] = reason
     return [peer for peer in lineup.peers if peer.name not in refused], refused
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import fused_optim
 from fused_optim import StepReport, backends, functional
 from fused_optim.bench import contestants
+from fused_optim.bench.agreement import Disagreement, expect_near
 from fused_optim.bench.contestants import OURS, STOCK_CALLS, Entrants
 from fused_optim.bench.peers import Peer
 from fused_optim.bench.timing import Step
@@ -84,7 +85,7 @@ def enter(workload: Workload, params: list[nn.Parameter], peers: Sequence[Peer])
         params: with grads, in float32; they become ours.
 
     Raises:
-        RuntimeError: masters or outputs differ by more than rounding.
+        Disagreement: masters or outputs differ by more than rounding.
     """
     grads = [param.grad.bfloat16() for param in params if param.grad is not None]
     if workload.offload > 1:
@@ -134,9 +135,8 @@ def _with_casts(
 
 
 def _compare(ours: Host, stock: Sequence[nn.Parameter]) -> None:
-    for i, (master, output, param) in enumerate(
-        zip(ours.masters, ours.outputs, stock, strict=True)
-    ):
-        difference = (master - param.detach()).abs().max().item() if master.numel() else 0.0
-        if not difference <= TOLERANCE or not torch.equal(output, master.bfloat16()):
-            raise RuntimeError(f"param {i} differs from stock's by {difference:.2g}, or its output")
+    tensors = zip(ours.masters, ours.outputs, stock, strict=True)
+    for i, (master, output, param) in enumerate(tensors):
+        expect_near(f"param {i}", param, master, TOLERANCE)
+        if not torch.equal(output, master.bfloat16()):
+            raise Disagreement(f"output {i} is not its param, rounded")

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import fused_optim
 from fused_optim import FusedOptimizer
 from fused_optim.bench import agreement, contestants, timing
+from fused_optim.bench.agreement import Disagreement, expect_near
 from fused_optim.bench.contestants import OURS, STOCK_CALLS, Choice, Entrants
 from fused_optim.bench.peers import Peer
 from fused_optim.bench.timing import Step
@@ -40,13 +41,6 @@ N_COMPARED = 3
 # Relative. On a CPU torch sums squares in float32, of 39 M elements of GPT-2's embedding in few runs:
 # the norm of the shortened GPT-2 is 1.3e-3 too small (measured against float64).
 NORM_TOLERANCE = 2e-3
-# Per step, of a param or average of size 1. Two implementations round the decay and the update, each
-# at most half a unit.
-ROUNDING = 2 * torch.finfo(torch.float32).eps
-
-
-class Disagreement(Exception):
-    """Stock's calls and ours do not compute the same."""
 
 
 class StockCalls:
@@ -174,11 +168,8 @@ def enter(
             _torch._foreach_copy_(stock.emas, stock.params)
     _compare(stock, ours, phase)
     steps = {OURS: our_step, STOCK_CALLS: stock_step}
-    not_measured = {}
+    not_measured: dict[str, str] = {}
     for peer in peers:
-        if difference := agreement.refusal(peer, workload):
-            not_measured[peer.name] = difference
-            continue
         with contestants.reported(peer.name, not_measured):
             copies = _share_grads(params)
             fill()
@@ -273,16 +264,16 @@ def _compare(stock: StockCalls, ours: FusedOptimizer, phase: Phase) -> None:
     [group] = ours.param_groups
     # Norms that are apart scale the grads differently, and with them the states. AdamW's update hardly
     # heeds that: grad / (|grad| + eps) moves by a quarter of it at most.
-    size_bound = N_COMPARED * (ROUNDING + group["lr"] * NORM_TOLERANCE / 4)
+    size_bound = N_COMPARED * (agreement.ROUNDING + group["lr"] * NORM_TOLERANCE / 4)
     for i, (theirs, own) in enumerate(zip(stock.params, group["params"], strict=True)):
-        _expect_near(f"param {i}", theirs, own, size_bound)
+        expect_near(f"param {i}", theirs, own, size_bound)
         for name, state in stock.optimizer.state[theirs].items():
             if state.dim():
                 bound = 3 * NORM_TOLERANCE * state.abs().max().item()
-                _expect_near(f"{name} {i}", state, ours.state[own][name], bound)
+                expect_near(f"{name} {i}", state, ours.state[own][name], bound)
     if "EMA" in phase.parts:
         for i, (theirs, own) in enumerate(zip(stock.emas, ours.ema_params(), strict=True)):
-            _expect_near(f"average {i}", theirs, own, size_bound)
+            expect_near(f"average {i}", theirs, own, size_bound)
     if "clip" in phase.parts:
         assert ours.grad_norm is not None
         norm, own_norm = float(stock.norm), float(ours.grad_norm)
@@ -290,16 +281,6 @@ def _compare(stock: StockCalls, ours: FusedOptimizer, phase: Phase) -> None:
             raise Disagreement(f"the norm is {norm:.6g}, ours {own_norm:.6g}")
         if not own_norm > 2 * MAX_GRAD_NORM:
             raise Disagreement(f"a norm of {own_norm:.3g} leaves nothing to clip")
-
-
-def _expect_near(what: str, theirs: Tensor, own: Tensor, bound: float) -> None:
-    if theirs.numel() == 0:
-        return
-    difference = (theirs.detach() - own.detach()).abs().max().item()
-    if not difference <= bound:  # a NaN is outside
-        raise Disagreement(
-            f"{what} differs by {difference:.2g} after {N_COMPARED} steps, bound {bound:.2g}"
-        )
 
 
 def _bytes_around(ours: FusedOptimizer, grads: Sequence[Tensor]) -> int:

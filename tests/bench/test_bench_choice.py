@@ -348,11 +348,9 @@ def test_a_peer_that_computes_something_else_is_not_timed(name):
 
     [row] = choice.product(["tiny"], None, [name], None)
     for flags in peers.STOCK_FLAGS.values():
-        assert agreement.difference(peer(**flags), row) is None
+        assert agreement.refusal(peer(**flags), row) is None
     for options in OTHERWISE[name]:
-        assert "computes something else" in (agreement.difference(peer(**options), row) or ""), (
-            options
-        )
+        assert "computes something else" in (agreement.refusal(peer(**options), row) or ""), options
 
 
 def test_such_a_peer_is_named_in_its_row(monkeypatch):

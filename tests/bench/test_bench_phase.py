@@ -19,6 +19,7 @@ from fused_optim.bench import (
     timing,
     workloads,
 )
+from fused_optim.bench.agreement import Disagreement
 from fused_optim.bench.contestants import NEVER_ON, OURS, STOCK_CALLS
 from fused_optim.bench.workloads import CLIP, PARTS, WHOLE, Phase, Target, Workload
 from fused_optim.cli import main
@@ -157,13 +158,13 @@ def test_two_different_things_are_not_timed(short, monkeypatch, wrong):
     options, message = WRONG[wrong]
     right = phase.one_pass_options(WHOLE)
     monkeypatch.setattr(phase, "one_pass_options", lambda phase: {**right, **options})
-    with pytest.raises(phase.Disagreement, match=message):
+    with pytest.raises(Disagreement, match=message):
         enter()
 
 
 def test_an_optimizer_that_does_not_unscale_is_not_timed(short, monkeypatch):
     monkeypatch.setattr(phase, "_our_step", lambda ours, phase, device: ours.step)
-    with pytest.raises(phase.Disagreement, match="the norm is"):
+    with pytest.raises(Disagreement, match="the norm is"):
         enter()
 
 
@@ -173,13 +174,13 @@ def test_an_optimizer_with_other_hypers_is_not_timed(short, monkeypatch, hyper):
     monkeypatch.setattr(
         contestants, "ours", lambda work, params, options: right(work, params, {**options, **hyper})
     )
-    with pytest.raises(phase.Disagreement, match="differs"):
+    with pytest.raises(Disagreement, match="differs"):
         enter()
 
 
 def test_grads_that_need_no_clipping_are_not_timed(short, monkeypatch):
     monkeypatch.setattr(phase, "MAX_GRAD_NORM", 30.0)
-    with pytest.raises(phase.Disagreement, match="nothing to clip"):
+    with pytest.raises(Disagreement, match="nothing to clip"):
         enter()
 
 
