@@ -87,6 +87,9 @@ def step_groups(optimizer: FusedOptimizer, groups: Groups, keeper: Any) -> Outco
             outcome = plan.commit(1.0, 0.0, backends.num_threads())
         else:
             outcome = _decide_and_commit(optimizer, scaling, kernels, plan, launcher, todo)
+        if outcome is None:
+            clipping.skip(optimizer)
+            return 0, 0, None
         if optimizer._averages:
             averages.forget_removed_params(optimizer)
         return outcome
@@ -119,13 +122,15 @@ def _step_without_kernels(
     if fallbacks:
         fallback.write(fallback.step(optimizer, fallbacks, clip))
     averages.move_params(optimizer, groups, set())
+    averages.forget_removed_params(optimizer)
     outputs.copy(copied)
     return 0, 0, fallbacks
 
 
 def _decide_and_commit(
     optimizer: FusedOptimizer, scaling: Scaling, kernels: Any, plan: Any, launcher: Any, todo: int
-) -> Outcome:
+) -> Outcome | None:
+    """None if the host knows that the step is skipped; nothing is written then."""
     if todo & kernels.DEVICES and not _ready(plan, launcher, todo & kernels.MEASURES):
         todo = todo & ~kernels.DEVICES | kernels.FALLBACKS | kernels.AVERAGES
     on_cpu, falls_back = plan.n_on_cpu() > 0, bool(todo & kernels.FALLBACKS)
@@ -139,8 +144,7 @@ def _decide_and_commit(
         clip = None
     if clip is None:
         plan.release()
-        clipping.skip(optimizer)
-        return 0, 0, None
+        return None
     not_averaged = plan.averages_left() if todo & kernels.AVERAGES else []
     if optimizer._outputs:
         outputs.check_left(not_averaged)

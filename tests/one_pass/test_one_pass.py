@@ -600,15 +600,6 @@ def test_averages_without_any() -> None:
         pass
 
 
-def test_averages_of_replaced_params_are_not_kept() -> None:
-    params = [torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2)]
-    opt = fused_optim.SGD(params, ema_decay=0.9)
-    for _ in range(3):
-        opt.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(4, device=DEVICE))
-        opt.step()
-    assert len(opt._averages) == 2
-
-
 def test_written_grads_tell_autograd() -> None:
     """A graph that needs the grad's value later raises instead of using the written one."""
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))

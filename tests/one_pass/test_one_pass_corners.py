@@ -157,6 +157,23 @@ def test_averages_follow_params_of_another_shape(
     assert opt.ema_params()[0].tolist() == [3.0] * 3
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_averages_of_removed_params_go_with_the_next_step_that_is_not_skipped(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
+    # On the CPU: what a device alone skips counts as a step.
+    params = [torch.nn.Parameter(torch.ones(2, device="cpu")) for _ in range(2)]
+    opt = fused_optim.SGD(params, ema_decay=0.5, skip_nonfinite=True)
+    opt.step()
+    del opt.param_groups[0]["params"][0]
+    for grad, n_left in ((math.nan, 2), (1.0, 1)):
+        params[1].grad = torch.full_like(params[1], grad)
+        opt.step()
+        assert len(opt._averages) == n_left
+
+
 def test_bad_decay_writes_nothing_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "cpu_kernels", lambda: None)
     param = ones()
