@@ -55,7 +55,6 @@ class Entrants:
     n_sets: sets of inputs, each with an optimizer of its own, that every step takes in turn.
     before: has to run before each step.
     stock_calls: part of a phase -> what does it in STOCK_CALLS; none but for phases.
-    beside_stock: whether torch.optim and peers take part, and not ours alone in two ways.
     """
 
     ours: Any
@@ -67,7 +66,6 @@ class Entrants:
     n_sets: int = 1
     before: Step | None = None
     stock_calls: dict[str, Choice] = field(default_factory=dict)
-    beside_stock: bool = True
 
 
 @contextlib.contextmanager

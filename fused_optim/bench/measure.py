@@ -218,8 +218,7 @@ def _measure(
         watch.stage("choosing torch's calls")
         params = contestants.make_params(workload, device.torch_device)
         entrants = phase.enter(workload, params, admitted, quick=quick, timer=timer)
-    if entrants.beside_stock:
-        entrants.not_measured.update(refused)
+    entrants.not_measured.update(refused)
 
     schedule = QUICK if quick else FULL
     before = entrants.before
@@ -282,7 +281,7 @@ def _enter(
     """
     by_device = device.new_event is not None and workload.timed == "step"
     n_sets = device.n_sets(workload.nbytes) if by_device else 1
-    against_stock = workload.layout == "matching" and not workload.switched
+    against_stock = workload.against_stock
     stock = functools.partial(contestants.stock_variants, workload, asked=asked)
     variants, not_measured = stock(quick=quick) if against_stock else ([], {})
     others = [*variants, *admitted] if against_stock else [MATCHING]
@@ -314,14 +313,13 @@ def _enter(
     else:
         attempt(NEVER_ON if workload.switched else MATCHING, contestants.ours, "matching")
     baselines = list(steps)
-    for peer in admitted if against_stock else ():
+    for peer in admitted:
         attempt(peer.name, peer.build)
     ours = enter(OURS, contestants.switched if workload.switched else contestants.ours)
     nbytes, n_streams = contestants.bytes_per_step(ours)
     return Entrants(
         ours, {OURS: steps.pop(OURS), **steps}, baselines, nbytes, n_streams,
         {name: why for name, why in not_measured.items() if name not in steps}, n_sets,
-        beside_stock=against_stock,
     )  # fmt: skip
 
 
@@ -331,10 +329,11 @@ def _admit(
     """The peers that may run the workload, and why the others may not."""
     asked: Any = {"quick": quick, "device_type": device.type, "by_name": lineup.by_name}
     refused = {}
-    for peer in lineup.peers:
+    taking_part = lineup.peers if workload.against_stock else ()
+    for peer in taking_part:
         if reason := peer.why_not(workload, **asked) or agreement.refusal(peer, workload):
             refused[peer.name] = reason
-    return [peer for peer in lineup.peers if peer.name not in refused], refused
+    return [peer for peer in taking_part if peer.name not in refused], refused
 
 
 def _check_memory(workload: Workload, n_entrants: int, device: Device) -> None:

@@ -114,6 +114,11 @@ class Workload:
     quick: bool = True
 
     @property
+    def against_stock(self) -> bool:
+        """Whether torch.optim and peers take part, and not ours alone in two ways."""
+        return self.layout == "matching" and not self.switched and self.offload <= 1
+
+    @property
     def formats(self) -> dict[str, Any]:
         """The options of its format."""
         return FORMATS[self.format].options

@@ -28,7 +28,8 @@ def test_a_row_says_who_was_timed_and_what_was_moved() -> None:
     assert row.not_measured["other"].startswith("computes something else: ")
     assert row.backends == {"cpu": 3} and row.fallbacks == []
     assert row.nbytes == 28 * (2000 + 3 + 2500)
-    pieces = measure.measure_row(PIECES, quick=True, lineup=Lineup(()))
+    pieces = measure.measure_row(PIECES, quick=True, lineup=Lineup((PEER, OTHER)))
+    assert not pieces.not_measured
     assert set(pieces.samples_s) == {OURS, offload.WHOLE} and pieces.baseline == offload.WHOLE
 
 
